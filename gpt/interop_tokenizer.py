@@ -1,0 +1,307 @@
+"""Tables between a byte-level BPE as tiktoken has it (bytes -> rank, a pattern) and as Hugging Face stores it
+(`tokenizer.json`, or `vocab.json` + `merges.txt`). Plain data in both directions; no Hugging Face code is run."""
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt.errors import InputError, IntegrityError
+
+END_OF_TEXT = "<|endoftext|>"
+LIMIT_BYTES = 1 << 28  # a vocabulary of 200,000 takes 15 MB
+
+# The spellings of each known pattern: tiktoken's (possessive, hence fast), Hugging Face's, others met in files.
+# Hugging Face's engine reads `{1,3}+` as a repeated group and `$` as the end of any line: it must get its own spelling.
+GPT2_PATTERNS = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+)
+CL100K_PATTERNS = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+    r"|\s+(?!\S)|\s",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+)
+O200K_PATTERNS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+) * 2
+PATTERNS = {"gpt2": GPT2_PATTERNS, "cl100k": CL100K_PATTERNS, "o200k": O200K_PATTERNS}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What makes a byte-level BPE: `ranks` (bytes -> id, which is also the order of merging), the split pattern in
+    tiktoken's spelling, the special tokens (text -> id) and which of them ends a text."""
+
+    name: str
+    ranks: dict
+    pattern: str
+    special_tokens: dict
+    end_of_text: str = END_OF_TEXT
+
+    @property
+    def size(self):
+        return max([*self.ranks.values(), *self.special_tokens.values()]) + 1
+
+
+def pattern_name(pattern):
+    """The name in PATTERNS of a pattern in any known spelling, or None."""
+    return next((name for name, spellings in PATTERNS.items() if pattern in spellings), None)
+
+
+def byte_alphabet():
+    """Byte -> the printable character that spells it in Hugging Face's vocabularies, in the order of GPT-2's ids."""
+    plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in plain]
+    return {b: chr(b) for b in plain} | {b: chr(256 + n) for n, b in enumerate(others)}
+
+
+CHARACTER_OF = byte_alphabet()
+BYTE_OF = {character: byte for byte, character in CHARACTER_OF.items()}
+
+
+def spelled(token):
+    """spelled(b" the") -> "Ġthe" """
+    return "".join(map(CHARACTER_OF.__getitem__, token))
+
+
+# ---- writing
+
+
+def to_huggingface(vocabulary):
+    """The contents of `tokenizer.json` and `tokenizer_config.json`, as two dictionaries."""
+    merges, pure = merges_of(vocabulary.ranks)
+    vocab = {spelled(token): rank for token, rank in vocabulary.ranks.items()} | vocabulary.special_tokens
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    stored = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [added_token(text, rank) for text, rank in by_id(vocabulary.special_tokens)],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer_of(vocabulary.pattern, byte_level),
+        "post_processor": byte_level | {"use_regex": True},
+        "decoder": byte_level | {"use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": not pure,
+            "vocab": dict(by_id(vocab)),
+            "merges": [f"{spelled(left)} {spelled(right)}" for left, right in merges],
+        },
+    }
+    return stored, config_of(vocabulary)
+
+
+def config_of(vocabulary):
+    """`tokenizer_config.json`. Another class than PreTrainedTokenizerFast would drop the pattern; CTranslate2 needs an
+    unknown token; `split_special_tokens` keeps end-of-text in a user's text ordinary. The last two keys are ours."""
+    roles = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), vocabulary.end_of_text)
+    return roles | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        "tiktoken_name": vocabulary.name,
+        "tiktoken_pattern": vocabulary.pattern,
+    }
+
+
+def by_id(ids):
+    return sorted(ids.items(), key=lambda entry: entry[1])
+
+
+def added_token(text, rank):
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": rank, "content": text} | flags | {"special": True}
+
+
+def pre_tokenizer_of(pattern, byte_level):
+    known = pattern_name(pattern)
+    if known == "gpt2":
+        return byte_level | {"use_regex": True}
+    spelling = PATTERNS[known][1] if known else pattern
+    split = {"type": "Split", "pattern": {"Regex": spelling}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, byte_level | {"use_regex": False}]}
+
+
+def merges_of(ranks):
+    """The merges behind a rank table, in order, and whether it is a pure merge history.
+
+    A token's merge is the pair that byte-pair encoding with the lower ranks alone leaves of it. Where it leaves more
+    than two parts for some token, the table is not pure: then every split of every token is a merge, in the order of
+    the ranks, and whole pieces must be looked up first (`ignore_merges`), which together is what tiktoken does."""
+    tokens = [token for token, _ in by_id(ranks) if len(token) > 1]
+    merges = [merge_below(ranks, token) for token in tokens]
+    if all(len(parts) == 2 for parts in merges):
+        return merges, True
+    return [split for token in tokens for split in splits_of(ranks, token)], False
+
+
+def merge_below(ranks, token):
+    """The parts that byte-pair encoding leaves of `token` with the ranks below its own; leftmost first among equals."""
+    limit = ranks[token]
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(left + right, limit) for left, right in itertools.pairwise(parts)]
+        best = min(pairs)
+        if best >= limit:
+            break
+        at = pairs.index(best)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return tuple(parts)
+
+
+def splits_of(ranks, token):
+    """Every way to make `token` of two tokens."""
+    pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+    known = [(left, right) for left, right in pairs if left in ranks and right in ranks]
+    return sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+
+
+# ---- reading
+
+
+def read_folder(folder):
+    """The Vocabulary of a data folder, a checkpoint or a Hugging Face folder.
+
+    Raises InputError, naming the component, for what is not a byte-level BPE with a known pattern; IntegrityError for a
+    file that is malformed."""
+    folder = Path(folder)
+    stored, config = folder / "tokenizer.json", read_json(folder / "tokenizer_config.json", missing={})
+    try:
+        if stored.exists():
+            return from_tokenizer_json(stored, read_json(stored), config)
+        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            return from_vocab_and_merges(folder, config)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise IntegrityError(f"{folder}: malformed tokenizer files ({error!r}); restore them") from None
+    raise InputError(f"{folder}: no tokenizer in it; needs tokenizer.json, or vocab.json and merges.txt")
+
+
+def read_json(path, missing=None):
+    if missing is not None and not path.exists():
+        return missing
+    try:
+        if path.stat().st_size > LIMIT_BYTES:
+            raise IntegrityError(f"{path}: {path.stat().st_size} bytes is no tokenizer; at most {LIMIT_BYTES} are read")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; make it readable") from None
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{path}: not JSON ({error}); restore it") from None
+    if not isinstance(found, dict):
+        raise IntegrityError(f"{path}: not a JSON object; restore it")
+    return found
+
+
+def from_tokenizer_json(path, stored, config):
+    model = stored["model"]
+    check_components(path, stored, model)
+    special_tokens = {entry["content"]: entry["id"] for entry in stored["added_tokens"]}
+    ranks = ranks_of(path, model["vocab"], special_tokens)
+    pattern = config.get("tiktoken_pattern")
+    if pattern is None:
+        pattern = known_pattern(path, stored["pre_tokenizer"], config)
+        check_merges(path, ranks, model["merges"], model.get("ignore_merges", False))
+    name = config.get("tiktoken_name", path.parent.name)
+    return Vocabulary(name, ranks, pattern, special_tokens, end_of_text(path, special_tokens, config))
+
+
+def from_vocab_and_merges(folder, config):
+    path = folder / "vocab.json"
+    vocab = read_json(path) | read_json(folder / "added_tokens.json", missing={})
+    if config.get("add_prefix_space"):
+        raise refused(folder / "tokenizer_config.json", "add_prefix_space")
+    name = eos_token(config)
+    special_tokens = {name: vocab[name]} if name in vocab else {}
+    ranks = ranks_of(path, vocab, special_tokens)
+    merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = [line for line in merges if line and not line.startswith("#version")]
+    check_merges(folder / "merges.txt", ranks, merges, ignore_merges=False)
+    return Vocabulary(folder.name, ranks, GPT2_PATTERNS[0], special_tokens, end_of_text(path, special_tokens, config))
+
+
+def refused(path, component):
+    return InputError(
+        f"{path}: {component} is not supported; needs a byte-level BPE with the pattern of {', '.join(PATTERNS)}"
+    )
+
+
+def check_components(path, stored, model):
+    """Raises InputError naming the first component that would make other ids than byte-level BPE alone."""
+    if model.get("type", "BPE") != "BPE":
+        raise refused(path, f"model {model['type']}")
+    if stored.get("normalizer"):
+        raise refused(path, f"normalizer {stored['normalizer'].get('type')}")
+    for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(setting):
+            raise refused(path, f"model setting {setting}")
+    ordinary = [entry["content"] for entry in stored["added_tokens"] if not entry["special"]]
+    if ordinary:
+        raise refused(path, f"added token {ordinary[0]!r}")
+
+
+def known_pattern(path, pre_tokenizer, config):
+    """The pattern, in tiktoken's spelling, of a `pre_tokenizer` entry."""
+    steps = [pre_tokenizer] if (pre_tokenizer or {}).get("type") != "Sequence" else pre_tokenizer["pretokenizers"]
+    kinds = [(step or {}).get("type") for step in steps]
+    if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
+        raise refused(path, f"pre_tokenizer {' + '.join(map(str, kinds))}")
+    if steps[-1].get("add_prefix_space") or config.get("add_prefix_space"):
+        raise refused(path, "add_prefix_space")
+    use_regex = steps[-1].get("use_regex", True)
+    if kinds == ["ByteLevel"] and use_regex:
+        return GPT2_PATTERNS[0]
+    split = steps[0] if not use_regex else {}
+    pattern = split.get("pattern", {}).get("Regex")
+    if pattern_name(pattern) is None or split["behavior"] != "Isolated" or split["invert"]:
+        raise refused(path, f"pre_tokenizer pattern {pattern!r}")
+    return PATTERNS[pattern_name(pattern)][0]
+
+
+def ranks_of(path, vocab, special_tokens):
+    """bytes -> id of the ordinary tokens of a Hugging Face vocabulary."""
+    ranks = {}
+    for text, rank in vocab.items():
+        if text in special_tokens:
+            continue
+        if not all(character in BYTE_OF for character in text):
+            raise refused(path, f"vocabulary entry {text!r}, which is not spelled in bytes,")
+        ranks[bytes(BYTE_OF[character] for character in text)] = rank
+    return ranks
+
+
+def check_merges(path, ranks, merges, ignore_merges):
+    """Raises InputError unless the merges mean what the ids as ranks mean, in tiktoken's way of merging."""
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    wanted, pure = merges_of(ranks)
+    wanted = [(spelled(left), spelled(right)) for left, right in wanted]
+    if pairs == wanted and (pure or ignore_merges):
+        return
+    order = [ranks.get(bytes(BYTE_OF.get(c, 0) for c in "".join(pair)), -1) for pair in pairs]
+    if not (ignore_merges and not pure and order == sorted(order) and set(pairs) == set(wanted)):
+        raise refused(path, "model with merges in another order than its ids")
+
+
+def eos_token(config):
+    token = config.get("eos_token") or END_OF_TEXT
+    return token["content"] if isinstance(token, dict) else token
+
+
+def end_of_text(path, special_tokens, config):
+    """The special token that separates documents: <|endoftext|>, else the one named as `eos_token`."""
+    name = END_OF_TEXT if END_OF_TEXT in special_tokens else eos_token(config)
+    if name not in special_tokens:
+        raise InputError(f"{path}: no end-of-text token; needs {END_OF_TEXT}, or an eos_token in tokenizer_config.json")
+    return name

@@ -1,0 +1,60 @@
+"""Shared fixtures: the real GPT-2 tokenizer files and a small text, where this machine has them."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT.parent / "shared" / "assets"
+
+for folder in (ROOT, ROOT / "data"):  # the scripts' own import paths, also under a bare `pytest`
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+@pytest.fixture(scope="session")
+def bpe_cache():
+    """The folder of tiktoken's downloaded files, with gpt2's; TIKTOKEN_CACHE_DIR points there meanwhile."""
+    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or ASSETS / "tiktoken_cache")
+    if not (folder / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee").exists():
+        pytest.skip("needs gpt2's tokenizer files: set TIKTOKEN_CACHE_DIR to a folder that tiktoken has filled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tinyshakespeare():
+    """The path of tinyshakespeare.txt (1,115,394 bytes)."""
+    path = ASSETS / "corpora" / "tinyshakespeare.txt"
+    if not path.exists():
+        pytest.skip("needs tinyshakespeare.txt in shared/assets/corpora beside the checkout")
+    return path
+
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on a busy machine threads that wait must not spin
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory):
+    """A training_helpers.Processes: processes of their own for tests that kill, signal or need a clean start."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs os.fork")
+    from training_helpers import Processes
+
+    made = Processes(tmp_path_factory.mktemp("processes"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def one_thread():
+    """torch computes with one thread meanwhile: for models so small that a second one only costs time."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
