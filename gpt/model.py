@@ -1,0 +1,260 @@
+"""The GPT-2 architecture (Radford et al. 2019), exactly: ModelConfig, KVCache, Attention, MLP, Block, GPT.
+
+Shapes: B batch rows, T new tokens, S cache positions (block_size), C n_embd, H heads, D = C / H, V vocabulary."""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from gpt.config import refuse
+
+IGNORED = -1  # a target that is not counted: its loss is 0
+VOCAB_MULTIPLE = 64  # the embedding has zero rows up to this multiple: odd sizes are slow in matrix products
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    n_layer: int = 12
+    """transformer blocks"""
+    n_head: int = 12
+    """attention heads; must divide n_embd"""
+    n_embd: int = 768
+    """width of the residual stream"""
+    block_size: int = 1024
+    """context length in tokens"""
+    dropout: float = 0.0
+    """share of activations dropped in training: 0 to pretrain on much text, 0.1 or more on little"""
+
+    def problems(self):
+        """What is wrong with these values, in words; empty if nothing."""
+        sizes = {"n_layer": self.n_layer, "n_head": self.n_head, "n_embd": self.n_embd, "block_size": self.block_size}
+        found = [f"{name} {value} must be at least 1" for name, value in sizes.items() if value < 1]
+        if self.n_head > 0 and self.n_embd % self.n_head:
+            found.append(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
+        if not 0 <= self.dropout < 1:
+            found.append(f"dropout {self.dropout} must be at least 0 and below 1")
+        return found
+
+
+class KVCache:
+    """Keys and values of all layers for `rows` rows of up to block_size positions each, and how many each row holds.
+
+    A forward pass appends T positions to every row. Rows are independent: attention never looks past a row's own
+    length, so what a position holds beyond it does not matter."""
+
+    def __init__(self, config, rows, dtype=torch.float32, device=None):
+        shape = (config.n_layer, rows, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (L, B, H, S, D)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # (B,)
+        self.counts = np.zeros(
+            rows, dtype=np.int64
+        )  # the same numbers on the host, so that nothing waits for the device
+
+    def row(self, index):
+        """A KVCache of one row, sharing this one's memory: to fill or refill a row on its own."""
+        view = object.__new__(KVCache)
+        view.keys, view.values = self.keys[:, index : index + 1], self.values[:, index : index + 1]
+        view.lengths, view.counts = self.lengths[index : index + 1], self.counts[index : index + 1]
+        return view
+
+    def copy_row(self, source, target):
+        """Make row `target` hold what row `source` holds."""
+        for buffer in (self.keys, self.values):
+            buffer[:, target] = buffer[:, source]
+        self.lengths[target] = self.lengths[source]
+        self.counts[target] = self.counts[source]
+
+    def clear(self):
+        self.lengths.zero_()
+        self.counts.fill(0)
+
+    def append(self, layer, k, v, positions):
+        """Store k and v (B, H, T, D) at `positions` (B, T) of `layer`."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        self.keys[layer][rows, :, positions] = k.transpose(1, 2)
+        self.values[layer][rows, :, positions] = v.transpose(1, 2)
+
+    def advance(self, tokens):
+        self.lengths += tokens
+        self.counts += tokens
+
+
+class LayerCache:
+    """One layer's part of a KVCache during one forward pass, with what all layers share: positions and mask."""
+
+    def __init__(self, cache, layer, positions, mask):
+        self.cache, self.layer, self.positions, self.mask = cache, layer, positions, mask
+
+    def attend(self, q, k, v):
+        """Append k, v (B, H, T, D), then attention of q over all that each row holds: (B, H, T, D)."""
+        self.cache.append(self.layer, k, v, self.positions)
+        if self.mask is None:  # the rows were empty: the new tokens are all there is
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return masked_attention(q, self.cache.keys[self.layer], self.cache.values[self.layer], self.mask)
+
+
+def masked_attention(q, keys, values, mask):
+    """Attention of q (B, H, T, D) over those of the S positions where mask (B, 1, T, S) is true: (B, H, T, D).
+
+    Two plain products: in the rounding of torch's fused CPU kernel it matters which thread a row falls to, so a text
+    would depend on its slot; and for one query in bf16 it takes five times as long."""
+    scores = (q * q.shape[-1] ** -0.5) @ keys.transpose(-2, -1)  # (B, H, T, S)
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=torch.float32)
+    return weights.to(q.dtype) @ values
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, layer=None):  # (B, T, C) -> (B, T, C)
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
+        if layer is None:
+            dropout = self.dropout if self.training else 0.0
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        else:
+            x = layer.attend(q, k, v)
+        return self.drop(self.proj(x.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x):  # (B, T, C) -> (B, T, C)
+        return self.drop(self.proj(F.gelu(self.fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, layer=None):  # (B, T, C) -> (B, T, C)
+        x = x + self.attn(self.ln_1(x), layer)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer. `vocab_size` comes from the tokenizer; inside it is padded with rows that are zero
+    and stay zero: they take part in no softmax, get no gradient and are never saved."""
+
+    def __init__(self, config, vocab_size):
+        super().__init__()
+        refuse(config.problems())
+        self.config, self.vocab_size = config, vocab_size
+        padded = math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.token = embedding(padded, config.n_embd)  # the head too: GPT-2 ties them
+        self.position = embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        initialize(self)
+
+    def forward(self, ids, targets=None, cache=None):
+        """ids (B, T) -> losses (B, T) in nats if there are targets (B, T), else logits (B, V) of the last position;
+        both in float32. Losses at targets IGNORED are 0. With a cache, the T tokens continue its rows.
+        Raises ValueError for a position past block_size."""
+        held = 0 if cache is None else int(cache.counts.max())
+        if held + ids.shape[1] > self.config.block_size:
+            raise ValueError(f"position {held + ids.shape[1]} is past block_size {self.config.block_size}")
+        positions, layers = self.places(ids, cache, held)
+        x = self.drop(self.token(ids) + self.position(positions))
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x = block(x, layer)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        x = self.ln_f(x)
+        return self.head(x[:, -1]) if targets is None else self.losses(x, targets)
+
+    def places(self, ids, cache, held):
+        """Where the new tokens stand, (T,) or (B, T), and each layer's LayerCache or None."""
+        new = torch.arange(ids.shape[1], device=ids.device)
+        if cache is None:
+            return new, [None] * len(self.blocks)
+        positions = cache.lengths[:, None] + new  # (B, T)
+        mask = None
+        if held:
+            mask = (
+                torch.arange(self.config.block_size, device=ids.device) <= positions[:, None, :, None]
+            )  # (B, 1, T, S)
+        return positions, [LayerCache(cache, index, positions, mask) for index in range(len(self.blocks))]
+
+    def head(self, x):  # (..., C) -> logits (..., V), float32
+        return F.linear(x, self.token.weight)[..., : self.vocab_size].float()
+
+    def losses(self, x, targets):  # (B, T, C), (B, T) -> (B, T)
+        logits = self.head(x).flatten(0, 1)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none").view(targets.shape)
+
+    def set_dropout(self, dropout):
+        """Change the share of activations that training drops."""
+        self.config = replace(self.config, dropout=dropout)
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+            elif isinstance(module, Attention):
+                module.dropout = dropout
+
+    @torch.no_grad()
+    def crop_context(self, block_size):
+        """Shorten the context to its first `block_size` positions."""
+        self.config = replace(self.config, block_size=block_size)
+        self.position = nn.Embedding.from_pretrained(self.position.weight[:block_size].clone(), freeze=False)
+
+    def num_parameters(self):
+        """Parameters of the architecture: the padding is not counted, the tied head once."""
+        padding = (self.token.num_embeddings - self.vocab_size) * self.config.n_embd
+        return sum(p.numel() for p in self.parameters()) - padding
+
+
+def embedding(rows, width):
+    """An nn.Embedding whose weights are left to `initialize`: its own normal_, on the meta device where checkpoints are
+    loaded, would import the compiler, which takes seconds."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
+@torch.no_grad()
+def initialize(model):
+    """GPT-2's initialisation: normal with std 0.02, projections into the residual stream divided by sqrt(2 n_layer),
+    biases 0, layer norms 1; nothing on the meta device. Raises ValueError for a parameter it does not know."""
+    if model.token.weight.is_meta:
+        return
+    projection_std = INIT_STD / math.sqrt(2 * model.config.n_layer)
+    for name, parameter in model.named_parameters():
+        match name.split(".")[-2:]:
+            case ["token" | "position" | "qkv" | "fc", "weight"]:
+                parameter.normal_(std=INIT_STD)
+            case ["proj", "weight"]:
+                parameter.normal_(std=projection_std)
+            case ["ln_1" | "ln_2" | "ln_f", "weight"]:
+                parameter.fill_(1.0)
+            case [_, "bias"]:
+                parameter.zero_()
+            case _:
+                raise ValueError(f"no initialisation for parameter {name}")
+    model.token.weight[model.vocab_size :] = 0
+
+
+def flops_per_token(config, vocab_size):
+    """FLOPs of training on one token, forward and backward: products with weights, and full attention. Source: PaLM
+    (Chowdhery et al. 2022), appendix B."""
+    products = 12 * config.n_layer * config.n_embd**2 + vocab_size * config.n_embd
+    return 6 * products + 12 * config.n_layer * config.n_embd * config.block_size
