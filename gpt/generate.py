@@ -1,0 +1,144 @@
+"""Prompts -> text: the settings of a generation, and TextGenerator, which is a model with its tokenizer."""
+
+import dataclasses
+import secrets
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gpt.config import defaults, fields, refuse, suggestion, unflatten
+from gpt.decode import Decoder, Sequence
+from gpt.errors import InputError
+from gpt.sampling import SamplingParams
+from gpt.score import score_text
+
+MOST_ROWS = {"cpu": 8, "mps": 16, "cuda": 64}  # row slots where the user names no number
+
+
+@dataclass(frozen=True)
+class GenerationParams:
+    """Everything that decides what is generated from a prompt, apart from model, device and precision."""
+
+    max_new_tokens: int = 200
+    """tokens to generate after each prompt"""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    """strings that end the text where they first occur; they are left out of it"""
+    ignore_eot: bool = False
+    """never choose end-of-text, so that every text gets its full length"""
+    num_samples: int = 1
+    """texts for each prompt"""
+    seed: int | None = None
+    """the same seed and settings give the same text; None draws one"""
+    rows: int = 0
+    """texts generated side by side, each with its own key-value cache, above 4 a multiple of 4; 0 chooses"""
+    truncate: bool = False
+    """drop the beginning of a prompt that is longer than the context, instead of refusing it"""
+    allow_special: bool = False
+    """read <|endoftext|> in a prompt as the token, not as text"""
+    logprobs: bool = False
+    """give the log-probability of each token, in the model's own distribution before any sampling setting"""
+
+    def problems(self):
+        """What is wrong with these values, in words; empty if nothing."""
+        rules = [
+            (self.max_new_tokens >= 0, f"max_new_tokens {self.max_new_tokens} must be 0 or more"),
+            (self.num_samples >= 1, f"num_samples {self.num_samples} must be at least 1"),
+            (self.rows >= 0, f"rows {self.rows} must be 0 (automatic) or more"),
+            (self.seed is None or 0 <= self.seed < 1 << 64, f"seed {self.seed} must be from 0 to 2^64 - 1"),
+            (all(self.stop) and not isinstance(self.stop, str), "stop must be strings that are not empty"),
+        ]
+        return [text for fine, text in rules if not fine] + self.sampling.problems()
+
+
+class TextGenerator:
+    """A model with its tokenizer. `defaults`, as in generation_config.json, stand in for those of GenerationParams."""
+
+    def __init__(self, model, tokenizer, defaults=None):
+        self.model, self.tokenizer = model, tokenizer
+        known = fields(SamplingParams)
+        usable = {name: value for name, value in (defaults or {}).items() if name in known}
+        self.defaults = {name: value for name, value in usable.items() if type(value) in (int, known[name].type)}
+
+    @classmethod
+    def load(cls, path, device="auto", dtype="auto"):
+        """The TextGenerator of a checkpoint folder, run folder or hub name, on a device and in a precision by name."""
+        from gpt.checkpoint import load_pretrained  # a model in training is sampled without any of this
+        from gpt.runtime import pick_device, pick_dtype, set_precision
+
+        device = pick_device(device)
+        dtype = pick_dtype(dtype, device)
+        set_precision(dtype)
+        model, tokenizer, defaults = load_pretrained(path)
+        return cls(model.to(device, dtype).eval(), tokenizer, defaults)
+
+    def generate(self, prompts, prompt_ids=None, **settings):
+        """For each prompt (a string or several) a list of `num_samples` Completions.
+
+        `settings` are fields of GenerationParams and SamplingParams: generate(["Once upon"], max_new_tokens=100,
+        top_p=0.95). `prompt_ids` (numbers or strings; else 1, 2, …) tell the prompts' random numbers apart. Raises
+        InputError for bad settings or a prompt longer than the context, NonFiniteError for damaged weights."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        params = self.params(**settings)
+        completions = [[None] * params.num_samples for _ in prompts]
+        for sequence, _ in self.run(prompts, params, prompt_ids):
+            if sequence.finish_reason:
+                completions[sequence.number // params.num_samples][sequence.sample] = sequence.completion
+        return completions
+
+    def stream(self, prompt, prompt_id=1, **settings):
+        """Iterator over the pieces of one completion's text as they become certain; together they are its text."""
+        params = self.params(**settings)
+        if params.num_samples != 1:
+            raise InputError(f"num_samples {params.num_samples}: a stream is one text; use generate")
+        events = self.run([prompt], params, [prompt_id])
+        return (piece for _, piece in events if piece)
+
+    def score(self, text, stride=0):
+        """How well the model predicts `text`: a Score. See score_text."""
+        return score_text(self.model, self.tokenizer, text, stride)
+
+    def params(self, **settings):
+        """The GenerationParams of these settings over the checkpoint's defaults, with a seed. Raises InputError."""
+        known = fields(GenerationParams)
+        for name in settings.keys() - known.keys():
+            raise InputError(f"unknown setting {name}; {suggestion(name, known)}")
+        values = defaults(GenerationParams) | self.defaults | settings
+        if isinstance(values["stop"], str):
+            values["stop"] = (values["stop"],)
+        params = unflatten(GenerationParams, values)
+        refuse(params.problems())
+        return params if params.seed is not None else dataclasses.replace(params, seed=secrets.randbelow(1 << 32))
+
+    def run(self, prompts, params, prompt_ids=None):
+        """The one loop behind generate, stream and sample.py: an iterator over (Sequence, piece of text) in the order
+        in which tokens come. Sequence number n is sample n % num_samples of prompt n // num_samples."""
+        prompt_ids = range(1, len(prompts) + 1) if prompt_ids is None else list(prompt_ids)
+        if len(prompt_ids) != len(prompts):
+            raise InputError(f"prompt_ids: {len(prompt_ids)} for {len(prompts)} prompts; give one for each")
+        names = [f"prompt {prompt_id}" if len(prompts) > 1 else "prompt" for prompt_id in prompt_ids]
+        prompts = [self.encode(prompt, name, params) for prompt, name in zip(prompts, names, strict=True)]
+        total = len(prompts) * params.num_samples
+        rows = params.rows or max(1, min(total, MOST_ROWS[self.model.token.weight.device.type]))
+        decoder = Decoder(self.model, rows, params, self.banned(params.ignore_eot), self.tokenizer.eot)
+        return decoder.run(self.sequences(prompts, prompt_ids, params))
+
+    def sequences(self, prompts, prompt_ids, params):
+        for number, (prompt, prompt_id) in enumerate(zip(prompts, prompt_ids, strict=True)):
+            ids = prompt.tolist()
+            for sample in range(params.num_samples):
+                yield Sequence(number * params.num_samples + sample, ids, prompt_id, sample, params, self.tokenizer)
+
+    def encode(self, prompt, name, params):
+        """The ids of a prompt, int32 (T,); end-of-text for an empty one. InputError for more than the context."""
+        ids = self.tokenizer.encode(prompt, params.allow_special) or [self.tokenizer.eot]
+        context = self.model.config.block_size
+        if len(ids) > context and not params.truncate:
+            raise InputError(f"{name} has {len(ids)} tokens, context is {context}; use --truncate")
+        return np.array(ids[-context:], dtype=np.int32)
+
+    def banned(self, ignore_eot):
+        """Ids that must never be chosen: those that stand for no text, and end-of-text where it is to be ignored."""
+        special = set(self.tokenizer.encoding._special_tokens.values())
+        unused = [i for i in np.flatnonzero(self.tokenizer.byte_lengths() == 0).tolist() if i not in special]
+        return unused + ([self.tokenizer.eot] if ignore_eot else [])

@@ -1,0 +1,52 @@
+"""How well a model predicts a text: perplexity and bits per byte, by windows that overlap."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from gpt.errors import InputError
+
+
+@dataclass(frozen=True)
+class Score:
+    nats: float
+    """minus the log-probability of the whole text"""
+    tokens: int
+    bytes: int
+    ids: list[int]
+    logprobs: list[float]
+    """of each id given all before it in its window, in nats"""
+
+    @property
+    def perplexity(self):
+        return math.exp(self.nats / self.tokens)
+
+    @property
+    def bits_per_byte(self):
+        return self.nats / math.log(2) / self.bytes
+
+
+@torch.inference_mode()
+def score_text(model, tokenizer, text, stride=0):
+    """The Score of `text`, read after an end-of-text. Windows of block_size tokens begin every `stride` (0: half a
+    window), so each token but those of the first window is predicted from at least block_size - stride before it; one
+    stride of block_size is fastest. Raises InputError for an empty text or a stride that is no part of the window."""
+    ids, size = tokenizer.encode(text), model.config.block_size
+    stride = stride or max(1, size // 2)
+    if not ids:
+        raise InputError("text is empty: nothing to score; give some")
+    if not 1 <= stride <= size:
+        raise InputError(f"stride {stride}: must be from 1 to the context, {size}")
+    device, training = model.token.weight.device, model.training
+    tokens = torch.tensor([tokenizer.eot, *ids])
+    losses = []
+    model.eval()
+    for start in range(0, len(ids), stride):
+        window = tokens[start : start + size + 1].to(device)[None]
+        scored = len(losses) - start  # of this window, by earlier ones
+        losses += model.forward(window[:, :-1], window[:, 1:])[0, scored:].tolist()
+        if len(losses) == len(ids):
+            break
+    model.train(training)
+    return Score(math.fsum(losses), len(ids), len(tokenizer.decode_bytes(ids)), ids, [-loss for loss in losses])

@@ -1,0 +1,331 @@
+"""sample.py: what stands on stdout, stderr and in files, and what bad input ends in."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+from gpt import prompts as prompts_module
+from gpt.errors import run_main
+from gpt.generate import TextGenerator
+from gpt.model import GPT, ModelConfig
+from gpt.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).resolve().parents[1]
+LOADER = """
+import sys, time, torch
+sys.path.insert(0, {root!r})
+import sample
+from gpt.model import GPT, ModelConfig
+from gpt.tokenizer import load_tokenizer
+torch.set_num_threads(1)
+def load(path, device="auto", dtype="auto"):
+    torch.manual_seed(0)
+    return sample.TextGenerator(GPT(ModelConfig(1, 1, 16, 64), 257), load_tokenizer("byte"))
+sample.TextGenerator.load = load
+{before}
+sample.run_main(sample.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def generator():
+    torch.manual_seed(0)
+    return TextGenerator(GPT(ModelConfig(2, 2, 32, 64), 257), load_tokenizer("byte"))
+
+
+@pytest.fixture
+def cli(generator, monkeypatch, capsys):
+    """run(*flags, stdin=b"") -> (exit code, stdout, stderr), with a small random model as every checkpoint."""
+    monkeypatch.setattr(sample.TextGenerator, "load", lambda *_: generator)
+
+    def run(*flags, stdin=b""):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "checkpoint", *flags])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as stop:
+            run_main(sample.main)
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def no_load(monkeypatch):
+    def load(*_):
+        raise AssertionError("the model was loaded before the settings were checked")
+
+    monkeypatch.setattr(sample.TextGenerator, "load", load)
+
+
+def says(generator, monkeypatch, text):
+    """Let the generator answer `text`, a byte a token, whatever it is asked."""
+    choices = iter([*text.encode(), *[256] * 100])
+
+    def forward(ids, cache):
+        cache.advance(ids.shape[1])
+        logits = torch.zeros(len(ids), 257)
+        if ids.shape[1] == 1 and len(ids) == len(cache.counts):
+            logits[:, next(choices)] = 50.0
+        return logits
+
+    monkeypatch.setattr(generator.model, "forward", forward)
+
+
+# ---- text on stdout
+
+
+def test_stdout_shows_prompt_and_text_and_a_line_between_samples(cli, generator):
+    flags = ("--num_samples", "3", "--max_new_tokens", "12", "--seed", "5")
+    code, out, err = cli("--prompt", "To be", *flags)
+    texts = [c.text for c in generator.generate("To be", num_samples=3, max_new_tokens=12, seed=5)[0]]
+    assert code == 0 and err == ""
+    assert out == "\n---\n".join("To be" + text for text in texts) + "\n"
+
+
+def test_streamed_output_is_the_same_as_output_at_the_end(cli):
+    flags = ("--prompt", "abc", "--num_samples", "3", "--max_new_tokens", "20", "--seed", "5")
+    assert cli(*flags, "--stream", "on") == cli(*flags, "--stream", "off")
+
+
+def test_a_random_seed_is_printed_and_repeats_the_text(cli):
+    _, out, err = cli("--prompt", "abc")
+    seed = err.strip().removeprefix("seed: ")
+    assert seed.isdigit()
+    assert cli("--prompt", "abc", "--seed", seed) == (0, out, "")
+
+
+def test_without_a_prompt_it_is_what_is_piped_in(cli):
+    piped = cli("--seed", "1", stdin="To bé\n".encode())
+    assert piped == cli("--seed", "1", "--prompt", "To bé", stdin=b"ignored")
+    assert cli("--seed", "1", stdin=b"") == cli("--seed", "1", "--prompt", "")
+
+
+def test_fault_085_no_new_tokens_prints_the_prompt(cli):
+    assert cli("--prompt", "abc", "--max_new_tokens", "0", "--seed", "1") == (0, "abc\n", "")
+
+
+def test_several_stop_strings_can_be_given(cli, generator, monkeypatch):
+    says(generator, monkeypatch, "hello world")
+    assert cli("--prompt", "", "--stop", "wor", "o ", "--seed", "1")[1] == "hell\n"
+
+
+ESCAPES = "ok\x1b[2J\x07\r\u202e\x9b1mé\n\tend"
+
+
+@pytest.mark.parametrize("stream", ["on", "off"])
+def test_fault_110_control_characters_are_escaped_on_a_terminal(cli, generator, monkeypatch, stream):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    says(generator, monkeypatch, ESCAPES)
+    _, out, _ = cli("--prompt", "\x1b]52", "--seed", "1", "--stream", stream)
+    assert out == "\\x1b]52ok\\x1b[2J\\x07\\x0d\\u202e\\x9b1mé\n\tend\n"
+
+
+@pytest.mark.parametrize("terminal, flags", [(True, ["--raw"]), (False, [])])
+def test_fault_110_raw_and_a_pipe_get_control_characters_as_they_are(cli, generator, monkeypatch, terminal, flags):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    says(generator, monkeypatch, ESCAPES)
+    assert cli("--prompt", "", "--seed", "1", *flags)[1] == ESCAPES + "\n"
+
+
+# ---- JSONL
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def test_a_text_file_of_prompts_gives_a_json_line_each_in_order(cli, generator, tmp_path):
+    source, out = tmp_path / "prompts.txt", tmp_path / "answers é.jsonl"
+    source.write_bytes("\ufeffOnce\r\n\r\nüpon a\u2028time\n".encode())
+    code, stdout, _ = cli("--prompts", str(source), "--out", str(out), "--seed", "3", "--logprobs")
+    assert (code, stdout) == (0, "")
+    prompts = ["Once", "", "üpon a\u2028time"]
+    expected = generator.generate(prompts, seed=3, logprobs=True)
+    for number, (line, (completion,)) in enumerate(zip(read_lines(out), expected, strict=True), 1):
+        assert list(line) == ["id", "prompt", "text", "tokens", "logprobs", "finish_reason"]
+        assert (line["id"], line["prompt"], line["text"]) == (number, prompts[number - 1], completion.text)
+        assert (line["tokens"], line["logprobs"]) == (completion.ids, completion.logprobs)
+        assert line["finish_reason"] == completion.finish_reason
+
+
+def test_jsonl_prompts_keep_their_ids_and_their_texts_follow_the_ids(cli, tmp_path):
+    source, swapped = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    lines = ['{"id": "x", "prompt": "abc"}', '{"prompt": "abc", "more": 1}', '{"id": -7, "prompt": "abc\\ud800"}']
+    source.write_text("\n".join(lines))
+    swapped.write_text("\n".join(reversed(lines)))
+    first = [json.loads(line) for line in cli("--prompts", str(source), "--seed", "3")[1].splitlines()]
+    second = [json.loads(line) for line in cli("--prompts", str(swapped), "--seed", "3")[1].splitlines()]
+    assert [line["id"] for line in first] == ["x", 2, -7]
+    assert first == second[::-1]
+    assert len({line["text"] for line in first}) == 3
+    assert first[0]["logprobs"] is None
+
+
+def test_many_prompts_and_samples_come_out_in_order_though_they_end_at_different_times(cli, generator, tmp_path):
+    source, prompts = tmp_path / "prompts.txt", [f"prompt {n}" for n in range(7)]
+    source.write_text("\n".join(prompts))
+    flags = ("--rows", "3", "--num_samples", "2", "--stop", "e", "a", "--seed", "3", "--max_new_tokens", "40")
+    lines = [json.loads(line) for line in cli("--prompts", str(source), *flags)[1].splitlines()]
+    completions = generator.generate(prompts, rows=3, num_samples=2, stop=("e", "a"), seed=3, max_new_tokens=40)
+    assert [line["text"] for line in lines] == [c.text for samples in completions for c in samples]
+    assert [line["id"] for line in lines] == [n for n in range(1, 8) for _ in range(2)]
+
+
+def test_one_prompt_can_go_to_a_jsonl_file_too(cli, tmp_path):
+    assert cli("--prompt", "abc", "--out", str(tmp_path / "o.jsonl"), "--seed", "1")[:2] == (0, "")
+    assert [line["prompt"] for line in read_lines(tmp_path / "o.jsonl")] == ["abc"]
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("absent.txt", None, "absent.txt: No such file or directory"),
+        ("bytes.txt", b"abc\n\xff", r"bytes.txt: invalid UTF-8 at byte 4 \(0xff\)"),
+        ("empty.txt", b"", "empty.txt: no prompts"),
+        ("blank.jsonl", b"\n \n", "blank.jsonl: no prompts"),
+        (
+            "bad.jsonl",
+            b'{"prompt": "a"}\n{"prompt": 7}\n',
+            'bad.jsonl:2: expected an object with string field "prompt"',
+        ),
+        ("cut.jsonl", b'{"prompt": "a', "cut.jsonl:1: expected an object"),
+        ("deep.jsonl", b"[" * 200_000, "deep.jsonl:1: expected an object"),
+        ("id.jsonl", b'{"prompt": "a", "id": 1.5}', 'id.jsonl:1: field "id" must be'),
+    ],
+)
+def test_fault_092_bad_prompt_files_are_refused_before_loading(cli, no_load, tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    code, out, err = cli("--prompts", str(tmp_path / name))
+    assert (code, out) == (2, "")
+    assert re.search(message, err)
+
+
+def test_fault_092_a_directory_and_a_file_over_the_cap_are_refused(cli, no_load, tmp_path, monkeypatch):
+    assert cli("--prompts", str(tmp_path))[0] == 2
+    monkeypatch.setattr(prompts_module, "MOST_BYTES", 1 << 20)
+    (tmp_path / "large.txt").write_bytes(b"a" * ((1 << 20) + 1))
+    code, _, err = cli("--prompts", str(tmp_path / "large.txt"))
+    assert code == 2
+    assert "more than 1 MiB" in err
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        (["--temperature", "-1", "--top_p", "2", "--num_samples", "0"], ["temperature -1", "top_p 2", "num_samples 0"]),
+        (["--temperature", "nan"], ["temperature", "nan"]),
+        (["--top_p", "inf"], ["top_p", "inf"]),
+        (["--max_new_tokens", "-1"], ["max_new_tokens -1"]),
+        (["--top_k", "-3", "--threads", "-1"], ["top_k -3", "threads -1"]),
+        (["--prompt", "a", "--prompts", "b"], ["--prompt and --prompts exclude"]),
+        (["--prompt", "a", "--logprobs"], ["--logprobs is for JSONL"]),
+        (["--prompts", "a", "--stream", "on"], ["--stream and --raw are for text"]),
+        (["--stop", ""], ["stop must be strings that are not empty"]),
+        (["--max_length", "5"], ["--max_new_tokens"]),
+        (["--seed", "1.5"], ["seed"]),
+    ],
+)
+def test_fault_085_086_bad_flags_end_in_one_message_before_loading(cli, no_load, flags, parts):
+    code, out, err = cli(*flags)
+    last = err.strip().splitlines()[-1]
+    assert (code, out) == (2, "")
+    assert last.startswith("error: ")
+    assert all(part in last for part in parts)
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_loading(cli, no_load, tmp_path):
+    (tmp_path / "p.txt").write_text("abc")
+    for out in (tmp_path, tmp_path / "absent" / "o.jsonl", tmp_path / "p.txt"):
+        code, _, err = cli("--prompts", str(tmp_path / "p.txt"), "--out", str(out))
+        assert code == 2
+        assert f"error: {out}: " in err
+    assert (tmp_path / "p.txt").read_text() == "abc"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_an_output_file_without_space_ends_in_exit_5(cli):
+    code, _, err = cli("--prompt", "a", "--out", "/dev/full", "--seed", "1")
+    assert code == 5
+    assert "error: /dev/full: No space left on device" in err
+
+
+def test_fault_084_a_prompt_longer_than_the_context_ends_in_exit_2_and_truncate_accepts_it(cli):
+    code, out, err = cli("--prompt", "x" * 70, "--seed", "1")
+    assert (code, out, err) == (2, "", "error: prompt has 70 tokens, context is 64; use --truncate\n")
+    assert cli("--prompt", "x" * 70, "--seed", "1", "--truncate")[0] == 0
+
+
+def test_fault_087_damaged_weights_end_in_exit_4_after_the_text_so_far(cli, generator, monkeypatch):
+    says(generator, monkeypatch, "héllo")
+    forward = generator.model.forward
+    calls = []
+
+    def broken(ids, cache):
+        calls.append(1)
+        return forward(ids, cache) * (float("nan") if len(calls) > 4 else 1)
+
+    monkeypatch.setattr(generator.model, "forward", broken)
+    code, out, err = cli("--prompt", "x", "--seed", "1")
+    assert (code, out) == (4, "xhél\n")
+    assert err.startswith("error: non-finite logits at token 5: ")
+
+
+# ---- processes of their own
+
+
+def start(*flags, before="", **settings):
+    program = LOADER.format(root=str(ROOT), before=before)
+    command = [sys.executable, "-c", program, "checkpoint", *flags]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, **settings
+    )
+
+
+ENDLESS = ("--prompt", "Ünd", "--max_new_tokens", "100000000", "--ignore_eot", "--stream", "on", "--seed", "1")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_fault_093_ctrl_c_keeps_the_text_so_far_and_exits_130():
+    process = start(*ENDLESS)
+    first = process.stdout.read(30)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert first.startswith("Ünd".encode())
+    assert rest.endswith(b"\n")
+    assert (process.returncode, err) == (130, b"stopped: interrupted\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
+def test_fault_093_a_closed_pipe_ends_the_program_quietly():
+    process = start(*ENDLESS)
+    assert process.stdout.read(10)
+    process.stdout.close()
+    killer = threading.Timer(60, process.kill)
+    killer.start()
+    err = process.stderr.read()
+    assert (process.wait(), err) == (0, b"")
+    killer.cancel()
+
+
+def test_fault_100_output_is_utf_8_in_the_c_locale_and_wandb_is_not_imported():
+    before = "import atexit; atexit.register(lambda: print(*sorted(set(sys.modules) & {'wandb', 'transformers'})))"
+    environment = {**os.environ, "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    process = start("--prompt", "Ünd 日本", "--max_new_tokens", "0", "--seed", "1", before=before, env=environment)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out.decode(), err) == (0, "Ünd 日本\n\n", b"")
