@@ -1,0 +1,359 @@
+"""Checkpoints: atomic save, verified load, pointers, retention. A checkpoint is a Hugging Face GPT-2 folder
+`step-000001000` plus `training/` with what an exact continuation needs. `training/manifest.json`, written last, names
+every file with size and sha256; the folder gets its name only when all of it is on the disk."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from gpt import interop
+from gpt.errors import InputError, IntegrityError, NonFiniteError, ResourceError
+from gpt.sampling import SamplingParams
+from gpt.shards import inside, sha256_of
+from gpt.tokenizer import load_tokenizer, save_tokenizer
+
+FORMAT_VERSION = 1
+STEP_FOLDER = re.compile(r"^step-\d{9}$")
+MANIFEST = "training/manifest.json"
+OPTIMIZER = "training/optimizer.safetensors"
+STATE = "training/state.json"
+GPT2_VOCABULARIES = range(50257, 50305)  # as released, up to padded to a multiple of 64
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified step folder: its path, step number, manifest and trainer state (None where only weights were kept)."""
+
+    path: Path
+    step: int
+    manifest: dict
+    state: dict | None
+
+
+# ---- saving
+
+
+def save_checkpoint(out, step, model, optimizer, tokenizer, state, dataset, code_version):
+    """Write `out/step-<step>` so that it is there whole or not at all, and return its path. `state` is plain data, and
+    `dataset` the data's record. Raises NonFiniteError for weights that are not finite, ResourceError if writing
+    fails."""
+    weights = finite_weights(model, step)
+    target = Path(out) / f"step-{step:09d}"
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        remove_tree(temporary)
+        (temporary / "training").mkdir(parents=True)
+        write_model(temporary, weights, model, tokenizer)
+        save_file(optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
+        write_json(temporary / STATE, state)
+        manifest = {"format_version": FORMAT_VERSION, "step": step, "tokenizer": tokenizer.record, "dataset": dataset}
+        files = {name: describe(temporary / name) for name in files_below(temporary)}
+        write_json(temporary / MANIFEST, sealed(manifest | {"code": code_version, "files": files}))
+        make_durable(temporary)
+        remove_tree(target)  # left by an earlier, damaged save of the same step
+        os.rename(temporary, target)
+        sync_folder(target.parent)
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise writing_failed(target, error, needs=3 * sum(value.nbytes for value in weights.values())) from None
+    return target
+
+
+def finite_weights(model, step):
+    weights = interop.weights_of(model)
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise NonFiniteError(
+                f"non-finite values in {name} at step {step}: nothing was saved; see earlier checkpoints"
+            )
+    return weights
+
+
+def write_model(folder, weights, model, tokenizer):
+    """The Hugging Face part of a checkpoint."""
+    save_file(weights, folder / interop.WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / "config.json", interop.config_json(model.config, model.vocab_size, tokenizer.eot))
+    sampling = asdict(SamplingParams())
+    write_json(folder / "generation_config.json", interop.generation_json(tokenizer.eot, sampling))
+    save_tokenizer(tokenizer, folder, model_max_length=model.config.block_size)
+
+
+def writing_failed(target, error, needs):
+    """The ResourceError for a checkpoint of about `needs` bytes that could not be written."""
+    free = shutil.disk_usage(target.parent).free if target.parent.is_dir() else 0
+    reason = getattr(error, "strerror", None) or str(error)
+    return ResourceError(
+        f"{target}: writing failed: {reason} (needs {needs / 1e9:.3f} GB, {free / 1e9:.3f} GB free); "
+        "free some space or make it writable"
+    )
+
+
+def optimizer_tensors(model, optimizer):
+    """AdamW's state as name -> CPU tensor, the padding of the vocabulary left out: "exp_avg.blocks.0.ln_1.bias"."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            if name == "token.weight" and value.dim():
+                value = value[: model.vocab_size]
+            found[f"{key}.{name}"] = value.detach().cpu().contiguous()
+    return found
+
+
+def sealed(manifest):
+    """The manifest with the sha256 of its own content, so that a change in it does not go unnoticed either."""
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    text = json.dumps(content, sort_keys=True)
+    return content | {"sha256": hashlib.sha256(text.encode("utf-8")).hexdigest()}
+
+
+def describe(path):
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def files_below(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def json_text(values):  # ends without a newline: no byte may be cut off unnoticed
+    return json.dumps(values, indent=2, ensure_ascii=False)
+
+
+def write_json(path, values):
+    path.write_text(json_text(values), encoding="utf-8", newline="\n")
+
+
+def make_durable(folder):
+    """Flush every file and folder below `folder` to the disk, and give files the modes that new files have here."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            path.chmod(0o666 & ~(mask | 0o022))  # safetensors makes files that only the owner can read
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+
+
+def sync_folder(folder):
+    if os.name == "nt":  # Windows has no such thing
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_tree(folder):
+    """Remove a folder of ours if it is there; a link is removed itself, never followed."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
+def write_durably(path, text):
+    """Replace a small file so that a reader sees the old or the new text, whatever happens."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+# ---- finding and verifying
+
+
+def step_folders(out):
+    """The step folders of a run, newest first, valid or not."""
+    if not Path(out).is_dir():
+        return []
+    return sorted((p for p in Path(out).iterdir() if STEP_FOLDER.match(p.name) and p.is_dir()), reverse=True)
+
+
+def step_of(folder):
+    return int(folder.name.removeprefix("step-"))
+
+
+def read_pointer(out, name):
+    """The folder that `out/<name>.txt` names, or None if it names no step folder of this run."""
+    try:
+        text = (Path(out) / f"{name}.txt").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    folder = Path(out) / text
+    return folder if STEP_FOLDER.match(text) and folder.is_dir() else None
+
+
+def verify_checkpoint(folder):
+    """The Checkpoint in a step folder, every file of its manifest checked. Raises IntegrityError naming what is
+    wrong."""
+    manifest = read_manifest(folder)
+    try:
+        for name, entry in manifest["files"].items():
+            check_file(folder, name, entry.get("size"), entry.get("sha256"))
+    except OSError as error:
+        raise ResourceError(f"{error.filename}: {error.strerror}; make it readable") from None
+    resumable = {STATE, OPTIMIZER} <= manifest["files"].keys()
+    return Checkpoint(folder, manifest["step"], manifest, interop.read_json(folder / STATE) if resumable else None)
+
+
+def read_manifest(folder):
+    """The manifest of a step folder, itself checked, but not yet the files it names. Raises IntegrityError."""
+    manifest = interop.read_json(folder / MANIFEST)
+    if manifest is None:
+        raise IntegrityError(f"{folder}: no {MANIFEST}; use another checkpoint")
+    version = manifest.get("format_version")
+    if not isinstance(version, int):
+        raise IntegrityError(f"{folder / MANIFEST}: not a checkpoint manifest; use another checkpoint")
+    if version > FORMAT_VERSION:
+        raise IntegrityError(
+            f"{folder}: checkpoint format {version}, this program reads up to {FORMAT_VERSION}; update the program"
+        )
+    files, step = manifest.get("files"), manifest.get("step")
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise IntegrityError(f"{folder / MANIFEST}: not a checkpoint manifest; use another checkpoint")
+    for name in files:
+        inside(folder, name)
+    if sealed(manifest) != manifest:
+        raise IntegrityError(f"{folder / MANIFEST}: sha256 mismatch; use another checkpoint")
+    if STEP_FOLDER.match(folder.name) and step != step_of(folder):
+        raise IntegrityError(f"{folder}: its manifest is of step {step}; use another checkpoint")
+    return manifest
+
+
+def check_file(folder, name, size, digest):
+    path = inside(folder, name)
+    if not path.is_file():
+        raise IntegrityError(f"{path}: missing; restore it or use another checkpoint")
+    if path.stat().st_size != size:
+        raise IntegrityError(f"{path}: {path.stat().st_size} bytes, manifest says {size}; use another checkpoint")
+    if sha256_of(path) != digest:
+        raise IntegrityError(f"{path}: sha256 mismatch; restore it or use another checkpoint")
+
+
+def newest_checkpoint(out, resumable=False):
+    """The newest valid Checkpoint of a run, or None if the run has no step folders. A damaged one is passed over with a
+    warning. Raises IntegrityError if there are step folders and none is valid."""
+    folders = step_folders(out)
+    for place, folder in enumerate(folders):
+        try:
+            checkpoint = verify_checkpoint(folder)
+            if resumable and checkpoint.state is None:
+                raise IntegrityError(f"{folder}: holds weights only")
+        except IntegrityError as error:
+            following = f"; trying {folders[place + 1].name}" if place + 1 < len(folders) else ""
+            warn(f"{str(error).split(';')[0]}{following}")
+            continue
+        if read_pointer(out, "latest") is None:
+            warn(f"{out}/latest.txt names no checkpoint; found {folder.name} by looking at all")
+        return checkpoint
+    if folders:
+        what = "can be resumed" if resumable else "is valid"
+        raise IntegrityError(
+            f"{out}: none of {len(folders)} checkpoints {what}; restore one, or start anew with another --out "
+            "(--init takes weights alone)"
+        )
+    return None
+
+
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr)
+
+
+# ---- loading
+
+
+def find_model(path):
+    """The folder to load for what a user typed: a model folder, a run folder (its best, else its newest), or a hub
+    name. A folder with a manifest of ours has been verified."""
+    folder = Path(path)
+    if (folder / "config.json").exists():
+        return verify_checkpoint(folder.resolve()).path if (folder / MANIFEST).exists() else folder
+    if folder.is_dir():
+        return best_or_newest(folder)
+    if folder.exists() or not interop.HUB_NAME.match(str(path)) or str(path).startswith("out/"):
+        raise InputError(f"{path}: no such checkpoint folder; give a step folder, a run folder or a hub name")
+    return interop.fetch_from_hub(str(path))
+
+
+def best_or_newest(out):
+    best = read_pointer(out, "best")
+    if best is not None:
+        try:
+            return verify_checkpoint(best).path
+        except IntegrityError as error:
+            warn(f"{str(error).split(';')[0]}; trying the newest checkpoint")
+    checkpoint = newest_checkpoint(out)
+    if checkpoint is None:
+        raise InputError(f"{out}: no checkpoint here; give a step folder, a run folder or a GPT-2 folder")
+    return checkpoint.path
+
+
+def load_pretrained(path):
+    """(GPT in fp32 on the CPU, Tokenizer, generation defaults) of a checkpoint folder, run folder or hub name."""
+    folder = find_model(path)
+    model = interop.load_model(folder)
+    tokenizer = tokenizer_of(folder, model.vocab_size)
+    if model.vocab_size < tokenizer.vocab_size:
+        raise IntegrityError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}; "
+            "they do not belong together"
+        )
+    crop_vocabulary(model, tokenizer.vocab_size)
+    return model, tokenizer, interop.read_json(folder / "generation_config.json") or {}
+
+
+def tokenizer_of(folder, vocab_size):
+    """The Tokenizer in a model folder; GPT-2's if the folder has none and the vocabulary is of GPT-2's size."""
+    if vocab_size not in GPT2_VOCABULARIES or any((folder / name).exists() for name in interop.TOKENIZER_FILES):
+        return load_tokenizer(folder)
+    print(f"info: {folder} holds no tokenizer; assuming gpt2's", file=sys.stderr)
+    return load_tokenizer("gpt2")
+
+
+def crop_vocabulary(model, vocab_size):
+    """Treat embedding rows that the tokenizer does not know, which some checkpoints were padded with, as padding."""
+    with torch.no_grad():
+        model.token.weight[vocab_size:] = 0
+    model.vocab_size = vocab_size
+
+
+def load_optimizer(optimizer, model, checkpoint):
+    """Fill AdamW's state from a Checkpoint. Raises IntegrityError if a tensor is missing, unknown or mis-shaped."""
+    path = checkpoint.path / OPTIMIZER
+    with interop.opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    for name, parameter in model.named_parameters():
+        state = {}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            value = tensors.pop(f"{key}.{name}", None)
+            if value is None:
+                raise IntegrityError(f"{path}: {key}.{name} is missing; use another checkpoint")
+            rows = model.vocab_size if name == "token.weight" else None
+            shape = () if key == "step" else (rows or len(parameter), *parameter.shape[1:])
+            if tuple(value.shape) != shape:
+                raise IntegrityError(f"{path}: {key}.{name} is {tuple(value.shape)}, model wants {shape}")
+            state[key] = value.to(parameter.device) if key == "step" else padded(value, parameter)
+        optimizer.state[parameter] = state
+    if tensors:
+        raise IntegrityError(f"{path}: {min(tensors)} is unknown; use another checkpoint")
+
+
+def padded(value, parameter):
+    """`value` on the parameter's device, with zero rows where the vocabulary is padded."""
+    full = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    full[: len(value)] = value.to(parameter.device)
+    return full.detach()

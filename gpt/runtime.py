@@ -1,0 +1,245 @@
+"""The machine: device, precision, threads, determinism, seeds, signals. Nothing else knows what hardware is used."""
+
+import contextlib
+import os
+import platform
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from gpt.data import mix
+from gpt.errors import InputError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Dense bf16/fp16 tensor-core peaks in FLOP/s, by a part of the device's name. Source: NVIDIA's data sheets.
+GPU_PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 5090": 209e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    device: str = "auto"
+    """auto (CUDA, else Apple's MPS, else CPU), cpu, cuda, cuda:1, mps"""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """precision of the products; auto is bf16 where it is native, fp16 on older GPUs, else fp32. Saved weights are
+    fp32"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto is on for CUDA runs long enough to pay for it, off elsewhere"""
+    deterministic: bool = False
+    """bit-exact repetition on CUDA too, slower there (on CPU it always holds)"""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to torch"""
+
+    def problems(self):
+        return [f"threads {self.threads} must be 0 or more"] if self.threads < 0 else []
+
+
+class Runtime:
+    """Device, precision and determinism of one training process, set up once."""
+
+    def __init__(self, config):
+        self.device = pick_device(config.device)
+        self.dtype = pick_dtype(config.dtype, self.device)
+        self.deterministic = config.deterministic or self.device.type == "cpu"
+        set_threads(config.threads)
+        set_precision(self.dtype)
+        if self.deterministic:
+            be_deterministic()
+
+    def autocast(self):
+        """Context in which matrix products run in this precision while weights stay fp32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def ready(self, array):
+        """An int64 array as a tensor on the device; the copy to a GPU runs beside its work."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def compiles(self, setting, steps):
+        """Whether to compile a run of `steps` steps (None: unknown)."""
+        if setting == "auto":
+            return self.device.type == "cuda" and (steps is None or steps >= 500) and has_compiler()
+        return setting == "on"
+
+    def record(self, compiled, micro_batch_size):
+        """What must agree for a run to repeat to the bit."""
+        return {
+            "torch": torch.__version__,
+            "device": device_name(self.device),
+            "threads": torch.get_num_threads(),
+            "precision": str(self.dtype).removeprefix("torch."),
+            "compile": compiled,
+            "micro_batch_size": micro_batch_size,
+            "deterministic": self.deterministic,
+        }
+
+
+def pick_device(name):
+    """The torch.device of a name. Raises InputError for one that is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        warn_about_cpu_torch()
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name!r}: not a device name; use auto, cpu, cuda, cuda:1 or mps") from None
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(device.type, False):
+        raise InputError(f"device {name}: this torch ({torch.__version__}) finds none; use --device auto")
+    return device
+
+
+def warn_about_cpu_torch():
+    if torch.version.cuda is None and os.path.exists("/proc/driver/nvidia/version"):
+        print(
+            f"warning: an NVIDIA driver is here, but torch {torch.__version__} is a CPU build; see README, Install",
+            file=sys.stderr,
+        )
+
+
+def pick_dtype(name, device):
+    """The torch.dtype of a precision name on `device`."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if capability >= (8, 0) else torch.float16 if capability >= (7, 0) else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
+
+
+def cpu_has_bf16():
+    """Whether the CPU multiplies bf16 natively (AMX or AVX512-BF16)."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if capabilities:
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def set_threads(threads):
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def set_precision(dtype):
+    """fp32 means fp32: TF32 is only for runs whose products are in a shorter type anyway."""
+    torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
+
+
+def be_deterministic():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would write NaN over every new tensor first
+
+
+def has_compiler():
+    return platform.system() != "Windows"
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+
+
+def seed_step(seed, step, rank=0):
+    """Set all of torch's generators from (seed, step, rank), so that no generator state need ever be saved."""
+    torch.manual_seed(int(mix(seed, step, rank)[0] >> np.uint64(1)))
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_flops(device, dtype):
+    """FLOP/s that the device can reach in this precision: a table for GPUs, measured for others; 0.0 if unknown."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((peak for part, peak in GPU_PEAKS.items() if part in name and dtype != torch.float32), 0.0)
+    return measured_flops(device, dtype) if device.type == "cpu" else 0.0
+
+
+def measured_flops(device, dtype, too_long=0.05):
+    """Best of a few square matrix products; takes a tenth of a second or so. They grow, and end with one that takes
+    `too_long` seconds: a type that the CPU only emulates is a hundred times slower than another."""
+    best = 0.0
+    for size in (128, 256, 512, 1024, 1024, 1024, 1024):
+        a = torch.ones(size, size, dtype=dtype, device=device)
+        start = time.perf_counter()
+        a @ a
+        seconds = time.perf_counter() - start
+        best = max(best, 2 * size**3 / seconds)
+        if seconds > too_long:
+            break
+    return best
+
+
+class StopFlag:
+    """Set by the first SIGTERM or Ctrl-C; the loop reads it between steps. A second Ctrl-C interrupts at once."""
+
+    def __init__(self):
+        self.signal = None
+
+    def __enter__(self):
+        self.previous = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, _frame):
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __bool__(self):
+        return self.signal is not None
+
+
+def profiler(trace_path):
+    """A context whose `step()` counts training steps: a torch profiler of steps 4 to 6 that writes a Chrome trace and
+    prints where the time went; without a path, one that does nothing."""
+    if trace_path is None:
+        return NoProfile()
+
+    def report(profile):
+        profile.export_chrome_trace(str(trace_path))
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20), file=sys.stderr)
+
+    schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
+    return torch.profiler.profile(schedule=schedule, on_trace_ready=report)
+
+
+class NoProfile(contextlib.nullcontext):
+    def __enter__(self):
+        return self
+
+    def step(self):
+        """Nothing is profiled."""

@@ -1,0 +1,675 @@
+"""Training: gradients, losses and their independence of micro-batches and rhythm, limits, signals, faults, logging."""
+
+import json
+import math
+import signal
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from training_helpers import fingerprint, make_data, metrics, sha256, step_names, text_of, tiny_model, train_here
+
+import gpt
+import train
+from gpt.config import from_cli
+from gpt.data import Windows
+from gpt.log import cut_metrics
+from gpt.model import GPT, IGNORED
+from gpt.optim import LossScaler, OptimConfig, make_adamw
+from gpt.reader import TokenReader
+from gpt.runtime import MachineConfig, Runtime
+from gpt.shards import open_dataset
+from gpt.tokenizer import load_tokenizer, train_bpe
+
+LENGTH = 8  # steps of the runs below
+FLAGS = ("--max_steps", LENGTH, "--warmup_steps", 2, "--log_every", 1, "--eval_every", 4, "--save_every", 0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("training") / "data")
+
+
+@pytest.fixture(scope="module")
+def plain(data, tmp_path_factory):
+    """The run folder of LENGTH undisturbed steps, dropout 0.1."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    assert tiny(data, out).code == 0
+    return out
+
+
+def tiny(data, out, *flags):
+    """Train the preset tiny with dropout on FLAGS, as changed by `flags`."""
+    names = {name for name in flags if str(name).startswith("--")}
+    base = [
+        word for flag, value in zip(FLAGS[::2], FLAGS[1::2], strict=True) if flag not in names for word in (flag, value)
+    ]
+    dropout = () if "--dropout" in names else ("--dropout", "0.1")
+    return train_here("tiny", "--data", data, "--out", out, *base, *dropout, *flags)
+
+
+def losses(out, *names):
+    """Step -> the named numbers of its training record."""
+    return {r["step"]: [r[name] for name in names or ("loss", "grad_norm")] for r in metrics(out) if "loss" in r}
+
+
+def weights(out, step):
+    return sha256(out / f"step-{step:09d}/model.safetensors")
+
+
+# ---- one step
+
+
+class Recording:
+    """Stands in for an optimizer: keeps the gradients that it is given."""
+
+    def __init__(self, model):
+        self.model, self.param_groups = model, [{}]
+
+    def step(self):
+        self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+
+    def zero_grad(self, set_to_none):
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+
+@pytest.fixture
+def cpu():
+    """A Runtime in fp32 on one thread; torch's settings are put back afterwards."""
+    threads = torch.get_num_threads()
+    yield Runtime(MachineConfig(device="cpu", dtype="fp32", threads=1))
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+def gradients(model, batch, micro_batch_size, run):
+    optimizer = Recording(model)
+    numbers = train.train_step(model, optimizer, LossScaler("cpu", False), batch, 1e-3, 0.0, micro_batch_size, run)
+    return optimizer.gradients, numbers.tolist()
+
+
+def batch_with_ignored(block_size):
+    """8 windows, some of whose last targets do not count; with block_size 1 those count nothing at all."""
+    batch = torch.randint(257, (8, block_size + 1), generator=torch.Generator().manual_seed(5))
+    batch[[1, 4, 5], -1] = IGNORED
+    return batch
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 32])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_fault_032_micro_batches_with_unequal_token_counts_give_the_gradients_of_one(cpu, block_size, micro_batch_size):
+    model = tiny_model(block_size=32).train()
+    batch = batch_with_ignored(block_size)
+    whole, one = gradients(model, batch, 8, cpu)
+    parts, many = gradients(model, batch, micro_batch_size, cpu)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, atol=1e-6, rtol=0, msg=name)
+    assert many == pytest.approx(one, rel=1e-5)
+
+
+def test_fault_031_a_micro_batch_whose_targets_all_do_not_count_adds_nothing(cpu):
+    model = tiny_model().train()
+    batch = batch_with_ignored(1)
+    counted = batch[batch[:, -1] != IGNORED]
+    with_empty, one = gradients(model, batch, 1, cpu)
+    without, other = gradients(model, counted, 5, cpu)
+    for name, gradient in without.items():
+        torch.testing.assert_close(with_empty[name], gradient, atol=1e-6, rtol=0, msg=name)
+    assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_gradients_and_loss_are_those_of_the_mean_over_all_counted_targets(cpu):
+    model = tiny_model().train()
+    batch = batch_with_ignored(32)
+    found, (loss, norm, finite) = gradients(model, batch, 2, cpu)
+    x = model.ln_f(hidden(model, batch[:, :-1]))
+    logits = F.linear(x, model.token.weight[:257]).flatten(0, 1)
+    expected = F.cross_entropy(logits, batch[:, 1:].flatten(), ignore_index=IGNORED, reduction="mean")
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert norm == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in wanted)), rel=1e-4)
+    assert finite == 1.0
+    for (name, _), gradient in zip(model.named_parameters(), wanted, strict=True):
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def hidden(model, ids):
+    x = model.token(ids) + model.position(torch.arange(ids.shape[1]))
+    for block in model.blocks:
+        x = block(x)
+    return x
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_fault_028_029_a_non_finite_loss_or_gradient_changes_neither_weights_nor_moments(cpu, where):
+    model = tiny_model().train()
+    optimizer, scaler = make_adamw(model, OptimConfig()), LossScaler("cpu", False)
+    batch = torch.randint(257, (4, 33), generator=torch.Generator().manual_seed(5))
+    train.train_step(model, optimizer, scaler, batch, 1e-2, 1.0, 2, cpu)
+    before = [p.clone() for p in model.parameters()]
+    moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
+    if where == "loss":
+        model.register_forward_hook(lambda module, args, output: output * math.nan)
+    else:
+        model.ln_f.bias.register_hook(lambda gradient: gradient * math.inf)
+    loss, norm, finite = train.train_step(model, optimizer, scaler, batch, 1e-2, 1.0, 2, cpu).tolist()
+    assert finite == 0.0
+    assert math.isfinite(loss) == (where == "gradient")
+    assert not math.isfinite(norm)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    after = [value for state in optimizer.state.values() for value in state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(after, moments, strict=True))
+
+
+# ---- the numbers of a run
+
+
+def initial_model(config, tokenizer):
+    torch.manual_seed(config.seed)
+    return GPT(config.model, tokenizer.vocab_size)
+
+
+def test_the_first_logged_loss_is_the_mean_over_the_first_windows_by_hand(data, tmp_path):
+    out = tmp_path / "out"
+    assert tiny(data, out, "--dropout", 0, "--max_steps", 1, "--warmup_steps", 0).code == 0
+    config, _ = from_cli(train.TrainConfig, ["--data", str(data)], preset=train.PRESETS / "tiny.toml")
+    tokenizer = load_tokenizer("byte")
+    reader = TokenReader(open_dataset(data).splits["train"], tokenizer.vocab_size)
+    batch = torch.from_numpy(Windows(reader, config.model.block_size, config.seed).take(0, 8))
+    model = initial_model(config, tokenizer)
+    with torch.no_grad():
+        by_hand = [
+            F.cross_entropy(F.linear(model.ln_f(hidden(model, row[None, :-1])), model.token.weight[:257])[0], row[1:])
+            for row in batch
+        ]
+    assert losses(out)[1][0] == pytest.approx(torch.stack(by_hand).mean().item(), abs=2e-6)
+
+
+def test_the_validation_loss_is_that_of_transformers_over_the_same_windows(data, plain):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.GPT2LMHeadModel.from_pretrained(plain / "latest").eval()
+    shard = open_dataset(data).splits["val"][0]
+    ids = torch.from_numpy(np.fromfile(shard.path, dtype="<u2", offset=1024).astype(np.int64))
+    nats = 0.0
+    with torch.no_grad():
+        for first in range(0, len(ids) - 1, 32):
+            window = ids[first : first + 33]
+            logits = model(window[None, :-1]).logits[0]
+            nats += F.cross_entropy(logits.double(), window[1:], reduction="sum").item()
+    last = metrics(plain)[-1]
+    assert last["step"] == LENGTH
+    assert last["val_loss"] == pytest.approx(nats / (len(ids) - 1), abs=1e-5)
+    size = len(text_of(600, seed=1).encode("utf-8"))  # the validation text that make_data writes
+    assert last["val_bpb"] == pytest.approx(nats / math.log(2) / size, abs=1e-5)
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text_not_its_tokens(tmp_path):
+    tokenizer = train_bpe([text_of(4000)], 280)
+    folder = make_data(tmp_path / "data", tokenizer=tokenizer)
+    out = tmp_path / "out"
+    assert tiny(folder, out, "--max_steps", 2).code == 0
+    last, text = metrics(out)[-1], text_of(600, seed=1)
+    targets, size = len(tokenizer.encode(text)), len(text.encode("utf-8"))
+    assert targets < 0.9 * size
+    assert last["val_bpb"] == pytest.approx(last["val_loss"] * targets / math.log(2) / size, rel=1e-6)
+
+
+def test_the_metrics_have_the_fields_of_the_design(plain):
+    records = metrics(plain)
+    assert [r["step"] for r in records] == list(range(LENGTH + 1))
+    of_step = {"step", "tokens", "loss", "lr", "grad_norm", "tok_per_s", "mfu", "train_seconds"}
+    of_evaluation = {"val_loss", "val_bpb"}
+    for record in records:
+        names = of_step if record["step"] else {"step", "tokens"}
+        assert set(record) == (names | of_evaluation if record["step"] % 4 == 0 else names)
+        assert record["tokens"] == record["step"] * 8 * 32
+        assert all(isinstance(value, (int, float)) for value in record.values())
+    seconds = [r["train_seconds"] for r in records[1:]]
+    assert seconds == sorted(seconds)
+    assert all(r["tok_per_s"] > 0 and r["mfu"] > 0 for r in records[1:])
+
+
+def test_tokens_per_second_are_tokens_over_training_time(data, tmp_path):
+    out = tmp_path / "out"
+    tiny(data, out, "--log_every", 3, "--eval_every", 0, "--max_steps", 9)
+    records = [r for r in metrics(out) if "loss" in r]
+    before = {"tokens": 0, "train_seconds": 0.0}
+    for record in records:
+        speed = (record["tokens"] - before["tokens"]) / (record["train_seconds"] - before["train_seconds"])
+        assert record["tok_per_s"] == pytest.approx(speed, rel=0.05)  # the seconds are rounded to milliseconds
+        before = record
+
+
+def test_the_memory_line_names_its_four_parts(data, tmp_path):
+    said = tiny(data, tmp_path / "out", "--max_steps", 2).stderr
+    line = next(line for line in said.splitlines() if line.startswith("memory: "))
+    assert all(f"{part} " in line for part in ("weights", "gradients", "optimizer", "activations"))
+
+
+# ---- what must not matter
+
+
+@pytest.mark.parametrize(
+    "rhythm",
+    [
+        ("--eval_every", 0),
+        ("--eval_every", 3, "--eval_tokens", 64),
+        ("--save_every", 3, "--keep_last", 5),
+        ("--log_every", 3),
+        ("--sample_every", 2),
+        ("--micro_batch_size", 8, "--profile"),
+    ],
+)
+def test_fault_033_evaluating_saving_logging_and_sampling_leave_the_losses_bit_identical(data, plain, tmp_path, rhythm):
+    out = tmp_path / "out"
+    assert tiny(data, out, *rhythm).code == 0
+    expected, found = losses(plain), losses(out)
+    assert len(found) >= 2
+    assert found == {step: expected[step] for step in found}
+    assert weights(out, LENGTH) == weights(plain, LENGTH)
+
+
+def test_micro_batches_change_a_run_by_rounding_only(data, tmp_path):
+    for size in (1, 8):
+        assert tiny(data, tmp_path / str(size), "--dropout", 0, "--micro_batch_size", size).code == 0
+    one, eight = losses(tmp_path / "1"), losses(tmp_path / "8")
+    for step in eight:
+        assert one[step] == pytest.approx(eight[step], rel=1e-4)
+
+
+def test_the_same_command_gives_the_same_run_to_the_bit(data, plain, tmp_path):
+    tiny(data, tmp_path / "out")
+    assert fingerprint(tmp_path / "out", LENGTH) == fingerprint(plain, LENGTH)
+
+
+def test_another_seed_gives_another_run(data, plain, tmp_path):
+    tiny(data, tmp_path / "out", "--seed", 1)
+    assert all(losses(tmp_path / "out")[step] != losses(plain)[step] for step in range(1, LENGTH + 1))
+
+
+# ---- ends
+
+
+def test_fault_038_the_last_step_is_saved_between_intervals(tmp_path):
+    out = tmp_path / "out"
+    folder = make_data(tmp_path / "data", val_size=0)  # so that no new best is saved at the end
+    assert tiny(folder, out, "--max_steps", 7, "--save_every", 5).code == 0
+    assert step_names(out) == ["step-000000005", "step-000000007"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "steps"), [(("--max_tokens", 3 * 256 + 1), 4), (("--max_epochs", 0.2), 4), (("--max_steps", 3), 3)]
+)
+def test_fault_038_a_run_ends_at_the_first_limit_with_a_checkpoint(data, tmp_path, limit, steps):
+    out = tmp_path / "out"
+    windows = Windows(TokenReader(open_dataset(data).splits["train"], 257), 32, 0).per_epoch
+    assert math.ceil(0.2 * windows / 8) == 4
+    others = () if "--max_steps" in limit else ("--max_steps", 100)
+    assert tiny(data, out, *limit, *others, "--eval_every", 0).code == 0
+    assert step_names(out)[-1] == f"step-{steps:09d}"
+    assert metrics(out)[-1]["step"] == steps
+
+
+def test_max_minutes_ends_a_run_by_its_training_time_alone(data, tmp_path, monkeypatch):
+    clock = iter(range(10**9))
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(perf_counter=lambda: 10.0 * next(clock)))
+    out = tmp_path / "out"
+    run = tiny(data, out, "--max_minutes", 1.0, "--max_steps", 0, "--warmup_steps", 0, "--eval_every", 1)
+    assert run.code == 0
+    assert [r["step"] for r in metrics(out)] == list(range(7))  # every step takes ten seconds of this clock
+    assert metrics(out)[-1]["train_seconds"] == 60.0
+
+
+def test_patience_ends_a_run_that_no_longer_improves(data, tmp_path, monkeypatch):
+    values = iter([9.0, 5.0, 4.0, 4.5, 4.5, 3.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: (next(values), 1.0))
+    out = tmp_path / "out"
+    assert tiny(data, out, "--patience", 2, "--eval_every", 1).code == 0
+    assert metrics(out)[-1]["step"] == 4
+    assert (out / "best.txt").read_text().strip() == "step-000000002"
+
+
+def test_a_finished_run_has_nothing_to_do(data, plain):
+    before = sha256(plain / "metrics.jsonl")
+    run = tiny(data, plain)
+    assert (run.code, f"nothing to do: step {LENGTH} of {LENGTH}" in run.stdout) == (0, True)
+    assert sha256(plain / "metrics.jsonl") == before
+
+
+def at_step(monkeypatch, step, action):
+    """Do `action` in the middle of training step number `step` (from 0)."""
+    original = train.seed_step
+
+    def seed_step(seed, number):
+        if number == step:
+            action()
+        original(seed, number)
+
+    monkeypatch.setattr(train, "seed_step", seed_step)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_fault_070_a_signal_ends_with_75_and_the_same_command_continues_to_the_same_result(
+    data, plain, tmp_path, monkeypatch, number
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: signal.raise_signal(number))
+        run = tiny(data, out)
+    assert run.code == 75
+    assert "step 6" in run.last
+    assert step_names(out)[-1] == "step-000000006"
+    assert tiny(data, out).code == 0
+    assert fingerprint(out, LENGTH) == fingerprint(plain, LENGTH)
+
+
+def test_fault_071_a_signal_before_the_first_step_leaves_a_run_that_the_same_command_makes(
+    data, plain, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    original = train.evaluate
+
+    def evaluate(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", evaluate)
+        assert tiny(data, out).code == 75
+    assert tiny(data, out).code == 0
+    assert fingerprint(out, LENGTH) == fingerprint(plain, LENGTH)
+
+
+def test_fault_070_a_second_ctrl_c_interrupts_at_once_with_130(data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    at_step(monkeypatch, 5, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    run = tiny(data, out)
+    assert run.code == 130
+    assert "Traceback" not in run.stderr
+    assert json.loads((out / "exit.json").read_text())["code"] == 130
+
+
+def test_the_signal_handlers_are_put_back(data, tmp_path):
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    tiny(data, tmp_path / "out", "--max_steps", 2)
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+# ---- faults
+
+
+def poison(monkeypatch, step, factor=math.nan):
+    """Multiply the loss of training step number `step` (from 1), one micro-batch, by `factor`."""
+    original, calls = GPT.losses, iter(range(10**9))
+
+    def losses(self, x, targets):
+        found = original(self, x, targets)
+        return found * factor if self.training and next(calls) == step - 1 else found
+
+    monkeypatch.setattr(GPT, "losses", losses)
+
+
+@pytest.mark.parametrize("save_every", [1, 2, 5])
+def test_fault_028_a_nan_loss_is_exit_4_naming_the_step_and_the_data_and_nothing_of_it_is_saved(
+    data, plain, tmp_path, monkeypatch, save_every
+):
+    out = tmp_path / "out"
+    poison(monkeypatch, 6)
+    run = tiny(data, out, "--save_every", save_every, "--keep_last", 9, "--eval_every", 0)
+    assert run.code == 4
+    assert "step 6" in run.last
+    assert "loss nan" in run.last
+    windows = Windows(TokenReader(open_dataset(data).splits["train"], 257), 32, 1337)
+    assert windows.place(5 * 8) in run.last
+    saved = step_names(out)
+    assert saved[-1:] == [f"step-{5 // save_every * save_every:09d}"]
+    for name in saved:
+        assert all(torch.isfinite(value).all() for value in load_file(out / name / "model.safetensors").values())
+    exit_record = json.loads((out / "exit.json").read_text())
+    assert exit_record["code"] == 4
+    assert "step 6" in exit_record["reason"]
+
+
+def test_fault_028_the_weights_after_a_nan_loss_are_those_before_it(data, tmp_path, monkeypatch):
+    out, kept = tmp_path / "out", []
+    original = train.load_model
+
+    def load_model(*args):
+        model, base = original(*args)
+        kept.append(model)
+        return model, base
+
+    monkeypatch.setattr(train, "load_model", load_model)
+    poison(monkeypatch, LENGTH)  # the last step: no further one follows before it is noticed
+    assert tiny(data, out, "--save_every", 1, "--eval_every", 0).code == 4
+    saved = load_file(out / f"step-{LENGTH - 1:09d}/model.safetensors")
+    assert torch.equal(saved["transformer.wte.weight"], kept[0].token.weight[:257])
+    assert torch.equal(saved["transformer.ln_f.weight"], kept[0].ln_f.weight)
+    assert step_names(out)[-1] == f"step-{LENGTH - 1:09d}"
+
+
+def test_fault_029_a_resume_after_exit_4_goes_on_from_the_last_checkpoint(data, plain, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        poison(patch, 6)
+        assert tiny(data, out).code == 4
+    assert tiny(data, out).code == 0
+    assert not (out / "exit.json").exists()
+    assert fingerprint(out, LENGTH) == fingerprint(plain, LENGTH)
+
+
+def test_fault_030_a_batch_of_garbage_is_one_warning_naming_step_loss_and_mean(data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    poison(monkeypatch, 14, factor=10.0)
+    run = tiny(data, out, "--max_steps", 16, "--eval_every", 0, "--lr", 1e-5)
+    assert run.code == 0
+    [warning] = [line for line in run.stderr.splitlines() if line.startswith("warning: ")]
+    found = losses(out, "loss")
+    mean = sum(found[step][0] for step in range(1, 14)) / 13
+    assert warning == f"warning: loss spike at step 14: {found[14][0]:.1f}, mean {mean:.1f}"
+    assert found[14][0] == pytest.approx(10 * mean, rel=0.05)
+
+
+def test_a_validation_loss_that_is_not_finite_is_no_best_and_no_invalid_json(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *_: (math.nan, math.inf))
+    out = tmp_path / "out"
+    assert tiny(data, out, "--max_steps", 4).code == 0
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert records[-1]["val_loss"] is None
+    assert not (out / "best.txt").exists()
+
+
+@pytest.mark.parametrize("flags", [("--n_layer", 10**6), ("--n_embd", 2**31)])
+def test_fault_101_an_impossible_size_is_refused_with_its_bytes_before_any_allocation(
+    data, tmp_path, monkeypatch, flags
+):
+    monkeypatch.setattr(train, "GPT", None)
+    run = tiny(data, tmp_path / "out", *flags)
+    assert run.code == 2
+    assert str(flags[1]) in run.last
+    assert "bytes" in run.last
+    assert not (tmp_path / "out").exists()
+
+
+# ---- samples, profile, precision
+
+
+def test_sample_every_prints_text_of_the_model(data, tmp_path):
+    run = tiny(data, tmp_path / "out", "--sample_every", 4)
+    assert [line for line in run.stderr.splitlines() if line.startswith("--- sample")] == [
+        "--- sample at step 4",
+        "--- sample at step 8",
+    ]
+
+
+def test_profile_writes_a_chrome_trace_and_a_table(data, tmp_path):
+    out = tmp_path / "out"
+    run = tiny(data, out, "--profile")
+    trace = json.loads((out / "trace.json").read_text())
+    assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
+    assert "Self CPU" in run.stderr
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_shorter_types_train_nearly_as_fp32_does_and_save_fp32(data, plain, tmp_path, dtype):
+    out = tmp_path / "out"
+    assert tiny(data, out, "--dtype", dtype).code == 0
+    rough, fine = losses(out, "loss"), losses(plain, "loss")
+    assert all(rough[step] == pytest.approx(fine[step], abs=0.05) for step in fine)
+    assert rough != fine
+    saved = load_file(out / f"step-{LENGTH:09d}/model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+
+
+def test_fault_029_fp16_overflows_are_skipped_and_the_run_goes_on(data, tmp_path, monkeypatch):
+    class Large(LossScaler):
+        def __init__(self, *args, **keywords):
+            super().__init__(*args, **keywords)
+            self.scale.fill_(2.0**30)
+
+    monkeypatch.setattr(train, "LossScaler", Large)
+    out = tmp_path / "out"
+    assert tiny(data, out, "--dtype", "fp16", "--max_steps", 30, "--eval_every", 0).code == 0
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    norms = [json.loads(line, parse_constant=pytest.fail).get("grad_norm", 0.0) for line in lines]
+    assert norms[1] is None  # skipped
+    assert all(norm is not None for norm in norms[-3:])
+    state = json.loads((out / "step-000000030/training/state.json").read_text())
+    assert state["scaler"]["scale"] < 2.0**30
+
+
+def test_a_tiny_model_learns_a_sentence_by_heart(tmp_path):
+    sentence = "The gull cried once over the calm sea, and then there was silence. "
+    folder = make_data(tmp_path / "data", val_size=0)
+    ids = load_tokenizer("byte").encode(sentence * 40)
+    shard = open_dataset(folder).splits["train"][0]
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(ids)
+    shard.path.write_bytes(header.tobytes() + np.array(ids, dtype="<u2").tobytes())
+    (folder / "dataset.json").unlink()
+    out = tmp_path / "out"
+    flags = ("--tokenizer", "byte", "--max_steps", 150, "--n_embd", 64, "--block_size", 64, "--dropout", 0)
+    assert tiny(folder, out, *flags, "--lr", 5e-3, "--log_every", 50).code == 0
+    assert metrics(out)[-1]["loss"] < 0.2
+    model = gpt.load(out, device="cpu", dtype="fp32")
+    [[completion]] = model.generate([sentence[:20]], max_new_tokens=40, temperature=0)
+    assert completion.text == sentence[20:60]
+
+
+def test_training_without_a_validation_split_works(tmp_path):
+    folder = make_data(tmp_path / "data", val_size=0)
+    out = tmp_path / "out"
+    assert tiny(folder, out, "--max_steps", 3, "--eval_every", 1).code == 0
+    assert [set(r) & {"val_loss"} for r in metrics(out)] == [set()] * 3
+
+
+# ---- metrics on resume, wandb
+
+
+def test_metrics_beyond_the_checkpoint_and_a_torn_line_are_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(6)) + '{"step": 2, "lo')
+    cut_metrics(path, 3)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
+    cut_metrics(tmp_path / "absent", 3)
+
+
+class FakeRun:
+    def __init__(self, run_id, fails):
+        self.id, self.fails, self.logged, self.url = run_id or "fresh", fails, [], "https://wandb.test/run"
+
+    def log(self, values, step):
+        if self.fails:
+            raise ConnectionError("500 Server Error")
+        self.logged.append((step, values))
+
+    def finish(self):
+        if self.fails:
+            raise ConnectionError("gone")
+
+
+def fake_wandb(monkeypatch, fails_at=None):
+    """Put a stub in place of wandb; returns the runs that it starts, with what they were started with."""
+    started = []
+
+    def init(id, **keywords):
+        if fails_at == "init":
+            raise RuntimeError("api_key not configured (no-tty)")
+        started.append((FakeRun(id, fails_at == "log"), keywords))
+        return started[-1][0]
+
+    class Settings(types.SimpleNamespace):
+        init_timeout = login_timeout = 90
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=Settings))
+    return started
+
+
+@pytest.mark.parametrize("fails_at", ["import", "init", "log"])
+def test_fault_034_whatever_wandb_does_the_run_goes_on_with_one_warning(data, plain, tmp_path, monkeypatch, fails_at):
+    out = tmp_path / "out"
+    fake_wandb(monkeypatch, fails_at)
+    if fails_at == "import":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    run = tiny(data, out, "--wandb", "project")
+    assert run.code == 0
+    warnings = [line for line in run.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "wandb" in warnings[0]
+    assert fingerprint(out, LENGTH)["log"] == fingerprint(plain, LENGTH)["log"]
+
+
+def test_fault_034_wandb_gets_every_record_and_may_take_ten_seconds_to_start(data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    started = fake_wandb(monkeypatch)
+    assert "https://wandb.test/run" in tiny(data, out, "--wandb", "project").stderr
+    [(run, keywords)] = started
+    assert max(keywords["settings"].init_timeout, keywords["settings"].login_timeout) < 10
+    assert keywords["project"] == "project"
+    assert keywords["config"]["max_steps"] == LENGTH
+    assert [{"step": step, **values} for step, values in run.logged] == metrics(out)
+
+
+def test_fault_065_a_resumed_run_continues_its_wandb_run(data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    started = fake_wandb(monkeypatch)
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: signal.raise_signal(signal.SIGTERM))
+        assert tiny(data, out, "--wandb", "project").code == 75
+    started[0][0].id = "ignored"
+    assert tiny(data, out, "--wandb", "project").code == 0
+    assert [run.id for run, _ in started] == ["ignored", "fresh"]
+    assert started[1][1]["resume"] == "allow"
+    steps = [step for run, _ in started for step, _ in run.logged]
+    assert steps == sorted(set(steps)) == list(range(LENGTH + 1))
+
+
+def test_fault_034_wandb_offline_really_works_and_a_resume_keeps_the_run_id(data, tmp_path, processes):
+    pytest.importorskip("wandb")
+    out = tmp_path / "out"
+    env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_API_KEY": "0" * 40}
+    words = ("tiny", "--data", data, "--out", out, "--wandb", "project", "--warmup_steps", 0)
+    for steps in (2, 4):
+        run = processes.run("train.py", *words, "--max_steps", steps, env=env)
+        assert run.code == 0
+        assert "warning: wandb" not in run.stderr
+    ids = {path.name.rsplit("-", 1)[1] for path in (out / "wandb").glob("offline-run-*")}
+    state = json.loads((out / "step-000000004/training/state.json").read_text())
+    assert ids == {state["progress"]["wandb_id"]}
+    assert len(list((out / "wandb").glob("offline-run-*/*.wandb"))) == 2
+
+
+def test_fault_116_the_environment_does_not_reach_the_files_of_a_run(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "planted-secret")
+    out = tmp_path / "out"
+    fake_wandb(monkeypatch)
+    tiny(data, out, "--wandb", "project")
+    for path in Path(out).rglob("*"):
+        assert not path.is_file() or b"planted-secret" not in path.read_bytes()

@@ -1,0 +1,190 @@
+"""The shape of the code itself: who imports whom, what is never called, how long a file is."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = sorted((ROOT / "gpt").rglob("*.py"))
+SCRIPTS = [ROOT / "train.py", ROOT / "sample.py", *sorted((ROOT / "data").glob("*.py"))]
+PRODUCT = [*MODULES, *SCRIPTS]
+SCRIPT_NAMES = {path.stem for path in SCRIPTS}
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(path, at_import_only=False):
+    """Names of the modules that a file imports, `from gpt import x` as gpt.x where that is a file."""
+    found = set()
+    tree = tree_of(path)
+    nodes = at_top(tree) if at_import_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}:{node.lineno}: relative import"
+            within = {f"{node.module}.{alias.name}" for alias in node.names}
+            files = {name for name in within if (ROOT / (name.replace(".", "/") + ".py")).exists()}
+            found |= files
+            if len(files) < len(within):
+                found.add(node.module)
+    return found
+
+
+def at_top(tree):
+    """The nodes that run when the module is imported: everything outside functions."""
+    todo = list(tree.body)
+    while todo:
+        node = todo.pop()
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield node
+            todo += ast.iter_child_nodes(node)
+
+
+def graph(at_import_only=False):
+    """Module of gpt -> the modules of gpt that it imports."""
+    found = {}
+    for path in MODULES:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        found[name] = {other for other in imported(path, at_import_only) if other == "gpt" or other.startswith("gpt.")}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_gpt_never_imports_the_scripts(path):
+    assert not {name.split(".")[0] for name in imported(path)} & (SCRIPT_NAMES | {"data", "tests", "benchmarks"})
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [
+        ("gpt.errors", set()),
+        ("gpt.config", {"gpt.errors"}),
+        ("gpt.model", {"gpt.config"}),
+        ("gpt.data", {"gpt.errors"}),
+        ("gpt.optim", {"gpt.errors"}),
+        ("gpt.budget", set()),
+        ("gpt.shards", {"gpt.errors"}),
+        ("gpt.reader", {"gpt.errors", "gpt.shards"}),
+        ("gpt.runtime", {"gpt.data", "gpt.errors"}),
+        ("gpt.log", {"gpt.errors"}),
+        ("gpt.sampling", {"gpt.errors"}),
+    ],
+)
+def test_a_module_of_the_core_imports_only_what_lies_below_it(module, allowed):
+    assert graph()[module] <= allowed
+
+
+def test_the_imports_within_gpt_have_no_circle():
+    remaining = {module: set(others) for module, others in graph(at_import_only=True).items()}
+    while remaining:
+        free = {module for module, others in remaining.items() if not others & remaining.keys()}
+        assert free, f"a circle among {sorted(remaining)}"
+        remaining = {module: others for module, others in remaining.items() if module not in free}
+
+
+def test_the_search_for_circles_sees_the_imports():
+    found = graph(at_import_only=True)
+    assert "gpt.errors" in found["gpt.config"]
+    assert "gpt.config" in found["gpt.model"]
+    assert sum(map(len, found.values())) > 20
+
+
+def loaded_by(code):
+    """Names of the modules in sys.modules after `code` has run in a fresh process."""
+    code = f"{code}\nimport sys\nprint(' '.join(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def test_importing_gpt_loads_no_torch():
+    loaded = loaded_by("import gpt")
+    assert "gpt" in loaded
+    assert not loaded & {"torch", "wandb", "transformers"}
+
+
+def test_sample_imports_neither_wandb_nor_transformers():
+    loaded = loaded_by("import sample")
+    assert "torch" in loaded
+    assert not loaded & {"wandb", "transformers", "tokenizers", "gpt.log"}
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=name_of)
+def test_nothing_outside_the_tests_imports_transformers(path):
+    assert not {name.split(".")[0] for name in imported(path)} & {"transformers", "accelerate", "lightning"}
+
+
+# ---- what is never called
+
+FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "os.system", "os.popen"}
+FORBIDDEN_CALLS |= {"torch.distributed.checkpoint.load", "dcp.load", "yaml.load"}
+
+
+def dotted(node):
+    """`torch.load` for the expression that calls it, else ""."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and dotted(node.value):
+        return f"{dotted(node.value)}.{node.attr}"
+    return ""
+
+
+def dangers(path):
+    """Lines that read pickles, evaluate text or start a shell."""
+    found = [name for name in imported(path) if name.split(".")[0] in FORBIDDEN_MODULES]
+    for node in ast.walk(tree_of(path)):
+        if not isinstance(node, ast.Call):
+            continue
+        if dotted(node.func) in FORBIDDEN_CALLS:
+            found.append(f"line {node.lineno}: {dotted(node.func)}")
+        for keyword in node.keywords:
+            constant = isinstance(keyword.value, ast.Constant)
+            if keyword.arg in ("shell", "allow_pickle") and not (constant and keyword.value.value is False):
+                found.append(f"line {node.lineno}: {keyword.arg}")
+    return found
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=name_of)
+def test_fault_105_no_pickle_no_evaluation_no_shell(path):
+    assert dangers(path) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import torch\ntorch.load('x')",
+        "eval('1')",
+        "import numpy as np\nnp.load('x', allow_pickle=True)",
+        "import subprocess\nsubprocess.run('x', shell=flag)",
+        "import yaml\nyaml.load('x')",
+    ],
+)
+def test_fault_105_the_gate_finds_what_it_looks_for(tmp_path, line):
+    path = tmp_path / "bad.py"
+    path.write_text(line)
+    assert dangers(path)
+
+
+# ---- size
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=name_of)
+def test_no_file_is_longer_than_four_hundred_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=name_of)
+def test_every_file_begins_with_its_one_job(path):
+    assert ast.get_docstring(tree_of(path))

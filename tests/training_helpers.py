@@ -1,0 +1,287 @@
+"""For tests that train: data folders made on the spot, and train.py run here or in a process of its own."""
+
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import train
+from gpt.checkpoint import save_checkpoint, sealed
+from gpt.errors import run_main
+from gpt.model import GPT, ModelConfig
+from gpt.optim import OptimConfig, make_adamw
+from gpt.shards import ShardWriter, write_manifest
+from gpt.tokenizer import load_tokenizer, save_tokenizer
+
+ROOT = Path(train.__file__).parent
+# Pins what decides bits. One thread: two that wait for each other on a busy machine take ten times as long.
+QUICK = ("--dtype", "fp32", "--threads", "1", "--compile", "off", "--device", "cpu")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a command did: its exit code and what it wrote."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def last(self):
+        """The last line on stderr."""
+        return self.stderr.strip().splitlines()[-1] if self.stderr.strip() else ""
+
+
+def text_of(size, seed=0):
+    """`size` characters of words, the same for the same seed; some words are not ASCII."""
+    words = ["the", "sea", "was", "calm", "and", "a", "gull", "cried", "once", "naïve", "雨", "then", "silence.\n"]
+    choose = random.Random(seed)
+    text = ""
+    while len(text) < size:
+        text += choose.choice(words) + " "
+    return text[:size]
+
+
+def make_data(folder, train_size=4000, val_size=600, tokenizer="byte", shard_tokens=100_000, seed=0):
+    """A data folder of about so many characters per split (val_size 0: no validation); returns its path. `tokenizer`
+    is a name or a Tokenizer."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    splits = {}
+    for split, size in (("train", train_size), ("val", val_size)):
+        writer = ShardWriter(folder, split, dtype, shard_tokens)
+        if size:
+            text = text_of(size, seed if split == "train" else seed + 1)
+            ids = [tokenizer.eot, *tokenizer.encode(text)]
+            writer.write(ids, documents=1, source_bytes=len(text.encode("utf-8")))
+        splits[split] = writer.close()
+    save_tokenizer(tokenizer, folder)
+    write_manifest(folder, tokenizer.record, dtype, splits, {"inputs": ["made by a test"]})
+    return folder
+
+
+def tiny_model(vocab_size=257, n_layer=2, n_head=2, n_embd=16, block_size=32, seed=0):
+    """A GPT of a few thousand random weights, not all of them at their initial zeros and ones."""
+    torch.manual_seed(seed)
+    model = GPT(ModelConfig(n_layer, n_head, n_embd, block_size), vocab_size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        model.token.weight[vocab_size:] = 0
+    return model
+
+
+def optimizer_of(model, seed=0):
+    """AdamW for `model` after one step on random gradients, so that its state is there."""
+    torch.manual_seed(seed)
+    optimizer = make_adamw(model, OptimConfig())
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    optimizer.found_inf = torch.zeros(())
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
+
+
+def save_step(out, step, model=None, tokenizer=None):
+    """Save a step folder outside of any run; returns its path."""
+    tokenizer = tokenizer or load_tokenizer("byte")
+    model = model or tiny_model(tokenizer.vocab_size, seed=step)
+    state = {"progress": {"step": step}, "scaler": {}, "config": {"seed": 1}, "runtime": {}, "base": None}
+    return save_checkpoint(Path(out), step, model, optimizer_of(model), tokenizer, state, {"train": []}, "test")
+
+
+def rewrite_manifest(folder, **changes):
+    """Change a manifest and seal it again, as an attacker would."""
+    path = folder / "training/manifest.json"
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | changes)))
+
+
+def train_here(*args):
+    """`python train.py ARGS` inside this process: a Run. Quick where no process must die; QUICK is appended."""
+    return in_process(train.main, "train.py", *args, *missing(args))
+
+
+def in_process(main, name, *args):
+    """Run a script's `main` as `python NAME ARGS` would, and put torch's settings back afterwards."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    argv, threads = sys.argv, torch.get_num_threads()
+    sys.argv = [name, *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            run_main(main)
+    except SystemExit as stop:
+        return Run(stop.code, stdout.getvalue(), stderr.getvalue())
+    finally:
+        sys.argv = argv
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+
+
+def missing(args):
+    """The flags of QUICK that `args` does not give."""
+    pairs = zip(QUICK[::2], QUICK[1::2], strict=True)
+    return [word for flag, value in pairs if flag not in args for word in (flag, value)]
+
+
+def start_train(*args, env=None, python=()):
+    """`python train.py ARGS` in a process of its own: a Popen with both outputs as text."""
+    command = [sys.executable, *python, str(ROOT / "train.py"), *map(str, args), *missing(args)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=os.environ | (env or {}))
+
+
+def run_train(*args, env=None, python=(), timeout=120):
+    """`python train.py ARGS` in a process of its own, to its end: a Run."""
+    process = start_train(*args, env=env, python=python)
+    stdout, stderr = process.communicate(timeout=timeout)
+    return Run(process.returncode, stdout, stderr)
+
+
+def metrics(out):
+    """The records of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def fingerprint(out, step):
+    """What two runs that are the same to the bit agree in: sha256 of weights, of optimizer state, and of what was
+    logged (step, loss, grad_norm, lr, val_loss)."""
+    folder = Path(out) / f"step-{step:09d}"
+    names = ("step", "loss", "grad_norm", "lr", "val_loss")
+    logged = [[record.get(name) for name in names] for record in metrics(out)]
+    return {
+        "weights": sha256(folder / "model.safetensors"),
+        "optimizer": sha256(folder / "training/optimizer.safetensors"),
+        "log": logged,
+    }
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def snapshot(folder):
+    """Relative path -> (bytes, mtime) of every file below `folder`, links not followed."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            found[name] = (os.readlink(path), path.lstat().st_mtime_ns)
+        elif path.is_file():
+            found[name] = (path.read_bytes(), path.stat().st_mtime_ns)
+    return found
+
+
+def step_names(out):
+    """Names of the step folders of a run, in order."""
+    return sorted(path.name for path in Path(out).iterdir() if path.name.startswith("step-"))
+
+
+# ---- processes of their own, quickly: forked from one that has imported torch already
+
+
+class Processes:
+    """Starts train.py, sample.py or a function in fresh processes: each is forked from a server process that has
+    imported torch and nothing else has happened in, which takes a tenth of a second instead of four."""
+
+    def __init__(self, folder):
+        self.folder, self.started = Path(folder), 0
+        code = "import sys; sys.path[:0] = sys.argv[1:]; import training_helpers; training_helpers.serve()"
+        command, pipe = [sys.executable, "-c", code, str(ROOT), str(ROOT / "tests")], subprocess.PIPE
+        self.server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
+
+    def ask(self, **request):
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def start(self, *command, env=None, cwd=None, kill_step=0):
+        """Start `train.py ARGS` or `sample.py ARGS`, or `module.function ARGS`; returns a handle. A training process
+        kills itself with SIGKILL when it would make its step number `kill_step` (from 1)."""
+        self.started += 1
+        output = str(self.folder / f"output-{self.started}")
+        command = [str(word) for word in command]
+        command += missing(command) if command[0] == "train.py" else []
+        asked = {"command": command, "env": env or {}, "cwd": str(cwd or ROOT), "kill_step": kill_step}
+        return output, self.ask(**asked, output=output)["pid"]
+
+    def wait(self, handle):
+        """The Run of a started process, once it has ended; code -9 if it was killed."""
+        output, pid = handle
+        code = self.ask(wait=pid)["code"]
+        return Run(code, *(Path(f"{output}.{n}").read_text(encoding="utf-8") for n in (1, 2)))
+
+    def run(self, *command, **options):
+        return self.wait(self.start(*command, **options))
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait(timeout=30)
+
+
+def serve():
+    """Answer the requests of a Processes until stdin closes."""
+    importlib.import_module("torch._dynamo")  # the first optimizer step of every process would
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], 0)
+            answer = {"code": os.waitstatus_to_exitcode(status)}
+        else:
+            pid = os.fork()
+            if pid == 0:
+                become(**request)
+            answer = {"pid": pid}
+        print(json.dumps(answer), flush=True)
+
+
+def become(command, env, cwd, kill_step, output):
+    """Be the process that was asked for, to its end."""
+    for number in (1, 2):
+        os.dup2(os.open(f"{output}.{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
+    sys.stdin = open(os.devnull, encoding="utf-8")
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv, code = command, 1
+    if kill_step:
+        kill_at(kill_step)
+    try:
+        run_main(main_of(command))
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main_of(command):
+    module, name = command[0].rsplit(".", 1)
+    module = importlib.import_module(module)
+    return module.main if name == "py" else lambda: getattr(module, name)(*command[1:])
+
+
+def kill_at(step):
+    """Let this process die by SIGKILL instead of making its training step number `step`."""
+    original, made = train.train_step, iter(range(1, step))
+
+    def train_step(*args):
+        if next(made, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+
+    train.train_step = train_step
