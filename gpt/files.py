@@ -1,0 +1,148 @@
+"""Files and folders handled with care: durable writes, names from elsewhere, hashes, JSON, a lock on a run folder."""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import time
+
+from gpt.errors import IntegrityError, ResourceError, note
+
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
+
+JSON_LIMIT = 1 << 28  # bytes; the tokenizer.json of a vocabulary of 200,000 takes 15 MB
+LOCK = "lock"
+LOCKED_BYTE = 1 << 30  # where Windows locks: far behind the text, which must stay readable
+
+
+# ---- writing
+
+
+def write_durably(path, text):
+    """Replace a small file so that a reader sees the old or the new text, whatever happens. Raises OSError, and leaves
+    nothing half done."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n", opener=no_link) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def no_link(path, flags):
+    """The opener of `open` for files that we make: a link that somebody put there is refused, and nobody but the owner
+    may write to them."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o644)
+
+
+def sync_folder(folder):
+    if os.name == "nt":  # Windows has no such thing
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_tree(folder):
+    """Remove a folder of ours if it is there; a link is removed itself, never followed."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
+# ---- reading
+
+
+def is_folder(path):
+    """Whether there is a folder, for any text that a user may give: Path.is_dir raises for a name that is too long."""
+    return os.path.isdir(path)
+
+
+def inside(folder, name):
+    """`folder / name`, for a name read from a file. Raises IntegrityError unless it is a plain relative name."""
+    parts = name.split("/") if isinstance(name, str) else [""]
+    if any(part in ("", ".", "..") for part in parts) or re.search(r"[\\\x00]|^[A-Za-z]:", name):
+        raise IntegrityError(f"manifest path leaves its directory: {name!r} in {folder}; do not trust this folder")
+    return folder / name
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path):
+    """The object in a JSON file, or None if there is no such file. Raises IntegrityError if it holds something else or
+    is longer than JSON_LIMIT, ResourceError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(JSON_LIMIT + 1)
+        values = json.loads(data.decode("utf-8")) if len(data) <= JSON_LIMIT else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, RecursionError):
+        raise IntegrityError(f"{path}: not valid JSON; restore it") from None
+    except OSError as error:
+        raise ResourceError(f"{path}: {error.strerror}; make it readable") from None
+    if len(data) > JSON_LIMIT:
+        raise IntegrityError(f"{path}: {path.stat().st_size} bytes, at most {JSON_LIMIT} are read; restore it")
+    if not isinstance(values, dict):
+        raise IntegrityError(f"{path}: not a JSON object; restore it")
+    return values
+
+
+# ---- one program at a time
+
+
+@contextlib.contextmanager
+def lock_folder(folder):
+    """Within this context no other program that asks the same has `folder`. The system gives the lock back when this
+    process ends, however it does. Raises ResourceError, naming the holder, if another has it."""
+    path = folder / LOCK
+    try:
+        file = open(path, "a+b", buffering=0, opener=no_link)
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be opened ({error.strerror}); remove it or give another --out") from None
+    with contextlib.closing(file):
+        take_lock(file, folder)
+        write_holder(file, f"pid {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        try:
+            yield
+        finally:
+            write_holder(file, "")
+
+
+def take_lock(file, folder):
+    try:
+        if os.name == "nt":
+            file.seek(LOCKED_BYTE)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read(200).decode("utf-8", "replace").strip() or "another program"
+        raise ResourceError(f"{folder}: in use by {holder}; wait for it or give another --out") from None
+    except OSError as error:  # some network file systems have no locks
+        note("warning", f"{folder}: cannot be locked ({error.strerror}); take care not to start a second run in it")
+
+
+def write_holder(file, text):
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without it
+        file.truncate(0)
+        file.write(text.encode("utf-8", "replace"))

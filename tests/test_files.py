@@ -1,0 +1,205 @@
+"""Durable writes, JSON from elsewhere, and the lock on a run folder."""
+
+import errno
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_helpers import make_data, snapshot, train_here
+
+from gpt import files
+from gpt.errors import IntegrityError, ResourceError
+from gpt.files import is_folder, lock_folder, read_json, remove_tree, write_durably
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# ---- writing
+
+
+def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path):
+    path = tmp_path / "x.txt"
+    for text in ("first\nnaïve 雨", ""):
+        write_durably(path, text)
+        assert path.read_bytes() == text.encode("utf-8")
+    assert os.listdir(tmp_path) == ["x.txt"]
+
+
+def test_fault_042_the_order_is_write_sync_rename_sync_of_the_folder(tmp_path, monkeypatch):
+    seen = []
+
+    def watched(name, act):
+        def call(target, *more):
+            kind = stat.S_ISDIR(os.fstat(target).st_mode) if name == "fsync" else (tmp_path / "x").exists()
+            seen.append((name, kind))
+            return act(target, *more)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, watched(name, getattr(os, name)))
+    write_durably(tmp_path / "x", "text")
+    assert seen == [("fsync", False), ("replace", False), ("fsync", True)]
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_fault_041_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, name):
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, name, fail)
+    with pytest.raises(OSError, match="No space"):
+        write_durably(path, "new")
+    assert (os.listdir(tmp_path), path.read_text()) == (["x.txt"], "old")
+
+
+def test_fault_117_a_link_in_place_of_the_temporary_file_is_not_written_through(tmp_path):
+    (tmp_path / "target").write_text("mine")
+    (tmp_path / "x.tmp").symlink_to(tmp_path / "target")
+    with pytest.raises(OSError):
+        write_durably(tmp_path / "x", "new")
+    assert (tmp_path / "target").read_text() == "mine"
+    write_durably(tmp_path / "x", "new")  # the link has gone
+    assert (tmp_path / "x").read_text() == "new"
+
+
+def test_fault_117_files_are_for_their_owner_to_write(tmp_path):
+    mask = os.umask(0)
+    try:
+        write_durably(tmp_path / "x", "text")
+        with lock_folder(tmp_path):
+            modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("x", "lock")]
+    finally:
+        os.umask(mask)
+    assert [mode & 0o022 for mode in modes] == [0, 0]
+
+
+def test_a_link_to_a_folder_is_removed_and_the_folder_is_not(tmp_path):
+    (tmp_path / "kept" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    for name in ("link", "absent"):
+        remove_tree(tmp_path / name)
+    assert os.listdir(tmp_path) == ["kept"]
+    remove_tree(tmp_path / "kept")
+    assert os.listdir(tmp_path) == []
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize("data", [b"{", b"\xff{}", b"[1]", b"7", b"", b"[" * 100_000])
+def test_json_that_is_no_object_is_an_integrity_error(tmp_path, data):
+    path = tmp_path / "x.json"
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError, match=r"x\.json: not (valid JSON|a JSON object)"):
+        read_json(path)
+
+
+def test_json_is_read_up_to_a_limit_and_may_be_absent(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"a": "雨"}))
+    assert read_json(path) == {"a": "雨"}
+    assert read_json(tmp_path / "absent") is None
+    assert read_json(path / "below a file") is None
+    with pytest.raises(ResourceError, match="directory"):
+        read_json(tmp_path)
+    monkeypatch.setattr(files, "JSON_LIMIT", path.stat().st_size - 1)
+    with pytest.raises(IntegrityError, match=rf"{path.stat().st_size} bytes, at most"):
+        read_json(path)
+
+
+def test_fault_111_any_text_may_be_asked_for_as_a_folder(tmp_path):
+    assert is_folder(tmp_path)
+    assert not any(map(is_folder, ["x" * 5000, tmp_path / ("y" * 300), "nul\x00", "", tmp_path / "absent"]))
+
+
+# ---- the lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from gpt.errors import run_main
+from gpt.files import lock_folder
+def main():
+    with lock_folder(Path(sys.argv[1])):
+        print("held", flush=True)
+        sys.stdin.read()
+run_main(main)
+"""
+
+
+def start_holder(folder):
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the lock of tmp_path / "out"."""
+    (tmp_path / "out").mkdir()
+    process = start_holder(tmp_path / "out")
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_fault_039_a_second_program_in_a_folder_ends_with_5_naming_the_first(holder, tmp_path):
+    out = tmp_path / "out"
+    second = start_holder(out)
+    stdout, stderr = second.communicate(timeout=30)
+    assert (second.returncode, stdout) == (5, "")
+    said = (
+        rf"error: {out}: in use by pid {holder.pid} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d; wait for it or give "
+    )
+    assert re.match(said, stderr)
+
+
+def test_fault_039_a_second_run_changes_nothing_in_the_first_ones_folder(holder, tmp_path):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    (out / "exit.json").write_text("{}")
+    before = snapshot(out)
+    run = train_here("tiny", "--data", data, "--out", out, "--max_steps", 1, "--warmup_steps", 0)
+    assert run.code == 5
+    assert run.last.startswith(f"error: {out}: in use by pid {holder.pid} on ")
+    assert snapshot(out) == before
+
+
+def test_fault_039_the_lock_of_a_killed_program_is_free_and_that_of_one_that_ended_too(holder, tmp_path):
+    out = tmp_path / "out"
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    for _ in range(2):
+        third = start_holder(out)
+        assert third.stdout.readline() == "held\n"
+        assert f"pid {third.pid} on" in (out / "lock").read_text()
+        assert third.communicate("") == ("", "")
+        assert third.returncode == 0
+
+
+def test_fault_117_a_lock_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "target").write_text("mine")
+    (tmp_path / "lock").symlink_to(tmp_path / "target")
+    with pytest.raises(ResourceError, match=r"lock: cannot be opened .*; remove it"), lock_folder(tmp_path):
+        raise AssertionError("the lock was taken")
+    assert (tmp_path / "target").read_text() == "mine"
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+
+    def fail(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with lock_folder(tmp_path):
+        assert "No locks available" in capsys.readouterr().err
