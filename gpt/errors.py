@@ -1,7 +1,11 @@
 """The foreseen errors, one class per exit code, and the one place that turns them into a last line and a code."""
 
+import contextlib
+import errno
 import os
 import sys
+
+READER_GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF)
 
 
 class Error(Exception):
@@ -40,23 +44,72 @@ class Stopped(Error):
     code = 75
 
 
-def run_main(main):
+def run_main(main, quiet_pipe=True):
     """Run `main()` and exit with its code: a foreseen error ends in one `error:` line on stderr, any other keeps its
-    traceback (exit 1). A reader that closes the pipe ends the program quietly."""
+    traceback (exit 1). With `quiet_pipe` a reader that closes the pipe ends the program, and that is success."""
     try:
         code = main() or 0
-        sys.stdout.flush()
     except Error as error:
         code = error.code
-        label = "stopped" if isinstance(error, Stopped) else "error"
-        print(f"{label}: {printable(str(error))}", file=sys.stderr)
+        tell(f"{'stopped' if isinstance(error, Stopped) else 'error'}: {error}")
     except KeyboardInterrupt:
         code = 130
-        print("stopped: interrupted", file=sys.stderr)
+        tell("stopped: interrupted")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter's last flush must not fail too
+        if not quiet_pipe:
+            raise
         code = 0
+    flush_last(sys.stdout, harmless=BrokenPipeError)
+    flush_last(sys.stderr, harmless=OSError)
     sys.exit(code)
+
+
+def flush_last(stream, harmless):
+    """Flush before the interpreter does, which would make exit 120 of a `harmless` error."""
+    try:
+        if stream is not None and not stream.closed:
+            stream.flush()
+    except harmless:
+        silence(stream)
+
+
+# ---- telling the user
+
+
+def note(kind, text):
+    """Tell `text` in a line of its own: `kind` is "info" or "warning"."""
+    tell(f"{kind}: {text}")
+
+
+def tell(text):
+    """Print `text` on stderr, escaped, and beside the progress bars that are there; an error in that ends nothing."""
+    if sys.stderr is None:  # closed before the start: print would take stdout instead
+        return
+    tqdm = sys.modules.get("tqdm")  # not imported: no bars
+    beside = tqdm.tqdm.external_write_mode(file=sys.stderr, nolock=True) if tqdm else contextlib.nullcontext()
+    with unheard(sys.stderr), beside:
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def unheard(stream):
+    """Within this context it ends nothing that `stream` cannot be written to; one without a reader is silenced."""
+    try:
+        yield
+    except OSError as error:  # but a full disk may have room again, and a slow reader catch up
+        if error.errno in READER_GONE:
+            silence(stream)
+    except ValueError:
+        if not stream.closed:
+            raise
+
+
+def silence(stream):
+    """Let what is still written to `stream` vanish: neither that nor the interpreter's last flush must fail."""
+    with contextlib.suppress(OSError):  # not a file of the system
+        number, null = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, number)
+        os.close(null)
 
 
 def printable(text, keep="\n\t"):

@@ -9,40 +9,45 @@ import sys
 
 from tqdm import tqdm
 
-from gpt.errors import Error, printable
+from gpt.errors import Error, ResourceError, note, tell, unheard
+from gpt.files import no_link, write_durably
+from gpt.model import flops_per_token
+from gpt.runtime import peak_flops
 
 METRICS = "metrics.jsonl"
 WANDB_PATIENCE = 8  # seconds that each stage of a missing wandb service may cost
 
 
 class Log:
-    """Writes one record per logged step to metrics.jsonl, the terminal and wandb."""
+    """Writes one record per logged step to metrics.jsonl, the terminal and wandb; none of them ends the run by failing.
+    `step` is the last one whose record stays, -1 for none. Raises ResourceError if metrics.jsonl cannot be opened."""
 
     def __init__(self, out, step, total_steps, wandb_run=None):
-        self.path, self.wandb_run = out / METRICS, wandb_run
-        cut_metrics(self.path, step or -1)  # what stands before the first step is measured anew
-        self.file = open(self.path, "a", encoding="utf-8")
-        self.is_terminal = sys.stderr.isatty()
+        self.metrics, self.wandb_run = MetricsFile(out / METRICS, step), wandb_run
+        self.is_terminal = sys.stderr is not None and sys.stderr.isatty()
         self.bar = tqdm(
-            total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not self.is_terminal, leave=True
+            total=total_steps,
+            initial=max(step, 0),
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.is_terminal,
+            leave=True,
         )
 
     def advance(self, total_steps):
         """One more step is done; `total_steps` is the present estimate of the run's length."""
         self.bar.total = total_steps
-        self.bar.update()
+        with unheard(sys.stderr):
+            self.bar.update()
 
     def write(self, record, total_steps):
         """Record the numbers of one step: a dict with "step" first."""
-        self.file.write(json.dumps({name: finite_or_none(value) for name, value in record.items()}) + "\n")
-        self.file.flush()
-        text = describe(record, total_steps)
-        if not self.is_terminal:
-            print(text, file=sys.stderr, flush=True)
-        elif "val_loss" in record:
-            self.say(text)
-        if "loss" in record and self.is_terminal:
-            self.bar.set_postfix_str(short(record))
+        self.metrics.write(record)
+        if not self.is_terminal or "val_loss" in record:
+            tell(describe(record, total_steps))
+        if self.is_terminal and "loss" in record:
+            with unheard(sys.stderr):
+                self.bar.set_postfix_str(short(record))
         self.send(record)
 
     def send(self, record):
@@ -51,35 +56,89 @@ class Log:
         try:
             self.wandb_run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
         except Exception as error:  # whatever wandb raises, training goes on
-            self.say(f"warning: wandb stopped taking metrics: {error}")
+            note("warning", f"wandb stopped taking metrics: {error}")
             self.wandb_run = None
 
     def say(self, text):
         """Print a line or more beside the progress bar, on stderr."""
-        with self.bar.external_write_mode(file=sys.stderr):
-            print(printable(text), file=sys.stderr, flush=True)
+        tell(text)
 
     def sync(self):
-        """Put all metrics on the disk: before a checkpoint, so that they never lag behind one."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        """Put all metrics on the disk: before a checkpoint, so that they never lag behind one. Raises ResourceError."""
+        self.metrics.sync()
 
     def close(self):
-        self.bar.close()
-        self.file.close()
+        with unheard(sys.stderr):
+            self.bar.close()
+        self.metrics.close()
         if self.wandb_run is not None:
             with contextlib.suppress(Exception):  # as in send
                 self.wandb_run.finish()
+
+
+class MetricsFile:
+    """metrics.jsonl, a record a line. What the disk does not take is kept and written when it does."""
+
+    def __init__(self, path, step):
+        self.path, self.unwritten, self.told = path, bytearray(), False
+        try:
+            self.last_line = cut_metrics(path, step)  # of the file as it was opened
+            self.file = open(path, "ab", buffering=0, opener=no_link)
+        except OSError as error:
+            raise self.refused(error) from None
+
+    def refused(self, error):
+        return ResourceError(f"{self.path}: {error.strerror}; free some space or make it writable")
+
+    def write(self, record):
+        record = {name: finite_or_none(value) for name, value in record.items()}
+        try:
+            record = self.merged(record)
+            self.unwritten += (json.dumps(record) + "\n").encode()
+            self.flush()
+        except OSError as error:
+            if not self.told:
+                note("warning", f"{self.path}: {error.strerror}; what it lacks is kept until it can be written")
+            self.told = True
+
+    def merged(self, record):
+        """`record`, with the line of its step that an earlier process wrote before its evaluation was cut short; that
+        line is taken back."""
+        line, self.last_line = self.last_line, ""
+        if not line or json.loads(line)["step"] != record["step"]:
+            return record
+        self.file.truncate(self.file.tell() - len(line) - 1)
+        return json.loads(line) | record
+
+    def flush(self):
+        while self.unwritten:
+            del self.unwritten[: self.file.write(self.unwritten)]
+        self.told = False
+
+    def sync(self):
+        try:
+            self.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise self.refused(error) from None
+
+    def close(self):
+        try:
+            self.flush()
+        except OSError as error:
+            note("warning", f"{self.path}: {error.strerror}; its last {self.unwritten.count(10)} lines are lost")
+        self.file.close()
 
 
 class Recorder:
     """Turns the numbers of steps into records for a Log. The host reads them one step late, so that it never waits
     for the device; a step that was not finite ends the run there, before anything is saved."""
 
-    def __init__(self, log, log_every, progress, budget, scaler, windows, flops_per_token, peak):
+    def __init__(self, log, log_every, progress, budget, scaler, windows, run, model):
         self.log, self.log_every, self.progress, self.budget, self.scaler = log, log_every, progress, budget, scaler
-        self.windows, self.flops_per_token, self.peak = windows, flops_per_token, peak
-        self.pending, self.next_window = None, progress.windows_seen
+        self.windows, self.peak = windows, peak_flops(run.device, run.dtype)
+        self.flops_per_token = flops_per_token(model.config, model.vocab_size)
+        self.pending, self.record, self.next_window = None, None, progress.windows_seen
         self.recent = collections.deque(maxlen=100)  # finite losses
         self.logged_tokens, self.logged_seconds = progress.tokens, progress.train_seconds
 
@@ -91,17 +150,22 @@ class Recorder:
         self.next_window = self.progress.windows_seen
         self.log.advance(self.budget.total_steps(self.progress))
 
-    def read(self):
-        """Read the numbers of the last step; log them if it is time. Raises NonFiniteError."""
+    def read(self, always=False):
+        """Read the numbers of the last step and log them if it is time. `always` is for a step that is evaluated: they
+        are logged in any case, by `evaluated` or else by the next read. Raises NonFiniteError."""
         if self.pending is not None:
             record = self.take()
-            if record["step"] % self.log_every == 0:
-                self.write(record)
+            self.record = record if always or record["step"] % self.log_every == 0 else None
+        if self.record is not None and not always:
+            self.write(self.record)
+            self.record = None
 
     def evaluated(self, val_loss, val_bpb):
-        """Log an evaluation together with the numbers of the last step."""
-        record = {"step": self.progress.step, "tokens": self.progress.tokens} if self.pending is None else self.take()
+        """Log an evaluation together with the numbers of its step; returns whether it is a new best."""
+        record = self.record or {"step": self.progress.step, "tokens": self.progress.tokens}
+        self.record = None
         self.write(record | {"val_loss": val_loss, "val_bpb": val_bpb})
+        return self.progress.evaluated(val_loss)
 
     def take(self):
         (step, tokens, lr, numbers, first_window), self.pending = self.pending, None
@@ -114,7 +178,7 @@ class Recorder:
         """Warn of a loss far above the recent ones: twice their mean, and by a nat at least."""
         mean = sum(self.recent) / len(self.recent) if len(self.recent) >= 10 else math.inf
         if loss > max(2 * mean, mean + 1):
-            self.log.say(f"warning: loss spike at step {step}: {loss:.1f}, mean {mean:.1f}")
+            note("warning", f"loss spike at step {step}: {loss:.1f}, mean {mean:.1f}")
         if math.isfinite(loss):
             self.recent.append(loss)
 
@@ -131,20 +195,22 @@ class Recorder:
 
 def cut_metrics(path, step):
     """Drop the lines beyond `step`, and an unfinished last one: an interrupted run may have got further than its last
-    checkpoint."""
+    checkpoint. Returns the last line that stays, or ""."""
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+        return ""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # the last is empty, or torn
+    kept = [line for line in lines[:-1] if step_of(line) <= step]
+    if kept != lines[:-1] or lines[-1]:
+        write_durably(path, "".join(line + "\n" for line in kept))
+    return kept[-1] if kept else ""
+
+
+def step_of(line):
+    """The step of a line of metrics.jsonl; infinity if it is none."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def finite_or_none(value):
@@ -183,28 +249,29 @@ def start_wandb(project, run_id, name, out, config):
             project=project, id=run_id, name=name, dir=out, config=config, resume="allow", settings=settings
         )
     except Exception as error:  # whatever wandb raises, training goes on
-        print(f"warning: wandb is off: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        note("warning", f"wandb is off: {' '.join(str(error).split())}")
         return None
     if run.url:
-        print(f"info: metrics go to {run.url}", file=sys.stderr)
+        note("info", f"metrics go to {run.url}")
     return run
 
 
 @contextlib.contextmanager
 def exit_record(out):
-    """Leave the reason of a failure in `out/exit.json`: under torchrun the exit code alone says nothing."""
+    """Leave the reason of a failure, or of a stop, in `out/exit.json`: under torchrun the exit code alone says
+    nothing."""
     path = out / "exit.json"
     path.unlink(missing_ok=True)
     try:
         yield
-    except Error as error:
-        write_exit(path, error.code, str(error))
-        raise
-    except KeyboardInterrupt:
-        write_exit(path, 130, "interrupted")
+    except BaseException as error:
+        code, reason = code_and_reason(error)
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            write_durably(path, json.dumps({"code": code, "reason": reason}) + "\n")
         raise
 
 
-def write_exit(path, code, reason):
-    with contextlib.suppress(OSError):  # the first error is the one to report
-        path.write_text(json.dumps({"code": code, "reason": reason}) + "\n", encoding="utf-8")
+def code_and_reason(error):
+    if isinstance(error, Error):
+        return error.code, str(error)
+    return (130, "interrupted") if isinstance(error, KeyboardInterrupt) else (1, repr(error))

@@ -1,0 +1,159 @@
+"""Exit codes and lines on stderr, with readers that are there, gone, slow or full."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tqdm import tqdm
+
+from gpt.errors import note, tell, unheard
+
+ROOT = Path(__file__).resolve().parents[1]
+START = "import sys; from gpt.errors import *\n"
+
+
+@pytest.fixture
+def nobody():
+    """The writing end of a pipe that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+def run(code, **streams):
+    """What `code` does as a script: a CompletedProcess. Streams that are not given are captured."""
+    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+    return subprocess.run([sys.executable, "-c", START + code], cwd=ROOT, text=True, timeout=60, **given)
+
+
+# ---- readers that are gone
+
+
+TALK = "def main():\n    for n in range(3): note('warning', 'spoken')\n"
+
+
+def test_fault_036_notes_that_nobody_reads_end_nothing(nobody):
+    done = run(TALK + "    print('done')\nrun_main(main)", stderr=nobody)
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+def test_fault_036_an_error_that_nobody_reads_keeps_its_code(nobody):
+    for name, code in (("InputError", 2), ("ResourceError", 5), ("Stopped", 75)):
+        done = run(TALK + f"    raise {name}('x: y; z')\nrun_main(main)", stdout=nobody, stderr=nobody)
+        assert done.returncode == code
+
+
+def test_fault_036_what_is_written_past_our_own_functions_cannot_spoil_the_exit_code(nobody):
+    code = TALK + "    print('x', file=sys.stderr)\n    sys.stderr.write('no end of line')\nrun_main(main)"
+    assert run(code, stderr=nobody).returncode == 0
+
+
+@pytest.mark.parametrize(("words", "code"), [("", 0), (", quiet_pipe=False", 1)])
+def test_fault_093_a_reader_who_leaves_ends_a_program_that_writes_for_him_and_no_other(nobody, words, code):
+    script = f"def main():\n    for n in range(100_000): print(n)\nrun_main(main{words})"
+    done = run(script, stdout=nobody)
+    assert done.returncode == code
+    assert ("Traceback" in done.stderr) == bool(code)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # buffered, it is the last flush that fails
+@pytest.mark.parametrize("words", ["", ", quiet_pipe=False"])
+def test_fault_036_a_last_line_that_nobody_reads_is_no_failure(nobody, words, unbuffered):
+    code = f"def main():\n    with unheard(sys.stdout): print('nothing to do')\nrun_main(main{words})"
+    done = run(code, stdout=nobody, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_fault_036_a_stderr_closed_before_the_start_does_not_send_notes_to_stdout():
+    command = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, START + TALK + "    print('done')\nrun_main(main)"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+def test_a_stderr_that_the_program_closed_ends_nothing():
+    done = run("def main():\n    sys.stderr.close()\n    tell('x')\n    print('done')\nrun_main(main)")
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+# ---- full disks
+
+
+@pytest.fixture
+def full():
+    """A file on a disk that is full."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    with open("/dev/full", "w", encoding="utf-8") as file:
+        yield file
+
+
+def test_fault_037_notes_on_a_full_disk_end_nothing(full):
+    done = run(TALK + "    print('done')\nrun_main(main)", stderr=full)
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+def test_text_for_the_user_that_a_full_disk_lost_is_no_success(full):
+    assert run("def main():\n    print('text')\nrun_main(main)", stdout=full).returncode not in (0, 120)
+
+
+class Slow:
+    """A stream that once is not ready."""
+
+    closed, encoding = False, "utf-8"
+
+    def __init__(self):
+        self.written, self.refusals = [], 1
+
+    def write(self, text):
+        if self.refusals:
+            self.refusals -= 1
+            raise BlockingIOError(errno.EAGAIN, "try again")
+        self.written.append(text)
+
+    def flush(self):
+        """All is written."""
+
+
+def test_a_slow_reader_misses_a_line_and_gets_the_next(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Slow())
+    tell("first")
+    tell("second")
+    assert "".join(sys.stderr.written) == "second\n"
+
+
+def test_only_what_concerns_the_stream_is_forgiven():
+    with pytest.raises(ValueError, match="another"), unheard(sys.stderr):
+        raise ValueError("another")
+
+
+# ---- lines
+
+
+def test_fault_110_a_note_cannot_drive_the_terminal(capsys):
+    note("warning", "a\x1b[2J\u202eb\rc")
+    assert capsys.readouterr().err == "warning: a\\x1b[2J\\u202eb\\x0dc\n"
+
+
+def screen(text):
+    """The lines that a terminal shows after `text`, which may go back to the start of its line."""
+    lines, column = [""], 0
+    for character in text:
+        if character == "\n":
+            lines.append("")
+        elif character != "\r":
+            lines[-1] = lines[-1][:column] + character + lines[-1][column + 1 :]
+        column = 0 if character in "\r\n" else column + 1
+    return [line.rstrip() for line in lines]
+
+
+def test_a_note_stands_in_a_line_of_its_own_above_the_progress_bar(capsys):
+    with tqdm(total=10, file=sys.stderr, ncols=40) as bar:
+        bar.update(3)
+        note("info", "beside")
+        shown = screen(capsys.readouterr().err)
+    assert shown[-2] == "info: beside"
+    assert "3/10" in shown[-1]
