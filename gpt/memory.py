@@ -2,6 +2,7 @@
 
 import math
 import os
+from pathlib import Path
 
 import torch
 
@@ -11,31 +12,60 @@ GIB = 1024**3
 MIB = 1024**2
 USABLE = 0.6  # share of the free memory that a chosen micro-batch may fill
 MOST_CPU_TOKENS = 16384  # per micro-batch on a CPU: more gains nothing
+OWN_GROUPS = Path("/proc/self/cgroup")  # Linux's control groups: what bounds a container or a batch job
+GROUP_ROOT = Path("/sys/fs/cgroup")
 
 
-def estimate(model_config, vocab_size, micro_batch_size, dtype):
+def estimate(model_config, vocab_size, micro_batch_size, dtype, device):
     """Bytes of {"weights", "gradients", "optimizer", "activations"} in training: fp32 weights and AdamW, activations of
-    one micro-batch in `dtype`, dropout not counted."""
-    c, tokens = model_config.n_embd, micro_batch_size * model_config.block_size
-    parameters = vocab_size * c + model_config.block_size * c + model_config.n_layer * 12 * c * c
-    width = torch.finfo(dtype).bits // 8
-    per_layer = 14 * width * c + 2 * 4 * c  # products' inputs; the residual stream stays fp32
-    head = vocab_size * (width + 3 * 4)  # logits, their fp32 copy, log-softmax and gradient
+    one micro-batch in `dtype`, at their peak in the backward pass."""
+    parameters = count_parameters(model_config, vocab_size)
+    tokens = micro_batch_size * model_config.block_size
+    passing = 8 * vocab_size  # fp32 logits and their gradient
+    if keeps_scores(model_config, device):
+        passing = max(passing, 4 * model_config.n_head * model_config.block_size)  # gradients of one layer's scores
+    kept = kept_for_backward(model_config, vocab_size, micro_batch_size, dtype, device)
     return {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
         "optimizer": 8 * parameters,
-        "activations": tokens * (model_config.n_layer * per_layer + head),
+        "activations": kept + tokens * passing,
     }
+
+
+def count_parameters(config, vocab_size):
+    """Weights of the matrices; the vectors beside them are too few to count."""
+    return (vocab_size + config.block_size + 12 * config.n_layer * config.n_embd) * config.n_embd
+
+
+def kept_for_backward(config, vocab_size, micro_batch_size, dtype, device):
+    """Bytes that the forward pass over a micro-batch keeps for the backward pass."""
+    c, width = config.n_embd, torch.finfo(dtype).bits // 8
+    per_layer = 11 * width * c + 2 * 4 * c  # inputs of products and of GELU; of layer norms, which stay fp32
+    if keeps_scores(config, device):  # q, k, v in fp32, some of them twice; scores, the mask of dropout, their product
+        per_layer += 4 * 4 * c + 3 * 4 * config.n_head * config.block_size
+    else:
+        per_layer += 3 * width * c
+    if config.dropout:
+        per_layer += 2 * c * (1 if device.type == "cuda" else width)  # masks
+    per_token = config.n_layer * per_layer + (width + 4) * c + 4 * vocab_size  # layers, last layer norm, log-softmax
+    copies = 0 if dtype == torch.float32 else width * count_parameters(config, vocab_size)  # autocast's, of the weights
+    return micro_batch_size * config.block_size * per_token + copies
+
+
+def keeps_scores(config, device):
+    """Whether attention keeps its T x T matrices: off CUDA, torch's fused kernels know no dropout."""
+    return config.dropout > 0 and device.type != "cuda"
 
 
 def free_memory(device):
     """Bytes that can still be taken on `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    room = [limit - used for limit, used in group_limits()]
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return available_memory() or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 8 * GIB
+        room.append(available_memory() or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(room, default=8 * GIB)
 
 
 def available_memory():
@@ -49,18 +79,51 @@ def available_memory():
 
 
 def total_memory(device):
-    """Bytes that `device` has, or infinity where the system does not tell."""
+    """Bytes that `device` has for this process, or infinity where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    totals = [limit for limit, _ in group_limits()]
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return math.inf
+        totals.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(totals, default=math.inf)
+
+
+def group_limits():
+    """(limit, used) in bytes of each control group around this process that has a limit; page cache that can be dropped
+    is not counted as used."""
+    found = []
+    for folder, limit, used in control_groups():
+        try:
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cache = int(stat.get("total_inactive_file", stat["inactive_file"]))
+            found.append((int((folder / limit).read_text()), int((folder / used).read_text()) - cache))
+        except (OSError, KeyError, ValueError):  # not ours to see, or no limit: "max"
+            continue
+    return found
+
+
+def control_groups():
+    """(folder, name of its limit, name of its use) of this process's memory groups, from its own to the root."""
+    try:
+        lines = OWN_GROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds == "":
+            root, names = GROUP_ROOT, ("memory.max", "memory.current")
+        elif kinds == "memory":  # version 1
+            root, names = GROUP_ROOT / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        own = root / path.lstrip("/")
+        yield from ((folder, *names) for folder in (own, *own.parents) if folder.is_relative_to(root))
 
 
 def check_fits(model_config, vocab_size, device):
     """Raise InputError if the device has not even room for weights, gradients and optimizer; before any of it is
     made."""
-    needs = sum(estimate(model_config, vocab_size, 0, torch.float32).values())
+    needs = sum(estimate(model_config, vocab_size, 0, torch.float32, device).values())
     if needs > total_memory(device):
         raise InputError(
             f"a model of n_layer {model_config.n_layer}, n_embd {model_config.n_embd} needs {needs:,} bytes to train: "
@@ -74,7 +137,7 @@ def choose_micro_batch(model_config, vocab_size, global_batch_size, dtype, devic
     divisors = [n for n in range(global_batch_size, 0, -1) if global_batch_size % n == 0]
     for size in divisors:
         too_many = device.type == "cpu" and size * model_config.block_size > MOST_CPU_TOKENS
-        if not too_many and sum(estimate(model_config, vocab_size, size, dtype).values()) <= room:
+        if not too_many and sum(estimate(model_config, vocab_size, size, dtype, device).values()) <= room:
             return size
     return 1
 

@@ -3,8 +3,8 @@
 import contextlib
 import os
 import platform
+import re
 import signal
-import sys
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from gpt.data import mix
-from gpt.errors import InputError
+from gpt.errors import InputError, note, tell
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Dense bf16/fp16 tensor-core peaks in FLOP/s, by a part of the device's name. Source: NVIDIA's data sheets.
+# Dense bf16/fp16 tensor-core peaks in FLOP/s, by words of the device's name. Source: NVIDIA's data sheets.
 GPU_PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -57,6 +57,8 @@ class Runtime:
 
     def __init__(self, config):
         self.device = pick_device(config.device)
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # for kernels and streams that are not told a device
         self.dtype = pick_dtype(config.dtype, self.device)
         self.deterministic = config.deterministic or self.device.type == "cpu"
         set_threads(config.threads)
@@ -71,17 +73,20 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def ready(self, array):
-        """An int64 array as a tensor on the device; the copy to a GPU runs beside its work."""
+        """An int64 array as a tensor on the device; a copy to a GPU waits its turn there, and nobody waits for it."""
         tensor = torch.from_numpy(array)
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def compiles(self, setting, steps):
-        """Whether to compile a run of `steps` steps (None: unknown)."""
-        if setting == "auto":
-            return self.device.type == "cuda" and (steps is None or steps >= 500) and has_compiler()
-        return setting == "on"
+    def compiles(self, setting, steps, before=None):
+        """Whether to compile a run of `steps` steps. Left to choose, one that is continued goes on as it was: `before`
+        is its record of the machine."""
+        if setting != "auto":
+            return setting == "on"
+        if before is not None and before["device"] == device_name(self.device):
+            return before["compile"]
+        return self.device.type == "cuda" and steps >= 500 and has_compiler()
 
     def record(self, compiled, micro_batch_size):
         """What must agree for a run to repeat to the bit."""
@@ -119,10 +124,7 @@ def pick_device(name):
 
 def warn_about_cpu_torch():
     if torch.version.cuda is None and os.path.exists("/proc/driver/nvidia/version"):
-        print(
-            f"warning: an NVIDIA driver is here, but torch {torch.__version__} is a CPU build; see README, Install",
-            file=sys.stderr,
-        )
+        note("warning", f"an NVIDIA driver is here, but torch {torch.__version__} is a CPU build; see README, Install")
 
 
 def pick_dtype(name, device):
@@ -172,17 +174,18 @@ def seed_step(seed, step, rank=0):
     torch.manual_seed(int(mix(seed, step, rank)[0] >> np.uint64(1)))
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def peak_flops(device, dtype):
     """FLOP/s that the device can reach in this precision: a table for GPUs, measured for others; 0.0 if unknown."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((peak for part, peak in GPU_PEAKS.items() if part in name and dtype != torch.float32), 0.0)
+        return gpu_peak(torch.cuda.get_device_name(device)) if dtype != torch.float32 else 0.0
     return measured_flops(device, dtype) if device.type == "cpu" else 0.0
+
+
+def gpu_peak(name):
+    """FLOP/s of the GPU that torch calls `name`; 0.0 if unknown. Other chips bear some of these names with an addition:
+    "RTX 4090 Laptop GPU"."""
+    found = (peak for part, peak in GPU_PEAKS.items() if re.search(rf"\b{part}\b(?! (?:Ti|D|Laptop)\b)", name))
+    return next(found, 0.0)
 
 
 def measured_flops(device, dtype, too_long=0.05):
@@ -231,7 +234,7 @@ def profiler(trace_path):
 
     def report(profile):
         profile.export_chrome_trace(str(trace_path))
-        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20), file=sys.stderr)
+        tell(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
 
     schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
     return torch.profiler.profile(schedule=schedule, on_trace_ready=report)
