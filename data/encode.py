@@ -53,32 +53,33 @@ def units(parts, pattern, size=CHUNK_CHARACTERS):
 
     A document without a sure place to cut, or of an unknown pattern, stays whole."""
     cuts = CUTS.get(pattern_name(pattern))
-    held, length, starts = [], 0, False
+    held, length, starts, cut = [], 0, False, None  # cut: the last sure place in the joined `held`
     for part in parts:
         starts = starts or part.starts
-        before, length = length, length + len(part.text)
+        if cuts and not part.ends:
+            place = last_cut(cuts, held[-1][-1:] if held else "", part.text)
+            cut = cut if place is None else length + place
         held.append(part.text)
-        at = last_cut(cuts, held, before) if cuts and length >= size and not part.ends else None
-        if at is not None:
-            whole = "".join(held)
-            yield Unit(part.split, part.name, whole[:at], starts)
-            held, length, starts = [whole[at:]], len(whole) - at, False
-        elif part.ends:
+        length += len(part.text)
+        if part.ends:
             yield Unit(part.split, part.name, "".join(held), starts)
-            held, length, starts = [], 0, False
+            held, length, starts, cut = [], 0, False, None
+        elif cut and length >= size:
+            whole = "".join(held)
+            yield Unit(part.split, part.name, whole[:cut], starts)
+            held, length, starts, cut = [whole[cut:]], length - cut, False, None
 
 
-def last_cut(cuts, held, before):
-    """The last sure place in the joined `held`, or None. Only the newest text is searched, for the older has none, and
-    from its end; `before` characters precede it."""
-    newest = held[-1]
-    joint = (held[-2][-1:] if len(held) > 1 else "") + newest
+def last_cut(cuts, before, text):
+    """The last sure place in `text`, which follows the character `before`, or None; 0 is between the two. Searched from
+    the end."""
+    joint = before + text
     width = 1 << 10
     while True:
         start = max(0, len(joint) - width)
         places = [match.start() for match in cuts.finditer(joint, start + 1)]
         if places:
-            return before + places[-1] - (len(joint) - len(newest))
+            return places[-1] - len(before)
         if start == 0:
             return None
         width <<= 4

@@ -44,14 +44,19 @@ def gather(config, spool_folder):
         sources, said = sources + more, said | about
     val_survey = survey(read(val_sources, config.reading), fraction=0, keep_digests=True)
     found = survey(read(sources, config.reading), config.val_fraction, others=val_survey.digests)
-    for listed, counted in ((sources, found), (val_sources, val_survey)):
-        if listed and not counted.documents:
-            raise InputError(
-                f"{named(listed)}: no documents; {counted.empty_docs} were empty or white space, "
-                f"{counted.undecodable} not decodable"
-            )
+    require_documents(named(sources) or f"--corpus {config.corpus}", found)
+    if val_sources:
+        require_documents(named(val_sources), val_survey)
     split = choose_split(config.val_split, config.val_fraction, found, bool(config.val))
     return Corpus(config.reading, sources, val_sources, found, val_survey, split, said)
+
+
+def require_documents(names, counted):
+    if not counted.documents:
+        raise InputError(
+            f"{names}: no documents; {counted.empty_docs} were empty or white space, "
+            f"{counted.undecodable} not decodable"
+        )
 
 
 def named(sources):
@@ -63,5 +68,5 @@ def training_sample(corpus) -> Iterable[str]:
     """Texts of the training split to train a tokenizer on, at most about TRAINING_BYTES, chosen by their hash."""
     share = TRAINING_BYTES / max(corpus.survey.bytes, 1)
     for part in corpus.train_parts():
-        if part.split == "train" and (share >= 1 or chosen_by_hash(part.text, share)):
+        if part.split == "train" and (share >= 1 or chosen_by_hash(part.text, share, b"tokenizer")):
             yield part.text

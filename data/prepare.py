@@ -26,7 +26,7 @@ from gather import gather, training_sample
 from sources import Reading
 
 from gpt.config import from_cli, refuse
-from gpt.errors import InputError, run_main
+from gpt.errors import InputError, printable, run_main
 from gpt.shards import MANIFEST, ShardWriter, write_manifest, writing_failed
 from gpt.tokenizer import load_tokenizer, save_tokenizer
 
@@ -46,7 +46,8 @@ class PrepareConfig:
     url: str = ""
     """another address for the corpus shakespeare; the file must be the same"""
     tokenizer: str = "gpt2"
-    """gpt2 or another tiktoken name, byte, bpe:N (N ids trained on this text), x.tiktoken, or a folder with one"""
+    """gpt2 or another tiktoken name, byte, bpe:N (N ids trained on this text), x.tiktoken, or a folder with one (data,
+    run, checkpoint, Hugging Face)"""
     val: tuple[str, ...] = ()
     """files or folders to validate on, instead of a part of the input"""
     val_fraction: float = 0.05
@@ -60,7 +61,7 @@ class PrepareConfig:
     errors: Literal["strict", "replace", "skip"] = "strict"
     """text that is not in that encoding: stop, replace it by U+FFFD, or skip the document"""
     workers: int = 0
-    """processes; 0 = one per core"""
+    """processes; 0 = one per core; Windows takes at most 61"""
     shard_tokens: int = 100_000_000
     """ids per shard file"""
     dtype: Literal["auto", "uint16", "uint32"] = "auto"
@@ -155,24 +156,29 @@ def choose_dtype(asked, tokenizer):
 
 @contextlib.contextmanager
 def staging(out):
-    """A folder inside `out` to write in; while it is there, `out` is unfinished. Removed at the end, and `out` too if
-    it is new and has stayed empty. An earlier dataset is gone from here on, its manifest first."""
-    folder, is_new = out / STAGING, not out.exists()
+    """An empty folder inside `out` to write in. Removed at the end, together with the folders that were made for it and
+    have stayed empty; where publishing was cut short it stays, as the sign that `out` is unfinished."""
+    folder = out / STAGING
+    made = [path for path in (out, *out.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir():
-            remove(path)
-        for path in sorted(out.iterdir(), key=lambda path: path.name != MANIFEST):
-            if path != folder:
-                remove(path)
-    except OSError as error:
-        raise writing_failed(folder, error) from None
-    try:
+        make_empty(folder)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if is_new and not any(out.iterdir()):
-            out.rmdir()
+        others = {path.name for path in out.glob("*") if OURS.fullmatch(path.name)} - {STAGING}
+        if MANIFEST in others or not others:
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # of the first that is not empty
+            for path in made:
+                path.rmdir()
+
+
+def make_empty(folder):
+    try:
+        if os.path.lexists(folder):
+            remove(folder)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise writing_failed(folder, error) from None
 
 
 def remove(path):
@@ -191,7 +197,7 @@ def write_shards(config, corpus, tokenizer, dtype, folder):
     names = ("train",) if corpus.split.rule == "none" else ("train", "val")
     writers = {split: ShardWriter(folder, split, dtype, config.shard_tokens) for split in names}
     work = batches(units(corpus.all_parts(), tokenizer.pattern))
-    results = encoded(work, tokenizer, folder, config.workers or cores(corpus))
+    results = encoded(work, tokenizer, folder, worker_count(config.workers, corpus))
     total = corpus.survey.bytes + corpus.val_survey.bytes
     try:
         with contextlib.closing(results), tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
@@ -207,10 +213,15 @@ def write_shards(config, corpus, tokenizer, dtype, folder):
     return splits
 
 
-def cores(corpus):
-    """How many workers are worth their start: one per core, and per 4 MiB of text."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(available, 61, (corpus.survey.bytes + corpus.val_survey.bytes) >> 22))  # 61: Windows' limit
+def worker_count(asked, corpus):
+    """How many processes: those asked for, else as many as are worth their start, one per core and per 4 MiB of text;
+    on Windows, which cannot wait for more, at most 61."""
+    count = asked or max(1, min(cores(), (corpus.survey.bytes + corpus.val_survey.bytes) >> 22))
+    return min(count, 61) if sys.platform == "win32" else count
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_complete(splits, corpus, total):
@@ -225,12 +236,16 @@ def tally(entries, key):
 
 
 def publish(folder, out):
-    """Move everything, complete by now, from the staging folder to its place; the manifest goes last."""
+    """Put what is in the staging folder, complete by now, in the place of an earlier dataset, whose manifest goes first
+    as the new one comes last: no mixture of the two ever looks valid."""
     try:
+        for path in sorted(out.iterdir(), key=lambda path: path.name != MANIFEST):
+            if path != folder and OURS.fullmatch(path.name):
+                remove(path)
         for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
             os.replace(path, out / path.name)
     except OSError as error:
-        raise writing_failed(out / path.name, error) from None
+        raise writing_failed(out / MANIFEST, error) from None
 
 
 def source_of(config, corpus):
@@ -242,12 +257,12 @@ def source_of(config, corpus):
     split = {"rule": corpus.split.rule, "fraction": corpus.split.fraction, "cut": corpus.split.cut}
     overlap = {"files": corpus.survey.repeated, "hash": 0}.get(corpus.split.rule)  # documents in both splits
     options = {"field": config.field, "encoding": config.encoding, "errors": config.errors}
-    named_inputs = {"inputs": list(config.inputs), "val": list(config.val)}
-    return named_inputs | corpus.said | counts | {"split": split, "overlap": overlap, "options": options}
+    names = {"inputs": list(map(printable, config.inputs)), "val": list(map(printable, config.val))}
+    return names | corpus.said | counts | {"split": split, "overlap": overlap, "options": options}
 
 
 def summarise(config, corpus, tokenizer, splits, seconds):
-    counts = source_of(config, corpus)
+    counts, out = source_of(config, corpus), printable(config.out)
     print(
         f"documents: {counts['documents']:,} ({counts['empty_docs']:,} empty and {counts['undecodable']:,} undecodable "
         f"ones skipped, {counts['replaced']:,} characters replaced)"
@@ -262,8 +277,8 @@ def summarise(config, corpus, tokenizer, splits, seconds):
             f"note: {counts['bytes'] / 1e6:.1f} MB is little text for {tokenizer.vocab_size:,} ids; "
             "--tokenizer bpe:2048 or byte gives a better model"
         )
-    print(f"{config.out}: {counts['bytes'] / 1e6:,.1f} MB of text in {seconds:.1f} s")
-    print(f"next: python train.py PRESET --data {config.out}   (without PRESET it lists them)")
+    print(f"{out}: {counts['bytes'] / 1e6:,.1f} MB of text in {seconds:.1f} s")
+    print(f"next: python train.py PRESET --data {out}   (without PRESET it lists them)")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import contextlib
 import glob
 import gzip
 import io
-import json
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpt.errors import InputError, ResourceError
+from gpt.prompts import json_object
 
 BLOCK_BYTES = 1 << 16
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
@@ -62,22 +62,33 @@ class Reading:
 
 
 def expand(inputs, spool_folder):
-    """The sources that `inputs` name, in order, and the number of files in folders that were passed over.
+    """The sources that `inputs` name, in order, and the number of files (and linked folders) that were passed over in
+    folders.
 
-    Raises InputError for a name without file, a pipe, a device or a link that leads nowhere."""
+    Raises InputError for a name without file, a pipe, a device, a link that leads nowhere or an unreadable folder."""
     sources, skipped = [], 0
     for name in inputs:
         if name == "-":
             sources.append(Source("stdin", "text", spool=spool(sys.stdin.buffer, spool_folder)))
             continue
-        names = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
-        if not names:
-            raise InputError(f"{name}: no such file; give files, folders, globs, or - for stdin")
-        for found in names:
+        for found in matches(name):
             more, passed_over = folder_sources(found) if os.path.isdir(found) else ([file_source(found)], 0)
             sources += more
             skipped += passed_over
     return sources, skipped
+
+
+def matches(name):
+    """The files and folders that a name or pattern stands for, sorted. A pattern with ** stands for files alone, since
+    it finds what is in folders by itself."""
+    if os.path.lexists(name):
+        return [name]
+    found = sorted(set(glob.glob(name, recursive=True)))
+    if "**" in name:
+        found = [path for path in found if not os.path.isdir(path)]
+    if not found:
+        raise InputError(f"{name}: no such file; give files, folders, globs, or - for stdin")
+    return found
 
 
 def spool(stream, folder):
@@ -104,10 +115,12 @@ def plain_suffix(name):
 
 
 def folder_sources(folder):
-    """The sources in a folder and below, sorted by their path from there; hidden files are passed over."""
+    """The sources in a folder and below, sorted by their path from there; hidden files and linked folders are passed
+    over."""
     found, skipped = [], 0
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=refuse_folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        skipped += sum(os.path.islink(os.path.join(parent, name)) for name in folders)
         for name in files:
             path = Path(parent, name)
             if name.startswith(".") or plain_suffix(name) not in SUFFIXES or not path.is_file():
@@ -118,6 +131,10 @@ def folder_sources(folder):
     if not found:
         raise InputError(f"{folder}: no {', '.join(SUFFIXES)} files in it; give the files themselves")
     return [file_source(path) for path in found], skipped
+
+
+def refuse_folder(error):
+    raise InputError(f"{error.filename}: {error.strerror}; make it readable") from None
 
 
 # ---- reading
@@ -167,6 +184,8 @@ def text_pieces(source, file, reading):
 
 
 def jsonl_pieces(source, file, reading):
+    if "\n".encode(reading.encoding).removeprefix(codecs.BOM_UTF8) != b"\n":
+        raise InputError(f"{source.name}: lines cannot be told apart in {reading.encoding}; convert it to UTF-8")
     start = 0
     for number, line in enumerate(file, 1):
         name = f"{source.name}:{number}"
@@ -178,18 +197,9 @@ def jsonl_pieces(source, file, reading):
             yield Piece(name, "", True, True, readable=False)
             continue
         if text.strip():
-            found, surrogates = without_surrogates(field_of(text, reading.field, name))
+            line = json_object(text, reading.field, name, "correct the line, or give --field")
+            found, surrogates = without_surrogates(line[reading.field])
             yield Piece(name, found, True, True, surrogates + decoder.take_replaced())
-
-
-def field_of(line, field, name):
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not isinstance(found.get(field), str):
-        raise InputError(f'{name}: expected an object with string field "{field}"; correct the line, or give --field')
-    return found[field]
 
 
 def without_surrogates(text):

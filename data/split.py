@@ -87,9 +87,10 @@ def count(found, number, document, readable, fraction, others, keep_digests):
         found.digests.add(digest)
 
 
-def chosen_by_hash(text, fraction):
-    """Whether `text` is among the `fraction` of all texts that its hash chooses: equal texts always agree."""
-    return digest_below(hashlib.sha256(text.encode("utf-8")).digest()[:8], fraction)
+def chosen_by_hash(text, fraction, salt=b""):
+    """Whether `text` is among the `fraction` of all texts that its hash chooses: equal texts always agree. Choices for
+    different purposes need different salts to be independent."""
+    return digest_below(hashlib.sha256(salt + text.encode("utf-8")).digest()[:8], fraction)
 
 
 def digest_below(digest, fraction):

@@ -1,9 +1,7 @@
 """The data of a run, opened and checked: shards, tokenizer, training windows, validation set."""
 
-import sys
-
 from gpt.data import Windows, require_tokens, validation_batches
-from gpt.errors import InputError, printable
+from gpt.errors import InputError, tell
 from gpt.reader import TokenReader, Verifier
 from gpt.shards import open_dataset
 from gpt.tokenizer import load_tokenizer
@@ -17,7 +15,7 @@ class Corpus:
     def __init__(self, folder, foreign_tokenizer, verify, block_size, global_batch_size, seed):
         dataset = open_dataset(folder, foreign_tokenizer)
         if dataset.notice:
-            print(printable(dataset.notice), file=sys.stderr)
+            tell(dataset.notice)
         self.folder, self.block_size, self.record = folder, block_size, dataset.record
         self.tokenizer = self.open_tokenizer(dataset, foreign_tokenizer)
         vocab_size = self.tokenizer.vocab_size

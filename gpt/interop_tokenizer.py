@@ -44,10 +44,6 @@ class Vocabulary:
     special_tokens: dict
     end_of_text: str = END_OF_TEXT
 
-    @property
-    def size(self):
-        return max([*self.ranks.values(), *self.special_tokens.values()]) + 1
-
 
 def pattern_name(pattern):
     """The name in PATTERNS of a pattern in any known spelling, or None."""
@@ -68,6 +64,11 @@ BYTE_OF = {character: byte for byte, character in CHARACTER_OF.items()}
 def spelled(token):
     """spelled(b" the") -> "Ġthe" """
     return "".join(map(CHARACTER_OF.__getitem__, token))
+
+
+def unspelled(text):
+    """unspelled("Ġthe") -> b" the". Raises KeyError for a character that spells no byte."""
+    return bytes(map(BYTE_OF.__getitem__, text))
 
 
 # ---- writing
@@ -118,6 +119,7 @@ def config_of(vocabulary):
 
 
 def by_id(ids):
+    """The (token, id) pairs of a dictionary, in the order of their ids."""
     return sorted(ids.items(), key=lambda entry: entry[1])
 
 
@@ -189,15 +191,20 @@ def read_folder(folder):
     raise InputError(f"{folder}: no tokenizer in it; needs tokenizer.json, or vocab.json and merges.txt")
 
 
+def read_bytes(path):
+    try:
+        if path.stat().st_size > LIMIT_BYTES:
+            raise IntegrityError(f"{path}: {path.stat().st_size} bytes is no tokenizer; at most {LIMIT_BYTES} are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; make it readable") from None
+
+
 def read_json(path, missing=None):
     if missing is not None and not path.exists():
         return missing
     try:
-        if path.stat().st_size > LIMIT_BYTES:
-            raise IntegrityError(f"{path}: {path.stat().st_size} bytes is no tokenizer; at most {LIMIT_BYTES} are read")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; make it readable") from None
+        found = json.loads(read_bytes(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{path}: not JSON ({error}); restore it") from None
     if not isinstance(found, dict):
@@ -226,7 +233,7 @@ def from_vocab_and_merges(folder, config):
     name = eos_token(config)
     special_tokens = {name: vocab[name]} if name in vocab else {}
     ranks = ranks_of(path, vocab, special_tokens)
-    merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = read_bytes(folder / "merges.txt").decode("utf-8").splitlines()
     merges = [line for line in merges if line and not line.startswith("#version")]
     check_merges(folder / "merges.txt", ranks, merges, ignore_merges=False)
     return Vocabulary(folder.name, ranks, GPT2_PATTERNS[0], special_tokens, end_of_text(path, special_tokens, config))
@@ -278,7 +285,7 @@ def ranks_of(path, vocab, special_tokens):
             continue
         if not all(character in BYTE_OF for character in text):
             raise refused(path, f"vocabulary entry {text!r}, which is not spelled in bytes,")
-        ranks[bytes(BYTE_OF[character] for character in text)] = rank
+        ranks[unspelled(text)] = rank
     return ranks
 
 

@@ -22,7 +22,7 @@ def read_prompts(path):
         with open(path, "rb") as file:
             data = file.read(MOST_BYTES + 1)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; give a readable text or .jsonl file of prompts") from None
+        raise InputError(f"{path or '--prompts'}: {error.strerror}; give a readable text or .jsonl file") from None
     lines = decoded(data, path).split("\n")
     if not lines[-1]:
         lines.pop()  # the file's last line break begins no further prompt
@@ -36,13 +36,19 @@ def read_prompts(path):
     return prompts
 
 
-def from_json(line, where, number):
+def json_object(line, field, where, advice="correct the line"):
+    """The object on a line of JSON. Raises InputError unless it is one and has a string `field`."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
         value = None
-    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-        raise InputError(f'{where}: expected an object with string field "prompt"; correct the line')
+    if not isinstance(value, dict) or not isinstance(value.get(field), str):
+        raise InputError(f'{where}: expected an object with string field "{field}"; {advice}')
+    return value
+
+
+def from_json(line, where, number):
+    value = json_object(line, "prompt", where)
     prompt_id = value.get("id", number)
     if type(prompt_id) not in (int, str):
         raise InputError(f'{where}: field "id" must be a whole number or a string; correct the line')
@@ -69,5 +75,5 @@ def decoded(data, where):
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        at = f"invalid UTF-8 at byte {error.start} (0x{data[error.start]:02x})"
-        raise InputError(f"{where}: {at}; convert it to UTF-8") from None
+        place = error.start + len(data) - len(error.object)  # a byte order mark had been taken away
+        raise InputError(f"{where}: invalid UTF-8 at byte {place} (0x{data[place]:02x}); convert it to UTF-8") from None

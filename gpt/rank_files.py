@@ -10,10 +10,11 @@ import os
 from pathlib import Path
 
 import tiktoken
+import tiktoken.load
 
 from gpt.download import download
 from gpt.errors import InputError, IntegrityError, ResourceError
-from gpt.interop_tokenizer import Vocabulary, read_json
+from gpt.interop_tokenizer import Vocabulary, read_bytes, read_json
 
 LIMIT_BYTES = 1 << 26  # of a download; the largest has 3.6 MB
 
@@ -27,7 +28,7 @@ def read_rank_file(path):
                 f'{needed}: no such file; a rank file x.tiktoken needs x.json {{"pattern", "special_tokens"}}'
             )
     ranks = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
@@ -75,7 +76,7 @@ def rank_file(name, url, expected_hash=None):
     path = folder / hashlib.sha1(url.encode()).hexdigest() if folder else None
     damaged = False
     if path and path.exists():
-        data = path.read_bytes()
+        data = read_bytes(path)
         if expected_hash is None or hashlib.sha256(data).hexdigest() == expected_hash:
             return data
         damaged = True

@@ -7,10 +7,8 @@ process."""
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
-import re
 import threading
 import time
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt.errors import InputError, IntegrityError, ResourceError
+from gpt.files import inside, is_folder, sha256_of, write_durably
 
 FORMAT_VERSION = 1
 HEADER_BYTES = 256 * 4
@@ -130,14 +129,8 @@ def write_manifest(folder, tokenizer, dtype, splits, source):
         "splits": splits,
         "source": source,
     }
-    temporary = Path(folder) / f"{MANIFEST}.tmp"
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, Path(folder) / MANIFEST)
+        write_durably(Path(folder) / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise writing_failed(Path(folder) / MANIFEST, error) from None
 
@@ -186,7 +179,7 @@ def open_dataset(folder, foreign_tokenizer=""):
     `foreign_tokenizer` is the user's word on what a foreign folder was made with. Raises InputError for a folder that
     holds no shards, IntegrityError for one that is damaged."""
     folder = Path(folder)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise InputError(f"{folder}: no such data folder; make one with: python data/prepare.py INPUT --out {folder}")
     if (folder / MANIFEST).exists():
         return open_manifest(folder)
@@ -228,14 +221,6 @@ def listed_shard(folder, entry, dtype):
     return Shard(path, shard.offset, dtype, tokens, digest)
 
 
-def inside(folder, name):
-    """`folder / name`, for a name read from a file. Raises IntegrityError unless it is a plain relative name."""
-    parts = name.split("/") if isinstance(name, str) else [""]
-    if any(part in ("", ".", "..") for part in parts) or re.search(r"[\\\x00]|^[A-Za-z]:", name):
-        raise IntegrityError(f"manifest path leaves its directory: {name!r} in {folder}; do not trust this folder")
-    return folder / name
-
-
 def warn_unlisted(folder, splits):
     """One line about shard-like files that the manifest does not list, or nothing."""
     listed = {shard.path.name for shards in splits.values() for shard in shards}
@@ -250,7 +235,7 @@ def open_foreign(folder, tokenizer):
         raise InputError(f"{folder}: an unfinished data preparation; run it again")
     splits = {}
     for split in SPLITS:
-        paths = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".npy") and split in p.name)
+        paths = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".npy") and split_of(p.name) == split)
         splits[split] = tuple(foreign_shard(path, split) for path in paths)
     shards = [shard for found in splits.values() for shard in found]
     if not splits["train"]:
@@ -262,11 +247,16 @@ def open_foreign(folder, tokenizer):
     return Dataset(folder, splits, None, f"{folder}: no manifest; assuming {said}, {len(shards)} shards unhashed")
 
 
+def split_of(name):
+    """The split that a foreign file's name says, or None: "medieval_train_000.bin" -> "train"."""
+    return next((split for split in SPLITS if split in name), None)
+
+
 def foreign_shard(path, split):
     if path.suffix == ".npy":
         return npy_shard(path)
     if path.name == f"{split}.bin" and read_magic(path) not in DTYPES:
-        size = path.stat().st_size
+        size = size_of(path)
         if size % 2:
             raise IntegrityError(f"{path}: {size} bytes is no whole number of uint16 tokens (truncated?); restore it")
         return Shard(path, 0, "uint16", size // 2, None)
@@ -308,13 +298,17 @@ def check_header(path):
 
 
 def check_size(shard):
-    size, wanted = shard.path.stat().st_size, shard.offset + shard.tokens * np.dtype(shard.dtype).itemsize
+    size, wanted = size_of(shard.path), shard.offset + shard.tokens * np.dtype(shard.dtype).itemsize
     if size != wanted:
         raise IntegrityError(
             f"{shard.path}: {size} bytes, header says {wanted} ({'truncated' if size < wanted else 'too long'}?); "
             "re-run data preparation"
         )
     return shard
+
+
+def size_of(path):
+    return persist(path, os.stat, path).st_size
 
 
 # ---- reading by position
@@ -364,8 +358,3 @@ def persist(path, action, *args):
 def read_start(path, size):
     with contextlib.closing(PositionedFile(path)) as file:
         return file.read(0, size)
-
-
-def sha256_of(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,13 +12,15 @@ import tiktoken
 
 from gpt.errors import InputError, IntegrityError
 from gpt.interop_tokenizer import (
+    BYTE_OF,
     END_OF_TEXT,
     GPT2_PATTERNS,
     Vocabulary,
-    byte_alphabet,
+    by_id,
     pattern_name,
     read_folder,
     to_huggingface,
+    unspelled,
 )
 from gpt.rank_files import named_encoding, read_rank_file
 
@@ -53,8 +55,8 @@ class Tokenizer:
     def identity(self):
         """sha256 (hex) of the behaviour: the (bytes, id) list, the special tokens, the ids of the probe texts. The
         pattern's spelling does not count: tiktoken has changed gpt2's twice."""
-        parts = [f"{rank} {token.hex()}" for token, rank in sorted_ids(self.encoding._mergeable_ranks)]
-        parts += [f"{rank} special {text}" for text, rank in sorted_ids(self.encoding._special_tokens)]
+        parts = [f"{rank} {token.hex()}" for token, rank in by_id(self.encoding._mergeable_ranks)]
+        parts += [f"{rank} special {text}" for text, rank in by_id(self.encoding._special_tokens)]
         parts += [" ".join(map(str, self.encode(probe))) for probe in PROBES]
         return hashlib.sha256("\n".join(parts).encode("utf-8")).hexdigest()
 
@@ -114,16 +116,12 @@ class Tokenizer:
         return json.dumps(stored, ensure_ascii=False, indent=1), config
 
 
-def sorted_ids(ids):
-    return sorted(ids.items(), key=lambda entry: entry[1])
-
-
 # ---- loading
 
 
 def load_tokenizer(source, training_text=None):
     """The Tokenizer that `source` names: a tiktoken name, "byte", "bpe:N" (trained on the iterable `training_text`), a
-    `.tiktoken` rank file with its JSON beside it, or a data, checkpoint or Hugging Face folder.
+    `.tiktoken` rank file with its JSON beside it, or a data, run, checkpoint or Hugging Face folder.
 
     Raises InputError for what is none of these, or cannot be had; IntegrityError for a damaged file."""
     source = str(source)
@@ -136,8 +134,18 @@ def load_tokenizer(source, training_text=None):
     if source.endswith(".tiktoken"):
         return build(read_rank_file(Path(source)), source)
     if Path(source).is_dir():
-        return build(read_folder(source), source)
+        return build(read_folder(step_folder(Path(source))), source)
     raise InputError(f"no tokenizer named {source}; choices: {', '.join(choices())}, x.tiktoken, or a folder with one")
+
+
+def step_folder(folder):
+    """In a run folder the step folder that is its best, else its newest; any other folder itself."""
+    steps = {path.name: path for path in sorted(folder.glob("step-" + 9 * "[0-9]"))}
+    try:
+        best = (folder / "best.txt").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        best = ""
+    return steps.get(best) or next(reversed(steps.values()), folder)
 
 
 def choices():
@@ -206,11 +214,10 @@ def train_bpe(texts, size):
     trained = Trained(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=sorted(byte_alphabet().values()), show_progress=False, special_tokens=[]
+        vocab_size=size, initial_alphabet=sorted(BYTE_OF), show_progress=False, special_tokens=[]
     )
     trained.train_from_iterator(texts, trainer)
-    byte_of = {character: byte for byte, character in byte_alphabet().items()}
-    ranks = {bytes(byte_of[c] for c in text): rank for text, rank in trained.get_vocab().items()}
+    ranks = {unspelled(text): rank for text, rank in trained.get_vocab().items()}
     if len(ranks) < size:
         raise InputError(f"tokenizer bpe:{size}: the text yields only {len(ranks)} ids; use bpe:{len(ranks)} or fewer")
     return build(Vocabulary(f"bpe:{size}", ranks, GPT2_PATTERNS[0], {END_OF_TEXT: size}), f"bpe:{size}")

@@ -1,7 +1,9 @@
-"""Shared fixtures: the real GPT-2 tokenizer files and a small text, where this machine has them."""
+"""Shared fixtures: the real GPT-2 tokenizer files and a small text, where this machine has them; stand-ins."""
 
+import http.server
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,42 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def server():
+    """A loopback server: its address, and a dictionary of what it serves, path -> bytes or the address to go on to."""
+    files = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            found = files.get(self.path)
+            self.send_response({bytes: 200, str: 302}.get(type(found), 404))
+            if isinstance(found, str):
+                self.send_header("Location", found)
+            self.end_headers()
+            self.wfile.write(found if isinstance(found, bytes) else b"")
+
+        def log_message(self, *_args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}", files
+        running.shutdown()
+
+
+def scripted_forward(ids, eot=256):
+    """In place of GPT.forward: whatever the prompt, exactly these ids are chosen, then end-of-text for ever."""
+    import torch
+
+    choices = iter([*ids, *[eot] * 1000])
+
+    def forward(tokens, cache):
+        cache.advance(tokens.shape[1])
+        logits = torch.zeros(len(tokens), eot + 1)
+        if tokens.shape[1] == 1 and len(tokens) == len(cache.counts):
+            logits[:, next(choices)] = 50.0
+        return logits
+
+    return forward

@@ -1,16 +1,15 @@
 """Preparing data: documents in, shards out, against tiktoken on the whole text."""
 
 import gzip
-import http.server
 import io
 import itertools
+import os
 import random
-import threading
 
 import pytest
 import tiktoken
 from corpora import SHAKESPEARE_BYTES, shakespeare, standard_library
-from encode import CUTS, units
+from encode import CUTS, encoded, units
 from prepare_helpers import ALPHABET, EOT, checksums, documents_of, ids_of, rows, run, write
 from sources import Reading, read
 from split import Part
@@ -91,6 +90,19 @@ def test_a_cut_is_never_made_for_an_unknown_pattern():
     assert set(CUTS) == set(PATTERNS)
 
 
+def test_a_document_is_cut_where_it_last_could_be_even_if_that_was_long_ago():
+    read = []
+
+    def parts():
+        for text in itertools.chain(["a b", " c"], itertools.repeat("x" * 100, 50)):
+            read.append(text)
+            yield Part("train", "x", text, len(read) == 1, False)
+
+    made = units(parts(), PATTERNS["gpt2"][0], size=1000)
+    assert next(made).text == "a b"
+    assert len("".join(read)) < 1200
+
+
 def test_a_long_document_is_the_same_whatever_the_size_of_its_blocks(tmp_path, monkeypatch):
     text = "".join(random.Random(2).choices(ALPHABET, k=3000))
     source = write(tmp_path / "x.txt", text)
@@ -135,6 +147,16 @@ def test_a_bpe_sees_a_bounded_sample_of_the_text(tmp_path, monkeypatch):
     half = len(seen) // 2
     assert 10_000 < sum(map(len, seen[:half])) < 30_000
     assert seen[:half] == seen[half:]
+
+
+def test_a_bpes_sample_and_the_validation_split_are_chosen_apart(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("gather.TRAINING_BYTES", 3_000)  # a smaller share of the text than is validated on
+    monkeypatch.setattr("gpt.tokenizer.train_bpe", lambda texts, size: seen.extend(texts) or load_tokenizer("byte"))
+    source = write(tmp_path / "x.jsonl", rows(*(f"{n:09d} " * 10 for n in range(1000))))
+    run(tmp_path / "out", source, tokenizer="bpe:300", val_split="hash", val_fraction=0.2)
+    assert 1_000 < sum(map(len, seen)) < 6_000
+    assert set(seen) <= set(documents_of(tmp_path / "out"))
 
 
 # ---- the split
@@ -229,6 +251,60 @@ def test_bad_input_leaves_the_earlier_dataset_alone(tmp_path):
     assert checksums(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("failure", [InputError("x"), ResourceError("x"), KeyboardInterrupt()])
+def test_a_failure_while_writing_leaves_the_earlier_dataset_alone(tmp_path, monkeypatch, failure):
+    out = tmp_path / "out"
+    run(out, write(tmp_path / "x.txt", "some words " * 100), shard_tokens=100)
+    before = checksums(out)
+
+    def failing(*arguments):
+        yield from itertools.islice(encoded(*arguments), 1)
+        assert checksums(out / "prepare.tmp")  # something had been written
+        raise failure
+
+    monkeypatch.setattr("prepare.encoded", failing)
+    with pytest.raises(type(failure)):
+        run(out, write(tmp_path / "y.txt", "other words " * 30_000), shard_tokens=100)
+    assert checksums(out) == before
+    assert open_dataset(out)
+
+
+def test_publishing_that_is_cut_short_leaves_no_manifest_and_a_rerun_repairs(tmp_path, monkeypatch):
+    out, source = tmp_path / "out", write(tmp_path / "x.txt", "some words")
+    run(out, source, val_fraction=0)
+    before, replace = checksums(out), os.replace
+
+    def cut_short(source, target):
+        if str(target) == str(out / "train_000000.bin"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            run(out, source, val_fraction=0)
+    assert not (out / "dataset.json").exists()
+    run(out, source, val_fraction=0)
+    assert checksums(out) == before
+
+
+def test_a_file_that_came_into_the_folder_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    out, source = tmp_path / "out", write(tmp_path / "x.txt", "some words")
+    monkeypatch.setattr("prepare.check_complete", lambda *_: write(out / "notes.txt", "precious"))
+    run(out, source)
+    assert (out / "notes.txt").read_text() == "precious"
+
+
+def test_a_failure_leaves_no_new_folders_behind(tmp_path, monkeypatch):
+    source = write(tmp_path / "x.txt", "some words")
+    monkeypatch.setattr("prepare.encoded", lambda *_: (1 / 0 for _ in "x"))
+    (tmp_path / "old").mkdir()
+    for out in (tmp_path / "new" / "deep" / "out", tmp_path / "old" / "out"):
+        with pytest.raises(ZeroDivisionError):
+            run(out, source)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["old", "x.txt"]
+
+
 # ---- built-in corpora
 
 
@@ -263,26 +339,6 @@ def test_this_interpreters_standard_library_has_its_modules_and_no_tests():
     names = {source.path.name for source in sources}
     assert {"argparse.py", "dataclasses.py"} <= names and "test_argparse.py" not in names
     assert said["files"] == len(sources) > 400
-
-
-@pytest.fixture
-def server():
-    """A loopback server; its address, and a dictionary path -> bytes that it serves."""
-    files = {}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200 if self.path in files else 404)
-            self.end_headers()
-            self.wfile.write(files.get(self.path, b""))
-
-        def log_message(self, *_args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}", files
-        running.shutdown()
 
 
 def test_shakespeare_is_downloaded_checked_and_prepared(tmp_path, server, tinyshakespeare):

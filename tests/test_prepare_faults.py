@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -10,12 +11,16 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiktoken
 from conftest import ROOT
 from encode import Unit, encoded
+from prepare import worker_count
 from prepare_helpers import ALPHABET, EOT, checksums, documents_of, ids_of, rows, run, script, write
+from split import Survey
 
 from gpt.errors import InputError, ResourceError
 from gpt.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
@@ -59,6 +64,13 @@ def test_fault_002_no_documents(tmp_path, data):
     assert not (tmp_path / "out").exists()
 
 
+def test_fault_002_a_built_in_corpus_without_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr("corpora.standard_library", lambda: ([], {}))
+    with pytest.raises(InputError, match="--corpus stdlib: no documents"):
+        run(tmp_path / "out", corpus="stdlib", val_fraction=0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_fault_003_empty_documents_are_counted_and_get_no_end_of_text(tmp_path):
     source = write(tmp_path / "x.jsonl", rows("", "a", " \n", "b"))
     write(tmp_path / "blank.txt", " " * 200_000)
@@ -91,6 +103,21 @@ def test_fault_005_marks_line_ends_nul_and_surrogates(tmp_path):
     wide = write(tmp_path / "c.txt", "wide é", encoding="utf-16")
     run(tmp_path / "out", wide, encoding="utf-16", val_fraction=0)
     assert documents_of(tmp_path / "out") == ["wide é"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "cp037"])
+def test_fault_005_jsonl_in_an_encoding_that_hides_its_line_breaks_is_refused(tmp_path, encoding):
+    lines = write(tmp_path / "x.jsonl", rows("\u0a0a"), encoding=encoding)
+    with pytest.raises(InputError, match=rf"x\.jsonl: lines cannot be told apart in {encoding}; convert it to UTF-8"):
+        run(tmp_path / "out", lines, encoding=encoding)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "latin-1", "shift_jis", "gb18030"])
+def test_jsonl_in_an_encoding_that_keeps_line_breaks_is_read(tmp_path, encoding):
+    text = "é" if encoding == "latin-1" else "日本"
+    lines = write(tmp_path / "x.jsonl", f'{{"text": "{text}"}}\n{{"text": "b"}}\n', encoding=encoding)
+    run(tmp_path / "out", lines, encoding=encoding, val_fraction=0)
+    assert documents_of(tmp_path / "out") == [text, "b"]
 
 
 def test_fault_006_end_of_text_in_a_document_is_ordinary(tmp_path):
@@ -128,7 +155,7 @@ def test_fault_010_a_large_vocabulary_needs_uint32(tmp_path, monkeypatch):
         run(tmp_path / "other", source, dtype="uint16")
 
 
-def test_fault_011_killed_at_any_time_leaves_no_manifest_and_a_rerun_repairs(tmp_path):
+def test_fault_011_killed_at_any_time_leaves_a_whole_dataset_or_no_manifest_and_a_rerun_repairs(tmp_path):
     source = write(tmp_path / "x.txt", "some words and more of them " * 60_000)
     arguments = (source, "--out", tmp_path / "out", "--tokenizer", "byte", "--shard_tokens", "50000", "--workers", "2")
     wanted = None
@@ -138,10 +165,11 @@ def test_fault_011_killed_at_any_time_leaves_no_manifest_and_a_rerun_repairs(tmp
             time.sleep(delay)
             process.kill()
         process.communicate(timeout=60)
-        if process.returncode == 0:
-            wanted = wanted or checksums(tmp_path / "out")
-            assert checksums(tmp_path / "out") == wanted
-        elif not (tmp_path / "out" / "dataset.json").exists():
+        if (tmp_path / "out" / "dataset.json").exists():
+            found = checksums(tmp_path / "out", but="" if process.returncode == 0 else "prepare.tmp")
+            wanted = wanted or found
+            assert found == wanted
+        else:
             names = {path.name for path in (tmp_path / "out").glob("*")}
             assert not names or "prepare.tmp" in names
     assert process.returncode == 0
@@ -182,6 +210,16 @@ def test_fault_013_a_worker_that_is_killed_ends_the_job(tmp_path):
         list(encoded(endless(), None, tmp_path, workers=2))
 
 
+def test_windows_gets_no_more_workers_than_it_can_wait_for(monkeypatch):
+    corpus = SimpleNamespace(survey=Survey(bytes=1 << 40), val_survey=Survey())
+    monkeypatch.setattr("prepare.cores", lambda: 128)
+    found = {}
+    for platform in ("linux", "win32"):
+        monkeypatch.setattr("sys.platform", platform)
+        found[platform] = [worker_count(asked, corpus) for asked in (0, 1, 61, 100)]
+    assert found == {"linux": [128, 1, 61, 100], "win32": [61, 1, 61, 61]}
+
+
 def test_fault_014_the_same_bytes_with_any_number_of_workers(tmp_path):
     draw = random.Random(1)
     texts = ["".join(draw.choices(ALPHABET, k=draw.randrange(1, 3000))) for _ in range(300)]
@@ -217,6 +255,60 @@ def test_folders_and_globs_expand_in_sorted_order(tmp_path):
     assert documents_of(tmp_path / "out") == ["B.txt", "a.txt", "b/10.txt", "b/2.txt"]
     run(tmp_path / "out", tmp_path / "in" / "**" / "*.txt", val_fraction=0)
     assert sorted(documents_of(tmp_path / "out")) == ["B.txt", "a.txt", "b/10.txt", "b/2.txt"]
+
+
+@pytest.mark.parametrize("pattern", ["**", "**/*", "**/**/*", "*", "../in/*"])
+def test_a_pattern_reads_no_file_twice(tmp_path, monkeypatch, pattern):
+    for name in ("b/c/2.txt", "b/10.txt", "a.txt"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "in" / name, name)
+    monkeypatch.chdir(tmp_path / "in")
+    run(tmp_path / "out", pattern, val_fraction=0)
+    assert sorted(documents_of(tmp_path / "out")) == ["a.txt", "b/10.txt", "b/c/2.txt"]
+
+
+def test_a_pattern_of_folders_alone_that_means_files_is_refused(tmp_path):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    with pytest.raises(InputError, match="no such file"):
+        run(tmp_path / "out", tmp_path / "in" / "**")
+
+
+def test_a_linked_folder_is_counted_as_passed_over(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "in" / "a.txt", "a")
+    write(tmp_path / "elsewhere" / "b.txt", "b")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    manifest = run(tmp_path / "out", tmp_path / "in", val_fraction=0)
+    assert documents_of(tmp_path / "out") == ["a"]
+    assert manifest["source"]["files_passed_over"] == 1
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "in" / "locked").mkdir(parents=True)
+    write(tmp_path / "in" / "a.txt", "a")
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", refusing)
+    with pytest.raises(InputError, match="locked: Permission denied; make it readable"):
+        run(tmp_path / "out", tmp_path / "in")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs file names that are any bytes")
+def test_fault_100_file_names_that_are_not_utf8_are_read_and_recorded_escaped(tmp_path):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 \x1b.txt")
+    write(Path(name), "text")
+    process = script(name, "--val", name, "--out", name + ".out", "--tokenizer", "byte")
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    source = json.loads((Path(name + ".out") / "dataset.json").read_text(encoding="utf-8"))["source"]
+    assert source["inputs"] == source["val"] == [f"{tmp_path}/caf\\udce9 \\x1b.txt"]
+    assert "caf\\udce9 \\x1b.txt.out" in out
 
 
 def test_a_damaged_gzip_file_is_refused(tmp_path):

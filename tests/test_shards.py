@@ -397,6 +397,18 @@ def test_the_public_fineweb_shards_are_read_in_the_order_of_their_names(tmp_path
     assert np.array_equal(TokenReader(opened.splits["val"], 50257).read(0, 50), ids[:50])
 
 
+def test_a_training_file_with_val_in_its_name_is_no_validation_file(tmp_path):
+    llm_c(tmp_path / "medieval_train_000.bin", ids_of(100))
+    assert [shard.path.name for shard in open_dataset(tmp_path).splits["train"]] == ["medieval_train_000.bin"]
+    assert open_dataset(tmp_path).splits["val"] == ()
+    llm_c(tmp_path / "medieval_val_000.bin", ids_of(60))
+    opened = open_dataset(tmp_path)
+    assert [[s.path.name for s in opened.splits[split]] for split in ("train", "val")] == [
+        ["medieval_train_000.bin"],
+        ["medieval_val_000.bin"],
+    ]
+
+
 def test_nanogpts_headerless_files_are_read_once_the_tokenizer_is_named(tmp_path):
     ids = ids_of(700)
     ids.astype(np.uint16).tofile(tmp_path / "train.bin")
@@ -458,6 +470,14 @@ def test_foreign_uint32_shards_need_a_named_tokenizer(tmp_path):
         open_dataset(tmp_path)
     reader = TokenReader(open_dataset(tmp_path, "cl100k_base").splits["train"], 100277)
     assert np.array_equal(reader.read(0, 100), ids_of(100, 90000))
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "y" * 300, "\x00"])
+def test_fault_111_a_name_that_no_folder_can_have_is_exit_2(tmp_path, name):
+    run = train_here("tiny", "--data", name, "--out", tmp_path / "out")
+    assert run.code == 2
+    assert "no such data folder" in run.last
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_shards_is_refused_saying_why(tmp_path):
@@ -562,6 +582,29 @@ def test_verification_that_cannot_read_is_exit_5(tmp_path, monkeypatch):
     verifier.start()
     with pytest.raises(ResourceError, match=r"train_000000.bin.*No such file"):
         verifier.wait()
+
+
+@pytest.mark.parametrize("error", [MemoryError("no memory"), ValueError("a bug"), OSError(errno.EMFILE, "too many")])
+def test_fault_019_whatever_ends_the_verification_early_ends_the_run_too(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    shards = open_dataset(dataset(tmp_path / "d", train=ids_of(900))).splits["train"]
+    monkeypatch.setattr("gpt.reader.verify", fail)
+    verifier = Verifier(shards, 50257)
+    verifier.start()
+    for check in (verifier.wait, verifier.check):
+        with pytest.raises(type(error)) as caught:
+            check()
+        assert caught.value is error
+
+
+def test_a_shard_deleted_while_it_is_verified_is_exit_5(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "RETRY_SECONDS", 0)
+    shard = open_dataset(dataset(tmp_path / "d", train=ids_of(900))).splits["train"][0]
+    monkeypatch.setattr("gpt.reader.ids_of", lambda *_: shard.path.unlink())
+    with pytest.raises(ResourceError, match=r"train_000000.bin.*No such file"):
+        verify(shard, 50257)
 
 
 def test_the_record_for_checkpoints_names_tokens_and_hash_of_every_shard(tmp_path):

@@ -1,20 +1,14 @@
 """The tokenizer against tiktoken, tokenizers and transformers; what it stores, refuses and survives."""
 
 import base64
-import hashlib
-import http.server
-import io
 import json
 import random
 import shutil
-import threading
 
 import pytest
 import tiktoken
-import tiktoken.load
 
-from gpt.download import download
-from gpt.errors import InputError, IntegrityError, ResourceError
+from gpt.errors import InputError, IntegrityError
 from gpt.interop_tokenizer import CL100K_PATTERNS, GPT2_PATTERNS, O200K_PATTERNS, spelled
 from gpt.tokenizer import PROBES, load_tokenizer, save_tokenizer, train_bpe
 
@@ -269,6 +263,27 @@ def test_malformed_tokenizer_files_are_refused(tmp_path):
             load_tokenizer(tmp_path)
 
 
+def test_tokenizer_files_that_cannot_be_read_are_refused_naming_them(tmp_path, monkeypatch):
+    rank_file = write_rank_file(tmp_path, byte_ranks())
+    folder, cache = tmp_path / "folder", tmp_path / "cache"
+    (folder / "merges.txt").mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({"<|endoftext|>": 0}))
+    with pytest.raises(InputError, match=r"merges\.txt: Is a directory; make it readable"):
+        load_tokenizer(folder)
+    (cache / GPT2_FILES[0]).mkdir(parents=True)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    with pytest.raises(InputError, match=f"{GPT2_FILES[0]}: Is a directory; make it readable"):
+        load_tokenizer("gpt2")
+
+    def refused(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refused)
+    with pytest.raises(InputError, match=r"x\.tiktoken: Permission denied; make it readable"):
+        load_tokenizer(rank_file)
+
+
 def test_fault_115_a_vocabulary_lacking_single_bytes_is_refused(tmp_path):
     ranks = byte_ranks()
     del ranks[b"\xff"]
@@ -298,106 +313,21 @@ def test_an_unknown_name_lists_the_choices():
         load_tokenizer("gtp2")
 
 
-# ---- tiktoken's files
+# ---- run folders
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    """Name look-ups fail, and tiktoken has loaded nothing yet."""
-
-    def fail(*_args, **_kwargs):
-        raise OSError("network is unreachable")
-
-    monkeypatch.setattr("socket.getaddrinfo", fail)
-    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
-
-
-def test_fault_008_a_damaged_tokenizer_file_is_never_used_nor_deleted(bpe_cache, tmp_path, monkeypatch, no_network):
-    name = GPT2_FILES[0]
-    data = (bpe_cache / name).read_bytes()
-    (tmp_path / name).write_bytes(data[:-10])
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    expected = hashlib.sha256(data).hexdigest()
-    with pytest.raises(
-        IntegrityError, match=rf"{name}: sha256 mismatch \(expected {expected}\); restore it or go online"
-    ):
-        load_tokenizer("gpt2")
-    assert (tmp_path / name).read_bytes() == data[:-10]
-
-
-def test_fault_009_no_cache_and_no_network_names_the_file_and_its_place(tmp_path, monkeypatch, no_network):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    original = tiktoken.load.read_file_cached
-    with pytest.raises(InputError) as failure:
-        load_tokenizer("gpt2")
-    assert "vocab.bpe" in str(failure.value)
-    assert str(tmp_path / GPT2_FILES[0]) in str(failure.value)
-    assert tiktoken.load.read_file_cached is original
-
-
-def test_a_name_look_up_that_hangs_is_given_up(tmp_path, monkeypatch, no_network):
-    released = threading.Event()
-
-    def hang(*_args, **_kwargs):
-        released.wait(60)
-        raise OSError
-
-    monkeypatch.setattr("gpt.download.CONNECT_SECONDS", 0.1)
-    monkeypatch.setattr("socket.getaddrinfo", hang)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    with pytest.raises(InputError, match="no answer in"):
-        load_tokenizer("gpt2")
-    released.set()
-
-
-def test_a_downloaded_file_is_kept_for_the_next_time(gpt2, bpe_cache, tmp_path, monkeypatch, no_network):
-    copy = {name: (bpe_cache / name).read_bytes() for name in GPT2_FILES}
-
-    def answer(url, file, sha256, limit):
-        file.write(copy[hashlib.sha1(url.encode()).hexdigest()])
-
-    monkeypatch.setattr("gpt.rank_files.download", answer)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
-    assert load_tokenizer("gpt2").identity == gpt2.identity
-    assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == copy
-
-
-# ---- downloads
-
-
-@pytest.fixture
-def server():
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(404 if self.path == "/absent" else 302 if self.path == "/away" else 200)
-            if self.path == "/away":
-                self.send_header("Location", "ftp://127.0.0.1/x")
-            self.end_headers()
-            self.wfile.write(b"hello")
-
-        def log_message(self, *_args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-
-
-def test_fault_114_downloads_are_https_of_bounded_size_with_the_pinned_sha256(server):
-    file = io.BytesIO()
-    download(f"{server}/x", file, hashlib.sha256(b"hello").hexdigest(), limit=5)
-    assert file.getvalue() == b"hello"
-    with pytest.raises(IntegrityError, match="more than the 4 bytes"):
-        download(f"{server}/x", io.BytesIO(), limit=4)
-    with pytest.raises(IntegrityError, match="sha256 mismatch"):
-        download(f"{server}/x", io.BytesIO(), sha256="0" * 64)
-    for url in ("http://example.com/x", "file:///etc/hostname", "ftp://127.0.0.1/x"):
-        with pytest.raises(InputError, match="not an https address"):
-            download(url, io.BytesIO())
-    for path in ("absent", "away"):
-        with pytest.raises(ResourceError, match=f"download failed: {server}/{path}"):
-            download(f"{server}/{path}", io.BytesIO())
+def test_a_run_folder_stands_for_its_best_else_its_newest_checkpoint(small, tmp_path):
+    for step, tokenizer in ((1, load_tokenizer("byte")), (2, small), (10, load_tokenizer("byte"))):
+        (tmp_path / f"step-{step:09d}").mkdir()
+        save_tokenizer(tokenizer, tmp_path / f"step-{step:09d}")
+    (tmp_path / "step-000000099.tmp").mkdir()
+    (tmp_path / "best.txt").write_text("step-000000002\n")
+    assert load_tokenizer(tmp_path).identity == small.identity
+    for pointer in ("", "step-000000003", "../elsewhere", "step-000000099.tmp"):
+        (tmp_path / "best.txt").write_text(pointer)
+        assert load_tokenizer(tmp_path).name == "byte"
+    (tmp_path / "best.txt").unlink()
+    assert load_tokenizer(tmp_path).name == "byte"
 
 
 def test_the_alphabet_of_bytes_is_hugging_faces():
