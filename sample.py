@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from gpt.config import fields, flatten, from_cli, refuse
-from gpt.errors import InputError, ResourceError, printable, run_main
+from gpt.errors import InputError, ResourceError, printable, run_main, silence
 from gpt.generate import GenerationParams, TextGenerator
 from gpt.prompts import Prompt, from_flag, read_prompts, read_stdin
 from gpt.runtime import set_threads
@@ -69,8 +69,6 @@ class SampleConfig:
         problems = self.generation.problems()
         if self.machine.threads < 0:
             problems.append(f"threads {self.machine.threads} must be 0 or more")
-        if self.source.prompt and self.source.prompts:
-            problems.append("--prompt and --prompts exclude each other")
         if self.generation.logprobs and not self.as_jsonl:
             problems.append("--logprobs is for JSONL: add --out FILE or --prompts FILE")
         if self.as_jsonl and (self.destination.stream == "on" or self.destination.raw):
@@ -97,7 +95,9 @@ def main():
 
 
 def prompts_of(config, given):
-    if config.source.prompts:
+    if {"prompt", "prompts"} <= given:
+        raise InputError("settings: --prompt and --prompts exclude each other; give one of them")
+    if "prompts" in given:
         return read_prompts(config.source.prompts)
     return [Prompt(1, from_flag(config.source.prompt) if "prompt" in given else read_stdin())]
 
@@ -116,38 +116,54 @@ def check_writable(out, prompts):
 
 
 def show(generator, prompt, params, destination):
-    """Print prompt and text of each sample, SEPARATOR between them: as they grow, or each when it is finished. What an
-    interrupt cuts short is printed too."""
+    """Print prompt and text of each sample: as they grow, or each when it is finished. What an interrupt cuts short is
+    printed too."""
     terminal = sys.stdout.isatty()
     live = destination.stream == "on" or (destination.stream == "auto" and terminal)
-    pending, current = [""] * params.num_samples, 0  # generated but not yet shown, by sample; the sample being shown
-
-    def put(text):
-        sys.stdout.write(printable(text) if terminal and not destination.raw else text)
-        sys.stdout.flush()
-
-    def put_pending():
-        text, pending[current] = pending[current], ""
-        put(text)
-
-    finished = set()
     events = generator.run([prompt.text], params, [prompt.id])
-    put(prompt.text)
-    try:
-        for sequence, piece in events:
-            pending[sequence.sample] += piece
-            if sequence.finish_reason:
-                finished.add(sequence.sample)
-            if live and sequence.sample == current:
-                put_pending()
-            while current in finished:
-                put_pending()
-                current += 1
-                put("\n" + (f"{SEPARATOR}\n{prompt.text}" if current < params.num_samples else ""))
-    finally:
-        if current < params.num_samples:
-            put_pending()
-            put("\n")
+    with writing("") as file:
+        page = Page(file, prompt.text, params.num_samples, escape=terminal and not destination.raw)
+        try:
+            for sequence, piece in events:
+                page.add(sequence, piece, live)
+        finally:
+            page.close()
+
+
+class Page:
+    """Samples of one prompt on `file`, one below the other, SEPARATOR between them; text of a later one waits."""
+
+    def __init__(self, file, prompt, samples, escape):
+        self.file, self.prompt, self.escape = file, prompt, escape
+        self.waiting, self.finished = [""] * samples, set()  # text not yet shown, by sample; samples
+        self.current = 0  # the sample being shown
+        self.put(prompt)
+
+    def put(self, text):
+        self.file.write(printable(text) if self.escape else text)
+        self.file.flush()
+
+    def put_waiting(self):
+        text, self.waiting[self.current] = self.waiting[self.current], ""
+        self.put(text)
+
+    def add(self, sequence, piece, live):
+        """Take the next piece of a sample. In its turn it is shown when it is finished, or at once if `live`."""
+        self.waiting[sequence.sample] += piece
+        if sequence.finish_reason:
+            self.finished.add(sequence.sample)
+        if live and sequence.sample == self.current:
+            self.put_waiting()
+        while self.current in self.finished:
+            self.put_waiting()
+            self.current += 1
+            self.put("\n" + (f"{SEPARATOR}\n{self.prompt}" if self.current < len(self.waiting) else ""))
+
+    def close(self):
+        """Show what there is of an unfinished sample."""
+        if self.current < len(self.waiting):
+            self.put_waiting()
+            self.put("\n")
 
 
 def write_jsonl(generator, prompts, params, out):
@@ -194,6 +210,8 @@ def writing(out):
     except BrokenPipeError:
         raise
     except OSError as error:
+        if not out:
+            silence(sys.stdout)  # what could not be written would fail again at the end
         raise ResourceError(f"{out or 'stdout'}: {error.strerror}; free space or give another --out") from None
 
 

@@ -24,7 +24,7 @@ class Completion:
     ids: list[int]
     """all ids chosen but end-of-text, those of a stop string too"""
     finish_reason: str
-    """"stop" (end-of-text or a stop string) or "length\""""
+    """why the text ends: "length", or "stop" for end-of-text and stop strings"""
     logprobs: list[float] | None
     """of `ids`, in nats; None unless asked for"""
 
@@ -128,9 +128,10 @@ class Decoder:
         source = next((row for row, prompt in enumerate(self.begins_with) if prompt is sequence.prompt), None)
         if source is None:
             self.prefill(slot, sequence.prompt[:-1])
-        elif source != slot:
-            self.cache.copy_row(source, slot)
-        self.hold(slot, len(sequence.prompt) - 1)
+        else:
+            if source != slot:
+                self.cache.copy_row(source, slot)
+            self.cache.keep(slot, len(sequence.prompt) - 1)
         self.slots[slot], self.begins_with[slot] = sequence, sequence.prompt
         self.next[slot] = sequence.prompt[-1]
         self.turns[slot] = 0
@@ -138,14 +139,9 @@ class Decoder:
 
     def prefill(self, slot, ids):
         """Empty the row and read `ids` into it."""
-        self.hold(slot, 0)
+        self.cache.keep(slot, 0)
         if len(ids):
             self.model.forward(torch.tensor([ids], device=self.device), cache=self.cache.row(slot))
-
-    def hold(self, slot, tokens):
-        """Declare how many of its positions the row holds."""
-        self.cache.lengths[slot] = tokens
-        self.cache.counts[slot] = tokens
 
     def mark_seen(self, slot, ids):
         if self.seen is not None:
@@ -176,7 +172,7 @@ class Decoder:
             sequence = self.slots[slot]
             self.begins_with[slot] = None
             if sequence is None:
-                self.hold(slot, 0)
+                self.cache.keep(slot, 0)
                 continue
             kept = sequence.window(max(1, capacity // 2))
             self.prefill(slot, kept[:-1])

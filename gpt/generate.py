@@ -29,9 +29,10 @@ class GenerationParams:
     num_samples: int = 1
     """texts for each prompt"""
     seed: int | None = None
-    """the same seed and settings give the same text; None draws one"""
+    """the same seed and settings, --rows and precision among them, give the same text; None draws one"""
     rows: int = 0
-    """texts generated side by side, each with its own key-value cache, above 4 a multiple of 4; 0 chooses"""
+    """texts generated side by side, each with its own key-value cache, above 4 a multiple of 4; 0 goes by the number of
+    texts. Another number rounds differently: the same text again needs the same --rows and precision"""
     truncate: bool = False
     """drop the beginning of a prompt that is longer than the context, instead of refusing it"""
     allow_special: bool = False

@@ -44,8 +44,8 @@ class ModelConfig:
 class KVCache:
     """Keys and values of all layers for `rows` rows of up to block_size positions each, and how many each row holds.
 
-    A forward pass appends T positions to every row. Rows are independent: attention never looks past a row's own
-    length, so what a position holds beyond it does not matter."""
+    A forward pass appends T positions to every row. Rows are independent, and attention gives positions beyond a row's
+    length the weight 0, so what they hold does not matter as long as it is finite: see `keep`."""
 
     def __init__(self, config, rows, dtype=torch.float32, device=None):
         shape = (config.n_layer, rows, config.n_head, config.block_size, config.n_embd // config.n_head)
@@ -70,9 +70,12 @@ class KVCache:
         self.lengths[target] = self.lengths[source]
         self.counts[target] = self.counts[source]
 
-    def clear(self):
-        self.lengths.zero_()
-        self.counts.fill(0)
+    def keep(self, index, tokens):
+        """Let a row hold only its first `tokens` positions. The values beyond become 0: attention gives them the
+        weight 0, and 0 times a nan or infinity that was left there would be nan."""
+        self.lengths[index] = tokens
+        self.counts[index] = tokens
+        self.values[:, index, :, tokens:] = 0
 
     def append(self, layer, k, v, positions):
         """Store k and v (B, H, T, D) at `positions` (B, T) of `layer`."""

@@ -42,11 +42,13 @@ def score_text(model, tokenizer, text, stride=0):
     tokens = torch.tensor([tokenizer.eot, *ids])
     losses = []
     model.eval()
-    for start in range(0, len(ids), stride):
-        window = tokens[start : start + size + 1].to(device)[None]
-        scored = len(losses) - start  # of this window, by earlier ones
-        losses += model.forward(window[:, :-1], window[:, 1:])[0, scored:].tolist()
-        if len(losses) == len(ids):
-            break
-    model.train(training)
+    try:
+        for start in range(0, len(ids), stride):
+            window = tokens[start : start + size + 1].to(device)[None]
+            scored = len(losses) - start  # of this window, by earlier ones
+            losses += model.forward(window[:, :-1], window[:, 1:])[0, scored:].tolist()
+            if len(losses) == len(ids):
+                break
+    finally:
+        model.train(training)
     return Score(math.fsum(losses), len(ids), len(tokenizer.decode_bytes(ids)), ids, [-loss for loss in losses])

@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, scripted_forward
 
 import sample
 from gpt import prompts as prompts_module
@@ -22,7 +22,6 @@ from gpt.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).resolve().parents[1]
 LOADER = """
 import sys, time, torch
 sys.path.insert(0, {root!r})
@@ -71,16 +70,7 @@ def no_load(monkeypatch):
 
 def says(generator, monkeypatch, text):
     """Let the generator answer `text`, a byte a token, whatever it is asked."""
-    choices = iter([*text.encode(), *[256] * 100])
-
-    def forward(ids, cache):
-        cache.advance(ids.shape[1])
-        logits = torch.zeros(len(ids), 257)
-        if ids.shape[1] == 1 and len(ids) == len(cache.counts):
-            logits[:, next(choices)] = 50.0
-        return logits
-
-    monkeypatch.setattr(generator.model, "forward", forward)
+    monkeypatch.setattr(generator.model, "forward", scripted_forward(text.encode()))
 
 
 # ---- text on stdout
@@ -206,6 +196,7 @@ def test_one_prompt_can_go_to_a_jsonl_file_too(cli, tmp_path):
         ("cut.jsonl", b'{"prompt": "a', "cut.jsonl:1: expected an object"),
         ("deep.jsonl", b"[" * 200_000, "deep.jsonl:1: expected an object"),
         ("id.jsonl", b'{"prompt": "a", "id": 1.5}', 'id.jsonl:1: field "id" must be'),
+        ("mark.txt", b"\xef\xbb\xbfabc\n\xfe", r"mark.txt: invalid UTF-8 at byte 7 \(0xfe\)"),
     ],
 )
 def test_fault_092_bad_prompt_files_are_refused_before_loading(cli, no_load, tmp_path, name, content, message):
@@ -234,6 +225,8 @@ def test_fault_092_a_directory_and_a_file_over_the_cap_are_refused(cli, no_load,
         (["--max_new_tokens", "-1"], ["max_new_tokens -1"]),
         (["--top_k", "-3", "--threads", "-1"], ["top_k -3", "threads -1"]),
         (["--prompt", "a", "--prompts", "b"], ["--prompt and --prompts exclude"]),
+        (["--prompt", "", "--prompts", "b"], ["--prompt and --prompts exclude"]),
+        (["--prompts", ""], ["--prompts", "give a readable text or .jsonl file"]),
         (["--prompt", "a", "--logprobs"], ["--logprobs is for JSONL"]),
         (["--prompts", "a", "--stream", "on"], ["--stream and --raw are for text"]),
         (["--stop", ""], ["stop must be strings that are not empty"]),
@@ -292,9 +285,8 @@ def test_fault_087_damaged_weights_end_in_exit_4_after_the_text_so_far(cli, gene
 def start(*flags, before="", **settings):
     program = LOADER.format(root=str(ROOT), before=before)
     command = [sys.executable, "-c", program, "checkpoint", *flags]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, **settings
-    )
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL} | settings
+    return subprocess.Popen(command, **settings)
 
 
 ENDLESS = ("--prompt", "Ünd", "--max_new_tokens", "100000000", "--ignore_eot", "--stream", "on", "--seed", "1")
@@ -321,6 +313,17 @@ def test_fault_093_a_closed_pipe_ends_the_program_quietly():
     err = process.stderr.read()
     assert (process.wait(), err) == (0, b"")
     killer.cancel()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("flags", [("--stream", "on"), ("--stream", "off"), ("--prompts", __file__)])
+def test_a_stdout_without_space_ends_in_exit_5_without_traceback(flags):
+    prompt = () if "--prompts" in flags else ("--prompt", "abc")
+    with open("/dev/full", "wb") as full:
+        process = start(*prompt, *flags, "--max_new_tokens", "3", "--truncate", "--seed", "1", stdout=full)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 5
+    assert err.decode() == "error: stdout: No space left on device; free space or give another --out\n"
 
 
 def test_fault_100_output_is_utf_8_in_the_c_locale_and_wandb_is_not_imported():
