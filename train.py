@@ -6,7 +6,9 @@
 
 A run that was interrupted goes on when the same command is given again."""
 
+import contextlib
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -17,42 +19,31 @@ import torch
 
 from gpt import checkpoint as checkpoints
 from gpt import interop, memory, resume
-from gpt.budget import BatchConfig, Budget, LengthConfig, Progress
-from gpt.config import find_preset, flatten, from_cli, list_presets, peek, refuse, to_toml
+from gpt.budget import BatchConfig, Budget, LengthConfig, Progress, RhythmConfig
+from gpt.config import (
+    check_preset_comes_first,
+    find_preset,
+    flatten,
+    from_cli,
+    list_presets,
+    peek,
+    read_toml,
+    refuse,
+    to_toml,
+)
 from gpt.corpus import Corpus, check_tokenizer
 from gpt.data import Prefetch
-from gpt.errors import InputError, ResourceError, Stopped, run_main
+from gpt.errors import InputError, ResourceError, Stopped, note, run_main, tell, unheard
+from gpt.files import lock_folder, write_durably
 from gpt.generate import TextGenerator
 from gpt.log import Log, Recorder, exit_record, start_wandb
-from gpt.model import GPT, IGNORED, ModelConfig, flops_per_token
+from gpt.model import GPT, IGNORED, ModelConfig
 from gpt.optim import LossScaler, OptimConfig, clip_gradients, gated_step, learning_rate, make_adamw
-from gpt.runtime import MachineConfig, Runtime, StopFlag, peak_flops, profiler, seed_step
+from gpt.runtime import MachineConfig, Runtime, StopFlag, profiler, seed_step
 from gpt.saver import Saver, sweep
 
 PRESETS = Path(__file__).parent / "presets"
 SAMPLE_TOKENS = 200
-
-
-@dataclass(frozen=True)
-class RhythmConfig:
-    log_every: int = 10
-    """steps between log lines"""
-    eval_every: int = 250
-    """steps between evaluations on the validation split; 0 = only before the first step and at the end"""
-    eval_tokens: int = 10485760
-    """tokens of the validation split to evaluate on; 0 = all"""
-    save_every: int = 1000
-    """steps between checkpoints; one is saved at the end, on a signal and at a new best anyway"""
-    sample_every: int = 0
-    """steps between printed samples of the model's text; 0 = none"""
-    keep_last: int = 2
-    """newest checkpoints to keep, beside the best"""
-    keep_every: int = 0
-    """also keep the weights of every checkpoint whose step is a multiple of this; 0 = none"""
-
-    def problems(self):
-        found = [f"{name} {value} must be 0 or more" for name, value in asdict(self).items() if value < 0]
-        return found + [f"{name} must be at least 1" for name in ("log_every", "keep_last") if getattr(self, name) == 0]
 
 
 @dataclass(frozen=True)
@@ -95,121 +86,119 @@ class TrainConfig:
 
 
 def main():
-    config = settings(sys.argv[1:])
+    os.umask(os.umask(0o022) | 0o022)  # nobody else may write to what a run leaves
+    config, base = settings(sys.argv[1:])
     size, block_size = config.batch.global_batch_size, config.model.block_size
     corpus = Corpus(config.data, config.tokenizer, config.verify, block_size, size, config.seed)
     budget = Budget(config.length, size, block_size, corpus.windows.per_epoch)
-    checkpoint = find_start(config, corpus)
+    checkpoint = find_start(config, base, corpus)
     progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
     if budget.spent(progress):
-        print(f"nothing to do: step {progress.step} of {budget.total_steps(progress)}")
+        why = " (patience)" if budget.tired(progress) else ""
+        with unheard(sys.stdout):
+            print(f"nothing to do: step {progress.step} of {budget.total_steps(progress)}{why}")
         return
     run = Runtime(config.machine)
     memory.check_fits(config.model, corpus.tokenizer.vocab_size, run.device)
-    model, base = load_model(config, corpus, checkpoint)
-    progress.micro_batch_size = micro_batch_size(config, progress, model, run)
-    make_run_folder(config)
-    with exit_record(Path(config.out)), StopFlag() as stop:
-        optimizer, scaler, record = prepare(model, config, budget, progress, run, checkpoint)
+    model, origin = load_model(config, base, corpus, checkpoint)
+    with run_folder(config) as out, exit_record(out), StopFlag() as stop:
+        state, record = build(config, model, budget, progress, run, checkpoint)
+        constant = {"config": flatten(config), "runtime": record, "base": origin}
         log = start_log(config, progress, budget)
-        flops = flops_per_token(config.model, model.vocab_size)
-        recorder = Recorder(
-            log,
-            config.rhythm.log_every,
-            progress,
-            budget,
-            scaler,
-            corpus.windows,
-            flops,
-            peak_flops(run.device, run.dtype),
-        )
-        constant = {"config": flatten(config), "runtime": record, "base": base}
-        saver = Saver(config.out, progress, model, optimizer, scaler, corpus, constant, log, config.rhythm)
+        saver = Saver(out, state, corpus, constant, log, config.rhythm)
         try:
-            train(config, corpus, budget, progress, run, model, optimizer, scaler, log, recorder, saver, stop)
+            train(config, corpus, budget, run, state, log, saver, stop)
+        except torch.OutOfMemoryError:
+            raise out_of_memory(progress.micro_batch_size, block_size) from None
         finally:
             log.close()
             corpus.close()
-    if stop:
-        raise Stopped(f"signal at step {progress.step}: checkpoint saved in {config.out}; the same command continues")
+        if stop:
+            raise Stopped(f"signal at step {progress.step}: checkpoint saved in {out}; the same command continues")
 
 
-def train(config, corpus, budget, progress, run, model, optimizer, scaler, log, recorder, saver, stop):
-    """The loop: an optimizer step, then what is due after it."""
-    rhythm, size, block_size = config.rhythm, config.batch.global_batch_size, config.model.block_size
+def train(config, corpus, budget, run, state, log, saver, stop):
+    """The loop: what is due at this step, then the next optimizer step."""
+    rhythm, size, progress = config.rhythm, config.batch.global_batch_size, state.progress
     batches = Prefetch(corpus.windows, run.ready)
+    recorder = Recorder(log, rhythm.log_every, progress, budget, state.scaler, corpus.windows, run, state.model)
     corpus.verifier.start()
-    if progress.step == 0 and corpus.has_validation():
-        recorder.evaluated(*evaluate(model, corpus, rhythm.eval_tokens, progress.micro_batch_size, run))
     with profiler(Path(config.out) / "trace.json" if config.profile else None) as profile:
-        while not (budget.spent(progress) or stop):
+        while True:
+            if corpus.has_validation() and progress.evaluation_due(rhythm.eval_every, ends=budget.spent(progress)):
+                losses = evaluate(state.model, corpus, rhythm.eval_tokens, progress.micro_batch_size, run, stop)
+                recorder.read(always=True)
+                if losses and recorder.evaluated(*losses):
+                    saver.save()
+            if progress.due(rhythm.save_every):
+                recorder.read()
+                saver.save()
+            if budget.spent(progress) or stop:
+                break
             started = time.perf_counter()
             lr = learning_rate(config.optim, progress.step, budget.total_steps(progress))
             batch = batches.take(progress.windows_seen, size)
             seed_step(config.seed, progress.step)
-            numbers = train_step(
-                model, optimizer, scaler, batch, lr, config.optim.grad_clip, progress.micro_batch_size, run
-            )
-            progress.advance(size, block_size)
+            numbers = train_step(state, batch, lr, config.optim.grad_clip, run)
+            progress.advance(size, config.model.block_size)
             recorder.step(lr, numbers)
             progress.train_seconds += time.perf_counter() - started
             profile.step()
             corpus.verifier.check()
-            ends = budget.spent(progress)
-            if corpus.has_validation() and (ends or progress.due(rhythm.eval_every)):
-                loss, bits = evaluate(model, corpus, rhythm.eval_tokens, progress.micro_batch_size, run)
-                recorder.evaluated(loss, bits)
-                if progress.evaluated(loss):
-                    saver.save(is_best=True)
             if progress.due(rhythm.sample_every):
-                log.say(sample(model, corpus.tokenizer, progress.step, config.seed))
-            if progress.due(rhythm.save_every):
-                recorder.read()
-                saver.save()
+                log.say(sample(state.model, corpus.tokenizer, progress.step, config.seed))
     recorder.read()
     saver.save(is_last=True)
     batches.close()
 
 
-def train_step(model, optimizer, scaler, batch, lr, grad_clip, micro_batch_size, run):
+def train_step(state, batch, lr, grad_clip, run):
     """One optimizer step on `batch` (B, block_size + 1): gradients of the mean loss over all its targets, summed over
     micro-batches, clipped, applied only if finite. Returns loss, gradient norm and whether they are finite, (3,), still
     on the device."""
-    ids, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-    count = (targets != IGNORED).sum().clamp(min=1)
-    loss = torch.zeros((), device=run.device)
-    micro_batches = zip(ids.split(micro_batch_size), targets.split(micro_batch_size), strict=True)
-    for micro_ids, micro_targets in micro_batches:
-        with run.autocast():
-            share = model(micro_ids, micro_targets).sum() / count
-        (share * scaler.scale).backward()
-        loss += share.detach()
-    scaler.unscale(model.parameters())
-    norm = clip_gradients(model.parameters(), grad_clip)
+    parameters = list(state.model.parameters())
+    loss = accumulate(state, batch, run)
+    state.scaler.unscale(parameters)
+    norm = clip_gradients(parameters, grad_clip)
     finite = torch.isfinite(loss) & torch.isfinite(norm)
-    for group in optimizer.param_groups:
+    for group in state.optimizer.param_groups:
         group["lr"] = lr
-    gated_step(optimizer, finite)
-    scaler.update(finite)
-    optimizer.zero_grad(set_to_none=True)
+    gated_step(state.optimizer, finite)
+    state.scaler.update(finite)
+    state.optimizer.zero_grad(set_to_none=True)
     return torch.stack([loss, norm, finite.float()])
 
 
+def accumulate(state, batch, run):
+    """Add up the gradients of all micro-batches; returns the mean loss over the targets of the whole batch."""
+    ids, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+    count = (targets != IGNORED).sum().clamp(min=1)
+    loss = torch.zeros((), device=run.device)
+    micro_batch_size = state.progress.micro_batch_size
+    for some_ids, some_targets in zip(ids.split(micro_batch_size), targets.split(micro_batch_size), strict=True):
+        with run.autocast():
+            share = state.model(some_ids, some_targets).sum() / count
+        (share * state.scaler.scale).backward()
+        loss += share.detach()
+    return loss
+
+
 @torch.no_grad()
-def evaluate(model, corpus, eval_tokens, batch_size, run):
-    """(nats per token, bits per byte) on the validation set."""
+def evaluate(model, corpus, eval_tokens, batch_size, run, stop):
+    """(nats per token, bits per byte) on the validation set, or None if a signal asks to stop meanwhile."""
     model.eval()
-    nats = torch.zeros((), dtype=torch.float64)
-    count = size = 0
+    sums, count, size = [], 0, 0
     for ids, targets in corpus.validation(batch_size, eval_tokens):
         with run.autocast():
-            losses = model(run.ready(ids), run.ready(targets))
-        nats += losses.double().sum().cpu()
+            sums.append(model(run.ready(ids), run.ready(targets)).sum())
         counted = targets[targets != IGNORED]
         count += len(counted)
         size += int(corpus.byte_lengths[counted].sum())
+        if stop:
+            break
     model.train()
-    return nats.item() / count, nats.item() / math.log(2) / max(size, 1)
+    nats = torch.stack(sums).cpu().double().sum().item()
+    return None if stop else (nats / count, nats / math.log(2) / max(size, 1))
 
 
 def sample(model, tokenizer, step, seed):
@@ -222,74 +211,79 @@ def sample(model, tokenizer, step, seed):
 
 
 def settings(argv):
-    """The TrainConfig: defaults < the checkpoint's or base model's < preset < flags."""
+    """(TrainConfig, folder of the base model or None). Defaults < the checkpoint's or base model's < preset < flags."""
     preset, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
-    init, path = peek(flags, "init"), peek(flags, "resume")
-    preset = preset or ("finetune" if init else "")
-    base, architecture = {}, {}
+    path = peek(flags, "resume")
+    preset = find_preset(preset or ("finetune" if peek(flags, "init") else ""), PRESETS)
+    values = {}
     if path not in ("", "auto"):
-        base = resume.stored_settings(resume.open_checkpoint(Path(path))) | {"out": str(resume.run_folder(path))}
+        checkpoint = resume.open_checkpoint(Path(path))
+        values = checkpoint.state["config"] | {"init": "", "out": str(resume.run_folder(path))}
     elif preset:
-        base = {"out": f"out/{Path(preset).stem}"}
+        values = {"out": f"out/{preset.stem}"}
     elif not {"-h", "--help"} & set(flags):
-        print(list_presets(PRESETS), file=sys.stderr)
-        raise InputError("no preset given: they are listed above; choose one, as in python train.py shakespeare")
-    if init:
-        architecture = asdict(interop.read_config(checkpoints.find_model(init))[0])
-    config, given = from_cli(TrainConfig, flags, base | architecture, find_preset(preset, PRESETS), __doc__)
-    if init:
+        check_preset_comes_first(TrainConfig, flags)
+        tell(list_presets(PRESETS))
+        raise InputError("no preset given: they are listed above; choose one, as in python train.py demo")
+    init = peek(flags, "init") or (read_toml(preset, TrainConfig).get("init") if preset else None)
+    base = checkpoints.find_model(init) if init else None
+    architecture = asdict(interop.read_config(base)[0]) if base else {}
+    config, given = from_cli(TrainConfig, flags, values | architecture, preset, __doc__, "train.py PRESET")
+    if base:
         resume.check_architecture(config.model, given, architecture)
-    return config
+        resume.check_base_is_elsewhere(base, config.out)
+    return config, base
 
 
-def find_start(config, corpus):
+def find_start(config, base, corpus):
     """The Checkpoint that the run continues, or None; settings, tokenizer and data are compared with it."""
     checkpoint = resume.find_checkpoint(config.out, config.resume)
-    if checkpoint is not None:
-        check_tokenizer(str(checkpoint.path), checkpoint.manifest["tokenizer"], corpus.tokenizer)
-        resume.check_settings(flatten(config), checkpoint, accept=config.resume != "auto")
-        resume.check_dataset(checkpoint, corpus.record, accept=config.resume != "auto")
-        print(f"info: continuing {checkpoint.path} at step {checkpoint.step}", file=sys.stderr)
-    elif config.init:
-        resume.check_base_is_elsewhere(config.init, config.out)
-    else:
-        print(f"info: starting from scratch in {config.out}", file=sys.stderr)
+    if checkpoint is None:
+        if not base:
+            note("info", f"starting from scratch in {config.out}")
+        return None
+    accept = config.resume != "auto" and resume.run_folder(config.resume).resolve() == checkpoint.path.resolve().parent
+    check_tokenizer(str(checkpoint.path), checkpoint.manifest["tokenizer"], corpus.tokenizer)
+    resume.check_settings(flatten(config), checkpoint, accept)
+    resume.check_dataset(checkpoint, corpus.record, accept)
+    note("info", f"continuing {checkpoint.path} at step {checkpoint.step}")
     return checkpoint
 
 
-def load_model(config, corpus, checkpoint):
+def load_model(config, base, corpus, checkpoint):
     """(GPT in fp32 on the CPU, record of the base model or None): the checkpoint's, the base's, or a new one."""
-    base = checkpoint.state["base"] if checkpoint else None
     if checkpoint:
-        model = interop.load_model(checkpoint.path)
-    elif config.init:
-        model, base = resume.load_base(config.init, config.model.block_size, corpus.tokenizer)
+        model, origin = interop.load_model(checkpoint.path), checkpoint.state["base"]
+    elif base:
+        model, origin = resume.load_base(base, config.init, config.model.block_size, corpus.tokenizer)
     else:
         torch.manual_seed(config.seed)
-        model = GPT(config.model, corpus.tokenizer.vocab_size)
+        model, origin = GPT(config.model, corpus.tokenizer.vocab_size), None
     model.set_dropout(config.model.dropout)
-    return model, base
+    return model, origin
 
 
-def prepare(model, config, budget, progress, run, checkpoint):
-    """Put the model on its device, compiled if asked; returns its optimizer and loss scaler, as the checkpoint left
-    them, and the record of the machine."""
+def build(config, model, budget, progress, run, checkpoint):
+    """(State on the device, compiled if asked; record of the machine): new, or as the checkpoint left it."""
     model.to(run.device).train()
-    optimizer = make_adamw(model, config.optim)
-    scaler = LossScaler(run.device, enabled=run.dtype == torch.float16)
-    compiled = run.compiles(config.machine.compile, budget.total_steps(progress) - progress.step)
+    progress.micro_batch_size = micro_batch_size(config, progress, model, run)
+    optimizer, scaler = make_adamw(model, config.optim), LossScaler(run.device, enabled=run.dtype == torch.float16)
+    before = checkpoint.state["runtime"] if checkpoint else None
+    compiled = run.compiles(config.machine.compile, budget.total_steps(progress), before)
     record = run.record(compiled, progress.micro_batch_size)
     if checkpoint:
-        if progress.step:  # a signal before the first step leaves no optimizer state
+        if checkpoint.step > 0:  # before the first step the optimizer holds nothing yet
             checkpoints.load_optimizer(optimizer, model, checkpoint)
         scaler.load(checkpoint.state["scaler"])
-        resume.check_runtime(checkpoint, record)
+        resume.check_runtime(before, record)
+    state = checkpoints.State(model, optimizer, scaler, progress)
+    needs = memory.estimate(config.model, model.vocab_size, progress.micro_batch_size, run.dtype, run.device)
+    note("info", f"{model.num_parameters():,} parameters on {record['device']}, {record['precision']}")
+    note("info", memory.describe(needs))
     if compiled:
         model.compile()
-    needs = memory.estimate(config.model, model.vocab_size, progress.micro_batch_size, run.dtype)
-    print(f"{model.num_parameters():,} parameters on {record['device']}, {record['precision']}", file=sys.stderr)
-    print(memory.describe(needs), file=sys.stderr)
-    return optimizer, scaler, record
+        warm_up(state, config.model.block_size, run)
+    return state, record
 
 
 def micro_batch_size(config, progress, model, run):
@@ -302,15 +296,40 @@ def micro_batch_size(config, progress, model, run):
     return memory.choose_micro_batch(config.model, model.vocab_size, size, run.dtype, run.device)
 
 
-def make_run_folder(config):
-    """Create the run folder with its settings, and clear away what an interrupted save left there."""
+def warm_up(state, block_size, run):
+    """Compile before the clock of the first step starts."""
+    batch = torch.zeros(state.progress.micro_batch_size, block_size + 1, dtype=torch.int64, device=run.device)
+    accumulate(state, batch, run)
+    state.optimizer.zero_grad(set_to_none=True)
+
+
+def out_of_memory(micro_batch_size, block_size):
+    sizes = f"micro_batch_size {micro_batch_size}, block_size {block_size}"
+    return ResourceError(f"out of GPU memory: {sizes}; lower --micro_batch_size")
+
+
+# ---- where it goes
+
+
+@contextlib.contextmanager
+def run_folder(config):
+    """The run folder, created and locked, with its settings in it and what an interrupted save left cleared away."""
     out = Path(config.out)
-    try:
+    with cannot_write(out):
         out.mkdir(parents=True, exist_ok=True)
-        sweep(out)
-        values = {name: value for name, value in flatten(config).items() if name != "resume"}
-        text = f"# python train.py {out}/config.toml --out NEW repeats this run\n" + to_toml(values)
-        checkpoints.write_durably(out / "config.toml", text)
+    with lock_folder(out):
+        with cannot_write(out):
+            sweep(out)
+            values = {name: value for name, value in flatten(config).items() if name != "resume"}
+            heading = "# python train.py THIS_FILE --out NEW repeats this run\n"
+            write_durably(out / "config.toml", heading + to_toml(values))
+        yield out
+
+
+@contextlib.contextmanager
+def cannot_write(out):
+    try:
+        yield
     except OSError as error:
         raise ResourceError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
 
@@ -320,8 +339,9 @@ def start_log(config, progress, budget):
     if config.wandb:
         run = start_wandb(config.wandb, progress.wandb_id or None, Path(config.out).name, config.out, flatten(config))
         progress.wandb_id = run.id if run else progress.wandb_id
-    return Log(Path(config.out), progress.step, budget.total_steps(progress), run)
+    begins = progress.step == 0 and progress.evaluated_step is None
+    return Log(Path(config.out), -1 if begins else progress.step, budget.total_steps(progress), run)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, quiet_pipe=False)

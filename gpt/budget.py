@@ -1,7 +1,7 @@
-"""How long a run is and how far it has come: batch size, the four limits, Progress."""
+"""How long a run is, what happens how often, and how far it has come."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,29 @@ class LengthConfig:
         return found
 
 
+@dataclass(frozen=True)
+class RhythmConfig:
+    log_every: int = 10
+    """steps between log lines"""
+    eval_every: int = 250
+    """steps between evaluations on the validation split; 0 = only before the first step and at the end"""
+    eval_tokens: int = 10485760
+    """tokens of the validation split to evaluate on; 0 = all"""
+    save_every: int = 1000
+    """steps between checkpoints; one is saved at the end, on a signal and at a new best anyway; 0 = only then"""
+    sample_every: int = 0
+    """steps between printed samples of the model's text; 0 = none"""
+    keep_last: int = 2
+    """newest checkpoints to keep, beside the best; only the newest two can be resumed"""
+    keep_every: int = 0
+    """also keep the weights of every checkpoint whose step is a multiple of this; 0 = none"""
+
+    def problems(self):
+        """What is wrong with these values, in words; empty if nothing."""
+        found = [f"{name} {value} must be 0 or more" for name, value in asdict(self).items() if value < 0]
+        return found + [f"{name} must be at least 1" for name in ("log_every", "keep_last") if getattr(self, name) == 0]
+
+
 @dataclass
 class Progress:
     """How far a run is: all that a checkpoint must know besides weights and optimizer."""
@@ -55,6 +78,7 @@ class Progress:
     train_seconds: float = 0.0  # evaluation and saving not counted
     best_loss: float | None = None
     best_step: int = 0
+    evaluated_step: int | None = None  # the last one evaluated
     evals_without_best: int = 0
     micro_batch_size: int = 0
     wandb_id: str = ""
@@ -67,10 +91,18 @@ class Progress:
 
     def due(self, every):
         """Whether something that happens every so many steps (0 = never) is due."""
-        return every > 0 and self.step % every == 0
+        return self.step > 0 and every > 0 and self.step % every == 0
+
+    def evaluation_due(self, every, ends):
+        """Whether this step is still to be evaluated: before the first one, every so many, and at the end."""
+        return self.evaluated_step != self.step and (self.step == 0 or ends or self.due(every))
 
     def evaluated(self, loss):
-        """Note a validation loss; returns whether it is a new best, which one that is not finite never is."""
+        """Note a validation loss; returns whether it is a new best, which one that is not finite never is. The loss
+        before the first step is no candidate."""
+        self.evaluated_step = self.step
+        if self.step == 0:
+            return False
         best = math.inf if self.best_loss is None else self.best_loss
         if not loss < best:
             self.evals_without_best += 1
@@ -80,29 +112,34 @@ class Progress:
 
 
 class Budget:
-    """The limits of a run in steps."""
+    """The limits of a run, in steps."""
 
     def __init__(self, length, global_batch_size, block_size, windows_per_epoch):
-        self.length = length
-        tokens_per_step = global_batch_size * block_size
-        limits = (
-            length.max_steps,
-            math.ceil(length.max_tokens / tokens_per_step),
-            math.ceil(length.max_epochs * windows_per_epoch / global_batch_size),
-        )
-        self.steps = min((limit for limit in limits if limit), default=None)  # None: only the clock ends the run
+        self.length, self.global_batch_size, self.block_size = length, global_batch_size, block_size
+        self.windows_per_epoch = windows_per_epoch
 
     def total_steps(self, progress):
-        """Length of the run in steps. Under max_minutes it is an estimate from the pace so far."""
-        if not self.length.max_minutes:
-            return self.steps
-        seconds = 60 * self.length.max_minutes
-        pace = progress.train_seconds / progress.step if progress.step else 1.0
-        left = max(0.0, seconds - progress.train_seconds)
-        by_clock = progress.step + math.ceil(left / max(pace, 1e-9))
-        return min(by_clock, self.steps or by_clock)
+        """Length of the run in steps, which a change of the batch size on resume changes. Under max_minutes it is an
+        estimate from the pace so far."""
+        length, totals = self.length, []
+        if length.max_steps:
+            totals.append(length.max_steps)
+        if length.max_tokens:
+            left = length.max_tokens - progress.windows_seen * self.block_size
+            totals.append(progress.step + math.ceil(left / (self.global_batch_size * self.block_size)))
+        if length.max_epochs:
+            left = length.max_epochs * self.windows_per_epoch - progress.windows_seen
+            totals.append(progress.step + math.ceil(left / self.global_batch_size))
+        if length.max_minutes:
+            pace = progress.train_seconds / progress.step if progress.step else 1.0
+            left = max(0.0, 60 * length.max_minutes - progress.train_seconds)
+            totals.append(progress.step + math.ceil(left / max(pace, 1e-9)))
+        return min(totals)
+
+    def tired(self, progress):
+        """Whether `patience` evaluations in a row brought no new best."""
+        return 0 < self.length.patience <= progress.evals_without_best
 
     def spent(self, progress):
-        """Whether a limit is reached, or `patience` evaluations brought no new best."""
-        tired = 0 < self.length.patience <= progress.evals_without_best
-        return tired or progress.step >= self.total_steps(progress)
+        """Whether a limit is reached or patience is."""
+        return self.tired(progress) or progress.step >= self.total_steps(progress)

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,9 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from gpt import interop
-from gpt.errors import InputError, IntegrityError, NonFiniteError, ResourceError
+from gpt.budget import Progress
+from gpt.errors import InputError, IntegrityError, NonFiniteError, ResourceError, note
+from gpt.files import inside, is_folder, read_json, remove_tree, sha256_of, sync_folder
+from gpt.model import GPT
+from gpt.optim import LossScaler
 from gpt.sampling import SamplingParams
-from gpt.shards import inside, sha256_of
 from gpt.tokenizer import load_tokenizer, save_tokenizer
 
 FORMAT_VERSION = 1
@@ -27,6 +29,16 @@ MANIFEST = "training/manifest.json"
 OPTIMIZER = "training/optimizer.safetensors"
 STATE = "training/state.json"
 GPT2_VOCABULARIES = range(50257, 50305)  # as released, up to padded to a multiple of 64
+
+
+@dataclass
+class State:
+    """What training changes, and a checkpoint holds."""
+
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: LossScaler
+    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -144,41 +156,12 @@ def make_durable(folder):
                 os.fsync(file.fileno())
 
 
-def sync_folder(folder):
-    if os.name == "nt":  # Windows has no such thing
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_tree(folder):
-    """Remove a folder of ours if it is there; a link is removed itself, never followed."""
-    if folder.is_symlink():
-        folder.unlink()
-    elif folder.exists():
-        shutil.rmtree(folder)
-
-
-def write_durably(path, text):
-    """Replace a small file so that a reader sees the old or the new text, whatever happens."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
 # ---- finding and verifying
 
 
 def step_folders(out):
     """The step folders of a run, newest first, valid or not."""
-    if not Path(out).is_dir():
+    if not is_folder(out):
         return []
     return sorted((p for p in Path(out).iterdir() if STEP_FOLDER.match(p.name) and p.is_dir()), reverse=True)
 
@@ -207,12 +190,12 @@ def verify_checkpoint(folder):
     except OSError as error:
         raise ResourceError(f"{error.filename}: {error.strerror}; make it readable") from None
     resumable = {STATE, OPTIMIZER} <= manifest["files"].keys()
-    return Checkpoint(folder, manifest["step"], manifest, interop.read_json(folder / STATE) if resumable else None)
+    return Checkpoint(folder, manifest["step"], manifest, read_json(folder / STATE) if resumable else None)
 
 
 def read_manifest(folder):
     """The manifest of a step folder, itself checked, but not yet the files it names. Raises IntegrityError."""
-    manifest = interop.read_json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST)
     if manifest is None:
         raise IntegrityError(f"{folder}: no {MANIFEST}; use another checkpoint")
     version = manifest.get("format_version")
@@ -255,10 +238,10 @@ def newest_checkpoint(out, resumable=False):
                 raise IntegrityError(f"{folder}: holds weights only")
         except IntegrityError as error:
             following = f"; trying {folders[place + 1].name}" if place + 1 < len(folders) else ""
-            warn(f"{str(error).split(';')[0]}{following}")
+            note("warning", f"{str(error).split(';')[0]}{following}")
             continue
         if read_pointer(out, "latest") is None:
-            warn(f"{out}/latest.txt names no checkpoint; found {folder.name} by looking at all")
+            note("warning", f"{out}/latest.txt names no checkpoint; found {folder.name} by looking at all")
         return checkpoint
     if folders:
         what = "can be resumed" if resumable else "is valid"
@@ -269,10 +252,6 @@ def newest_checkpoint(out, resumable=False):
     return None
 
 
-def warn(text):
-    print(f"warning: {text}", file=sys.stderr)
-
-
 # ---- loading
 
 
@@ -280,11 +259,11 @@ def find_model(path):
     """The folder to load for what a user typed: a model folder, a run folder (its best, else its newest), or a hub
     name. A folder with a manifest of ours has been verified."""
     folder = Path(path)
-    if (folder / "config.json").exists():
+    if os.path.exists(folder / "config.json"):
         return verify_checkpoint(folder.resolve()).path if (folder / MANIFEST).exists() else folder
-    if folder.is_dir():
+    if is_folder(folder):
         return best_or_newest(folder)
-    if folder.exists() or not interop.HUB_NAME.match(str(path)) or str(path).startswith("out/"):
+    if os.path.exists(folder) or not interop.HUB_NAME.match(str(path)) or str(path).startswith("out/"):
         raise InputError(f"{path}: no such checkpoint folder; give a step folder, a run folder or a hub name")
     return interop.fetch_from_hub(str(path))
 
@@ -295,7 +274,7 @@ def best_or_newest(out):
         try:
             return verify_checkpoint(best).path
         except IntegrityError as error:
-            warn(f"{str(error).split(';')[0]}; trying the newest checkpoint")
+            note("warning", f"{str(error).split(';')[0]}; trying the newest checkpoint")
     checkpoint = newest_checkpoint(out)
     if checkpoint is None:
         raise InputError(f"{out}: no checkpoint here; give a step folder, a run folder or a GPT-2 folder")
@@ -304,7 +283,11 @@ def best_or_newest(out):
 
 def load_pretrained(path):
     """(GPT in fp32 on the CPU, Tokenizer, generation defaults) of a checkpoint folder, run folder or hub name."""
-    folder = find_model(path)
+    return load_folder(find_model(path))
+
+
+def load_folder(folder):
+    """The same of a folder that find_model gave."""
     model = interop.load_model(folder)
     tokenizer = tokenizer_of(folder, model.vocab_size)
     if model.vocab_size < tokenizer.vocab_size:
@@ -313,14 +296,14 @@ def load_pretrained(path):
             "they do not belong together"
         )
     crop_vocabulary(model, tokenizer.vocab_size)
-    return model, tokenizer, interop.read_json(folder / "generation_config.json") or {}
+    return model, tokenizer, read_json(folder / "generation_config.json") or {}
 
 
 def tokenizer_of(folder, vocab_size):
     """The Tokenizer in a model folder; GPT-2's if the folder has none and the vocabulary is of GPT-2's size."""
     if vocab_size not in GPT2_VOCABULARIES or any((folder / name).exists() for name in interop.TOKENIZER_FILES):
         return load_tokenizer(folder)
-    print(f"info: {folder} holds no tokenizer; assuming gpt2's", file=sys.stderr)
+    note("info", f"{folder} holds no tokenizer; assuming gpt2's")
     return load_tokenizer("gpt2")
 
 

@@ -10,6 +10,7 @@ import difflib
 import io
 import json
 import math
+import os
 import sys
 import tomllib
 import typing
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import tyro
 
-from gpt.errors import InputError
+from gpt.errors import InputError, tell
 
 # What users of nanoGPT and transformers type, and the name (or names) here.
 OTHER_NAMES = {
@@ -64,12 +65,12 @@ OTHER_NAMES = {
 }
 
 
-def from_cli(cls, argv=None, base=None, preset=None, description=None):
+def from_cli(cls, argv=None, base=None, preset=None, description=None, usage=None):
     """Settings of class `cls` and the set of names that the preset or a flag gave: (config, given).
 
     The class's defaults lie under `base` (flat name -> value), that under the TOML file `preset`, that under `argv`.
     Raises InputError for an unknown, repeated or mistyped name, for nan and inf, and for what the class itself refuses.
-    `--help` prints and exits 0."""
+    `--help` prints and exits 0; its first line is `usage` (or the script's name) and the options."""
     argv = sys.argv[1:] if argv is None else list(argv)
     values = defaults(cls) | (base or {})
     given = set()
@@ -79,16 +80,17 @@ def from_cli(cls, argv=None, base=None, preset=None, description=None):
         given |= from_preset.keys()
     given |= check_flags(cls, argv)
     default = unflatten(cls, values, checked=False)
-    return run_tyro(cls, argv, default, description), frozenset(given)
+    return run_tyro(cls, argv, default, description, usage), frozenset(given)
 
 
-def run_tyro(cls, argv, default, description):
+def run_tyro(cls, argv, default, description, usage):
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
             return tyro.cli(
                 cls,
                 args=argv,
+                prog=usage,
                 default=default,
                 description=description,
                 use_underscores=True,
@@ -98,7 +100,7 @@ def run_tyro(cls, argv, default, description):
         if not stop.code:
             raise
         text = stderr.getvalue()
-        sys.stderr.write(text)
+        tell(text.rstrip())
         raise InputError(f"settings: {first_sentence(text)}; --help explains every setting") from None
 
 
@@ -184,6 +186,20 @@ def flags_in(argv, known):
             name = name[3:]
         following = argv[place + 1] if place + 1 < len(argv) and not argv[place + 1].startswith("--") else None
         yield name, value if equals else following
+
+
+def check_preset_comes_first(cls, flags):
+    """Raise InputError for a word among `flags` that is neither a flag of `cls`, which has no lists, nor its value."""
+    switches = {no + name for name, field in fields(cls).items() if field.type is bool for no in ("", "no_")}
+    takes_word = False
+    for word in flags:
+        if word.startswith("--"):
+            name, equals, _ = word[2:].replace("-", "_").partition("=")
+            takes_word = not equals and name not in switches
+        elif takes_word or word == "-h":
+            takes_word = False
+        else:
+            raise InputError(f"settings: {word!r} belongs to no option; if it is the preset, give it first")
 
 
 def is_number(text, wanted):
@@ -272,20 +288,22 @@ def find_preset(name, folder):
     if not name:
         return None
     path = folder / f"{name}.toml"
-    if path.exists():
+    if os.path.exists(path):  # Path.exists raises for a name that is too long
         return path
     if not Path(name).suffix:
-        print(list_presets(folder), file=sys.stderr)
+        tell(list_presets(folder))
         raise InputError(f"no preset {name!r}: the presets are listed above; choose one, or give a .toml file")
     return Path(name)
 
 
 def list_presets(folder):
     """A line per preset: its name and the first line of its header, which says size, hardware and time."""
+    paths = sorted(folder.glob("*.toml"))
+    width = max((len(path.stem) for path in paths), default=0)
     lines = []
-    for path in sorted(folder.glob("*.toml")):
+    for path in paths:
         first = path.read_text(encoding="utf-8").split("\n")[0]
-        lines.append(f"  {path.stem:14} {first.removeprefix('# ')}")
+        lines.append(f"  {path.stem:{width}}  {first.removeprefix('# ')}")
     return "\n".join(lines)
 
 

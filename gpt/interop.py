@@ -1,7 +1,6 @@
 """Tables between our names and Hugging Face's GPT-2: weights, config.json, generation_config.json; and the hub."""
 
 import hashlib
-import json
 import os
 import re
 from pathlib import Path
@@ -10,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from gpt.errors import InputError, IntegrityError, ResourceError
+from gpt.files import inside, read_json, sha256_of
 from gpt.model import GPT, ModelConfig
-from gpt.shards import inside, sha256_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -232,21 +231,6 @@ def read_config(folder):
             f"{folder}: n_inner is {values['n_inner']}, GPT-2 has 4 * n_embd; this model cannot be used here"
         )
     return config, vocab_size
-
-
-def read_json(path):
-    """The object in a JSON file, or None if there is no such file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, RecursionError):
-        raise IntegrityError(f"{path}: not valid JSON; restore it") from None
-    except OSError as error:
-        raise ResourceError(f"{path}: {error.strerror}; make it readable") from None
-    if not isinstance(values, dict):
-        raise IntegrityError(f"{path}: not a JSON object; restore it")
-    return values
 
 
 def load_model(folder):

@@ -9,7 +9,7 @@ import torch
 
 from gpt.errors import NonFiniteError
 
-SHORTEST_WSD_DECAY = 0.2  # share of the run that wsd decays over when decay_steps is 0
+WSD_DECAY = 0.2  # share of the run that wsd decays over when decay_steps is 0
 SCALE_GROWTH_STEPS = 2000  # finite fp16 steps before the loss scale doubles
 
 
@@ -51,6 +51,8 @@ class OptimConfig:
             for name, value in (("beta1", self.beta1), ("beta2", self.beta2))
             if not 0 <= value < 1
         ]
+        if self.schedule == "constant" and (self.min_lr or self.decay_steps):
+            found.append("min_lr and decay_steps have no effect with schedule constant: set them to 0")
         if self.eps <= 0:
             found.append(f"eps {self.eps} must be above 0")
         for name, value in (
@@ -69,7 +71,7 @@ def learning_rate(config, step, total_steps):
         return config.lr * (step + 1) / (warmup + 1)
     decay = config.decay_steps * (total_steps if config.decay_steps < 1 else 1)
     if decay == 0:
-        decay = SHORTEST_WSD_DECAY * total_steps if config.schedule == "wsd" else total_steps - warmup
+        decay = WSD_DECAY * total_steps if config.schedule == "wsd" else total_steps - warmup
     decay = min(decay, total_steps - warmup)
     done = min(1.0, max(0.0, step - (total_steps - decay)) / max(decay, 1))
     match config.schedule:
@@ -87,7 +89,6 @@ def make_adamw(model, config):
     parameters = list(model.parameters())
     matrices = [p for p in parameters if p.dim() >= 2]
     vectors = [p for p in parameters if p.dim() < 2]
-    assert len(matrices) + len(vectors) == len(parameters)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
@@ -97,15 +98,17 @@ def clip_gradients(parameters, grad_clip):
     """The norm of all gradients before clipping, a tensor on the device; scales them to `grad_clip` if it is above
     0."""
     parameters = list(parameters)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if grad_clip > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm, foreach=True)
+        torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
     return norm
 
 
 def gated_step(optimizer, finite):
     """`optimizer.step()` where the device scalar `finite` is true; else weights and moments stay untouched. The host
-    does not wait to know which."""
+    does not wait to know which, but on MPS, whose kernel ignores `found_inf`."""
+    if finite.device.type == "mps" and not finite:
+        return
     optimizer.found_inf = (~finite).float()  # read by the fused kernels, as torch.amp.GradScaler uses it
     optimizer.step()
 
@@ -141,7 +144,7 @@ class LossScaler:
         if not self.enabled or not math.isfinite(loss) or self.overflows >= 20:
             raise NonFiniteError(
                 f"non-finite loss or gradient at step {step}: loss {loss:.4g}, batch from {where}, "
-                "weights as before it; lower --lr, or look at the data there"
+                "nothing of it was saved; lower --lr, or look at the data there"
             )
 
     def state(self):

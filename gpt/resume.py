@@ -1,28 +1,32 @@
 """What a run starts from: which checkpoint is continued, and whether settings, data and machine agree with it."""
 
-import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from gpt import interop
+from gpt.budget import LengthConfig, RhythmConfig
 from gpt.checkpoint import (
     STEP_FOLDER,
-    find_model,
-    load_pretrained,
+    load_folder,
     newest_checkpoint,
     step_folders,
     verify_checkpoint,
 )
 from gpt.config import refuse
 from gpt.corpus import check_tokenizer
-from gpt.errors import InputError, IntegrityError
+from gpt.errors import InputError, IntegrityError, note
+from gpt.files import is_folder
 from gpt.model import ModelConfig
+from gpt.runtime import MachineConfig
 
-ARCHITECTURE = tuple(f.name for f in fields(ModelConfig) if f.name != "dropout")
-LENGTH = ("max_steps", "max_tokens", "max_epochs", "max_minutes", "patience")
-RHYTHM = ("log_every", "eval_every", "eval_tokens", "save_every", "sample_every", "keep_last", "keep_every")
-HARDWARE = ("device", "dtype", "compile", "deterministic", "threads", "micro_batch_size")
-FREE = (*LENGTH, *RHYTHM, *HARDWARE, "data", "out", "resume", "verify", "wandb", "profile")  # data: by content, below
+
+def names(config):
+    return {field.name for field in fields(config)}
+
+
+ARCHITECTURE = names(ModelConfig) - {"dropout"}
+ELSEWHERE = {"data", "out", "resume", "verify", "wandb", "profile", "micro_batch_size"}  # data: compared by content
+FREE = names(LengthConfig) | names(RhythmConfig) | names(MachineConfig) | ELSEWHERE
 
 
 def find_checkpoint(out, resume):
@@ -61,7 +65,7 @@ def open_checkpoint(path):
         if checkpoint is None:
             raise InputError(f"{path}: no valid checkpoint; give a run folder or a step folder")
         return checkpoint
-    if not path.is_dir():
+    if not is_folder(path):
         raise InputError(f"{path}: no valid checkpoint; give a run folder or a step folder")
     checkpoint = verify_checkpoint(path.resolve())
     if checkpoint.state is None:
@@ -69,22 +73,15 @@ def open_checkpoint(path):
     return checkpoint
 
 
-def stored_settings(checkpoint):
-    """Flat settings of the run that wrote the checkpoint."""
-    return dict(checkpoint.state["config"])
-
-
 def check_settings(values, checkpoint, accept):
     """Compare a run's settings (flat name -> value) with its checkpoint's. Another architecture or seed is refused,
     another setting too unless `accept`: then it is told. Length, rhythm and hardware may change."""
-    old = stored_settings(checkpoint)
+    old = checkpoint.state["config"]
     changed = {
         name: (old[name], value)
         for name, value in values.items()
-        if name in old and name not in FREE and differs(old[name], value)
+        if name in old and name not in FREE and old[name] != value
     }
-    if changed.get("init", ("", ""))[1]:
-        check_base_is_elsewhere(values["init"], values["out"])
     texts = [f"{name} {was!r} -> {now!r}" for name, (was, now) in changed.items()]
     if "seed" in changed:
         raise InputError(f"{checkpoint.path}: made with another seed ({texts[0]}); use a new --out")
@@ -97,11 +94,7 @@ def check_settings(values, checkpoint, accept):
             f"or accept them with --resume {checkpoint.path.parent}"
         )
     for text in texts:
-        print(f"info: setting changed on resume: {text}", file=sys.stderr)
-
-
-def differs(was, now):
-    return (list(was) if isinstance(was, (list, tuple)) else was) != (list(now) if isinstance(now, tuple) else now)
+        note("info", f"setting changed on resume: {text}")
 
 
 def check_architecture(model, given, base):
@@ -116,20 +109,19 @@ def check_architecture(model, given, base):
         problems.append(f"block_size {model.block_size} is above the base model's {base['block_size']}")
     refuse(problems)
     if model.block_size < base["block_size"]:
-        print(f"info: context cropped from {base['block_size']} to {model.block_size} tokens", file=sys.stderr)
+        note("info", f"context cropped from {base['block_size']} to {model.block_size} tokens")
 
 
-def check_base_is_elsewhere(init, out):
-    """Raise InputError if the run folder `out` is where the base model lives."""
-    base = find_model(init).resolve()
-    if Path(out).resolve() in (base, base.parent):
+def check_base_is_elsewhere(base, out):
+    """Raise InputError if the run folder `out` is where the base model, in folder `base`, lives."""
+    if Path(out).resolve() in (base.resolve(), base.resolve().parent):
         raise InputError(f"{out}: out holds the base checkpoint; give another --out")
 
 
-def load_base(init, block_size, tokenizer):
-    """The model to fine-tune, its context cropped to block_size, and a record of which it is."""
-    folder = find_model(init)
-    model, its_tokenizer, _ = load_pretrained(folder)
+def load_base(folder, init, block_size, tokenizer):
+    """The model to fine-tune, its context cropped to block_size, and a record of which it is: `init` is what the user
+    calls it."""
+    model, its_tokenizer, _ = load_folder(folder)
     check_tokenizer(init, its_tokenizer.record, tokenizer)
     model.crop_context(block_size)
     return model, {"init": init, "sha256": interop.weights_hash(folder)}
@@ -141,19 +133,20 @@ def check_dataset(checkpoint, record, accept):
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed and not accept:
         raise IntegrityError(
-            f"dataset changed since checkpoint: {', '.join(changed[:5])}; restore it, or accept it with --resume PATH"
+            f"dataset changed since checkpoint: {', '.join(changed[:5])}; restore it, use a new --out, "
+            "or accept it with --resume PATH"
         )
     if changed:
-        print(f"warning: dataset changed since checkpoint: {', '.join(changed[:5])}", file=sys.stderr)
+        note("warning", f"dataset changed since checkpoint: {', '.join(changed[:5])}")
 
 
 def shard_hashes(record):
     return {name: (tokens, digest) for shards in record.values() for name, tokens, digest in shards}
 
 
-def check_runtime(checkpoint, record):
-    """One warning if something differs on which bitwise repetition depends."""
-    old = checkpoint.state["runtime"]
-    changed = [f"{name} {old[name]} -> {value}" for name, value in record.items() if old.get(name, value) != value]
+def check_runtime(before, now):
+    """One warning if something differs on which bitwise repetition depends: `before` and `now` are records of machines,
+    name -> value."""
+    changed = [f"{name} {before[name]} -> {value}" for name, value in now.items() if before.get(name, value) != value]
     if changed:
-        print(f"warning: not bitwise the same run any more: {', '.join(changed)}", file=sys.stderr)
+        note("warning", f"not bitwise the same run any more: {', '.join(changed)}")

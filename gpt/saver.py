@@ -1,5 +1,6 @@
 """When checkpoints are written and which are kept: the Saver of a run, its pointers, retention."""
 
+import contextlib
 import os
 import shutil
 from dataclasses import asdict
@@ -14,15 +15,13 @@ from gpt.checkpoint import (
     json_text,
     read_manifest,
     read_pointer,
-    remove_tree,
     save_checkpoint,
     sealed,
     step_folders,
     step_of,
-    warn,
-    write_durably,
 )
-from gpt.errors import IntegrityError, ResourceError
+from gpt.errors import IntegrityError, ResourceError, note
+from gpt.files import remove_tree, write_durably
 
 TRAINER_STATES_KEPT = 2
 FAILURES_ALLOWED = 2  # failed saves in a row that are only warnings
@@ -34,52 +33,54 @@ class Saver:
     `constant` is what every state.json repeats: the settings, the machine, the base model. `rhythm` says how many
     checkpoints to keep (keep_last, keep_every)."""
 
-    def __init__(self, out, progress, model, optimizer, scaler, corpus, constant, log, rhythm):
-        self.out, self.progress, self.model, self.optimizer, self.scaler = Path(out), progress, model, optimizer, scaler
-        self.corpus, self.constant, self.log, self.rhythm = corpus, constant, log, rhythm
+    def __init__(self, out, state, corpus, constant, log, rhythm):
+        self.out, self.state, self.corpus, self.constant = Path(out), state, corpus, constant
+        self.log, self.rhythm = log, rhythm
         self.saved_step, self.failures = None, 0
-        if progress.step:
-            self.continue_run()
+        if self.folder(state.progress.step).is_dir():  # resumed: finish what an interruption may have left undone
+            self.saved_step = state.progress.step
+            self.point()
 
-    def save(self, is_best=False, is_last=False):
+    def folder(self, step):
+        return self.out / f"step-{step:09d}"
+
+    def save(self, is_last=False):
         """Save this step's checkpoint, unless there is one, and point to it. A failure to write is a warning until the
         third in a row, or at the end of the run."""
-        step = self.progress.step
+        step = self.state.progress.step
         if self.saved_step == step:
             return
         self.corpus.verifier.wait()
         try:
-            self.write(step, is_best)
+            self.write(step)
         except ResourceError as error:
             self.failures += 1
             if is_last or self.failures > FAILURES_ALLOWED:
                 raise
-            self.log.say(f"warning: checkpoint at step {step} failed: {error}")
+            note("warning", f"checkpoint at step {step} failed: {error}")
             return
         self.saved_step, self.failures = step, 0
         apply_retention(self.out, step, self.rhythm.keep_last, self.rhythm.keep_every)
 
-    def write(self, step, is_best):
-        state = {"progress": asdict(self.progress), "scaler": self.scaler.state(), **self.constant}
-        tokenizer, record = self.corpus.tokenizer, self.corpus.record
+    def write(self, step):
+        state, corpus = self.state, self.corpus
+        stored = {"progress": asdict(state.progress), "scaler": state.scaler.state(), **self.constant}
         try:
             self.log.sync()
-            folder = save_checkpoint(self.out, step, self.model, self.optimizer, tokenizer, state, record, __version__)
-            point(self.out, "latest", folder)
-            if is_best:
-                point(self.out, "best", folder)
+            save_checkpoint(
+                self.out, step, state.model, state.optimizer, corpus.tokenizer, stored, corpus.record, __version__
+            )
+            self.point()
         except OSError as error:
             raise ResourceError(f"{self.out}: {error.strerror}; free some space or make it writable") from None
 
-    def continue_run(self):
-        """Finish what an interruption right after the last save may have left undone."""
-        best = self.out / f"step-{self.progress.best_step:09d}"
-        if self.progress.best_loss is not None and best.is_dir() and read_pointer(self.out, "best") != best:
+    def point(self):
+        """Make the pointers name this step's checkpoint and the best one's."""
+        progress = self.state.progress
+        point(self.out, "latest", self.folder(progress.step))
+        best = self.folder(progress.best_step)
+        if progress.best_loss is not None and best.is_dir() and read_pointer(self.out, "best") != best:
             point(self.out, "best", best)
-        newest = self.out / f"step-{self.progress.step:09d}"
-        if newest.is_dir():
-            self.saved_step = self.progress.step
-            point(self.out, "latest", newest)
 
 
 def sweep(out):
@@ -102,8 +103,9 @@ def point(out, name, folder):
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(folder.name, target_is_directory=True)
         os.replace(temporary, link)
-    except (OSError, NotImplementedError):  # the text file is what counts
-        return
+    except (OSError, NotImplementedError):  # the text file is what counts; a link that cannot follow it must go
+        with contextlib.suppress(OSError):
+            link.unlink()
 
 
 def is_linked(folder):
@@ -126,7 +128,7 @@ def apply_retention(out, saved, keep_last, keep_every):
             elif place >= TRAINER_STATES_KEPT:
                 drop_trainer_state(folder)
         except OSError as error:
-            warn(f"{folder}: not deleted: {error.strerror}")
+            note("warning", f"{folder}: not deleted: {error.strerror}")
 
 
 def remove_step(folder):

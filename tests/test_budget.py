@@ -85,7 +85,7 @@ def test_without_patience_a_run_goes_on_whatever_the_losses():
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_never_the_best(loss):
-    progress = Progress()
+    progress = Progress(step=1)
     assert not progress.evaluated(loss)
     assert progress.best_loss is None
     assert progress.evaluated(3.0)
@@ -120,3 +120,18 @@ def test_fault_097_limits_below_zero_and_a_run_without_end_are_refused():
     assert BatchConfig(0, 0).problems()
     assert BatchConfig(8, -1).problems()
     assert BatchConfig(8, 4).problems() == BatchConfig(8, 0).problems() == []
+
+
+def test_the_loss_before_the_first_step_is_noted_but_never_the_best():
+    progress = Progress()
+    assert progress.evaluation_due(every=0, ends=False)
+    assert not progress.evaluated(1.0)
+    assert (progress.best_loss, progress.evals_without_best) == (None, 0)
+    assert not progress.evaluation_due(every=0, ends=False)
+
+
+@pytest.mark.parametrize(("limit", "value"), [("max_tokens", 2560), ("max_epochs", 2.0)])
+def test_a_batch_size_changed_on_resume_does_not_change_where_tokens_and_epochs_end(limit, value):
+    progress = Progress(step=10, windows_seen=20)  # of 2 each, half of the 40 windows of 64 tokens
+    budget = Budget(LengthConfig(**{limit: value}), 4, 64, 20)
+    assert budget.total_steps(progress) == 10 + 20 // 4

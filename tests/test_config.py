@@ -16,6 +16,7 @@ import sample
 import train
 from gpt.config import (
     OTHER_NAMES,
+    check_preset_comes_first,
     defaults,
     fields,
     find_preset,
@@ -433,3 +434,36 @@ def test_the_script_itself_ends_with_the_code_and_the_line():
     assert run.code == 2
     assert run.last.startswith("error: ")
     assert "Traceback" not in run.stderr
+
+
+def test_the_list_of_presets_is_in_two_columns(tmp_path):
+    for name in ("a", "a-name-longer-than-fourteen"):
+        (tmp_path / f"{name}.toml").write_text("# what it is\n")
+    lines = list_presets(tmp_path).splitlines()
+    assert {line.index("what it is") for line in lines} == {len("  a-name-longer-than-fourteen  ")}
+    assert list_presets(tmp_path / "absent") == ""
+
+
+def test_the_help_says_how_to_call_the_program(capsys):
+    with pytest.raises(SystemExit) as stop:
+        from_cli(Config, ["--help"], usage="train.py PRESET")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: train.py PRESET [")
+
+
+@pytest.mark.parametrize(
+    "words", [("--name", "x", "tiny"), ("--name=x", "tiny"), ("--fast", "tiny"), ("--no-fast", "tiny")]
+)
+def test_a_preset_behind_the_options_is_told_to_come_first(words):
+    with pytest.raises(InputError, match=r"'tiny' belongs to no option; if it is the preset, give it first"):
+        check_preset_comes_first(Config, words)
+
+
+@pytest.mark.parametrize("words", [(), ("-h",), ("--name", "tiny"), ("--lr", "-1", "--fast"), ("--unknown", "5")])
+def test_words_that_belong_to_an_option_are_no_preset(words):
+    check_preset_comes_first(Config, words)
+
+
+def test_fault_111_a_preset_of_a_name_too_long_for_a_file_is_unknown(tmp_path, capsys):
+    with pytest.raises(InputError, match="no preset"):
+        find_preset("x" * 5000, tmp_path)

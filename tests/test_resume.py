@@ -17,7 +17,7 @@ from training_helpers import (
     train_here,
 )
 
-from gpt.checkpoint import load_pretrained, verify_checkpoint
+from gpt.checkpoint import find_model, load_pretrained, verify_checkpoint
 from gpt.corpus import Corpus
 from gpt.resume import load_base
 from gpt.tokenizer import train_bpe
@@ -341,7 +341,7 @@ def test_fault_079_a_shorter_context_is_cropped_and_said_and_a_longer_one_refuse
     tuned, tokenizer, _ = load_pretrained(tmp_path / "tuned")
     assert (tuned.config.block_size, tuned.position.weight.shape) == (16, (16, 32))
     base, _, _ = load_pretrained(run)
-    cropped, _ = load_base(str(run), 16, tokenizer)
+    cropped, _ = load_base(find_model(run), str(run), 16, tokenizer)
     assert torch.equal(cropped.position.weight, base.position.weight[:16])
     ids = torch.arange(16)[None]
     with torch.no_grad():

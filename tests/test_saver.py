@@ -17,7 +17,7 @@ import torch
 from training_helpers import optimizer_of, rewrite_manifest, save_step, snapshot, step_names, tiny_model
 
 from gpt.budget import Progress
-from gpt.checkpoint import load_pretrained, newest_checkpoint, verify_checkpoint
+from gpt.checkpoint import State, load_pretrained, newest_checkpoint, verify_checkpoint
 from gpt.errors import ResourceError
 from gpt.saver import Saver, apply_retention, sweep
 from gpt.tokenizer import load_tokenizer
@@ -35,7 +35,7 @@ def saver_of(out, model, keep_last=2, keep_every=0, step=0):
     corpus = SimpleNamespace(verifier=nothing, tokenizer=load_tokenizer("byte"), record={"train": []})
     rhythm = SimpleNamespace(keep_last=keep_last, keep_every=keep_every)
     constant = {"config": {"seed": 1}, "runtime": {}, "base": None}
-    return Saver(out, progress, model, optimizer_of(model), nothing, corpus, constant, nothing, rhythm)
+    return Saver(out, State(model, optimizer_of(model), nothing, progress), corpus, constant, nothing, rhythm)
 
 
 # ---- kills
@@ -48,13 +48,13 @@ def save_until_killed(out, pipe, fatal_event=0):
     found = newest_checkpoint(out)
     saver = saver_of(out, tiny_model(n_layer=1), keep_last=3, step=found.step if found else 0)
     while True:
-        saver.progress.step += 1
-        saver.progress.evaluated(100.0 - saver.progress.step if saver.progress.step % 3 else 200.0)
-        if fatal_event and saver.progress.step == (found.step if found else 0) + 2:
+        saver.state.progress.step += 1
+        saver.state.progress.evaluated(100.0 - saver.state.progress.step if saver.state.progress.step % 3 else 200.0)
+        if fatal_event and saver.state.progress.step == (found.step if found else 0) + 2:
             sys.addaudithook(functools.partial(die_at, iter(range(1, fatal_event)), str(out)))
             fatal_event = 0
-        saver.save(is_best=saver.progress.best_step == saver.progress.step)
-        os.write(pipe, b"%d\n" % saver.progress.step)
+        saver.save()
+        os.write(pipe, b"%d\n" % saver.state.progress.step)
 
 
 def die_at(left, out, event, arguments):
@@ -138,8 +138,9 @@ def test_fault_046_retention_keeps_newest_best_and_every_nth_and_trainer_state_i
     out, model = tmp_path / "run", tiny_model(n_layer=1)
     saver = saver_of(out, model, keep_last=3, keep_every=4)
     for step in range(1, 12):
-        saver.progress.step = step
-        saver.save(is_best=step == 2)
+        saver.state.progress.step = step
+        saver.state.progress.evaluated(1.0 if step == 2 else 2.0)
+        saver.save()
     assert step_names(out) == [f"step-{n:09d}" for n in (2, 4, 8, 9, 10, 11)]
     with_state = [n for n in (2, 4, 8, 9, 10, 11) if verify_checkpoint(out / f"step-{n:09d}").state is not None]
     assert with_state == [10, 11]
@@ -240,7 +241,7 @@ def test_a_trainer_state_dropped_halfway_is_dropped_at_the_next_save(tmp_path):
 
 def test_a_full_disk_is_a_warning_twice_and_then_the_end_and_harms_no_checkpoint(tmp_path, capsys):
     saver = saver_of(tmp_path / "run", tiny_model())
-    saver.progress.step = 1
+    saver.state.progress.step = 1
     saver.save()
     before = snapshot(tmp_path / "run")
     largest = max(len(content) for content, _ in before.values() if isinstance(content, bytes))
@@ -249,16 +250,16 @@ def test_a_full_disk_is_a_warning_twice_and_then_the_end_and_harms_no_checkpoint
     try:
         for step, limit in ((2, largest - 1), (3, 4096)):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
-            saver.progress.step = step
+            saver.state.progress.step = step
             saver.save()
             assert snapshot(tmp_path / "run") == before
-        saver.progress.step = 4
+        saver.state.progress.step = 4
         with pytest.raises(ResourceError, match=r"writing failed: .*GB free"):
             saver.save()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, ignored)
-    assert capsys.readouterr().out.count("warning: checkpoint at step") == 2
+    assert capsys.readouterr().err.count("warning: checkpoint at step") == 2
     assert snapshot(tmp_path / "run") == before
     saver.save()
     assert newest_checkpoint(tmp_path / "run").step == 4
@@ -267,17 +268,17 @@ def test_a_full_disk_is_a_warning_twice_and_then_the_end_and_harms_no_checkpoint
 @pytest.mark.parametrize("name", ["rename", "replace", "fsync", "mkdir"])
 def test_a_save_whose_file_operations_fail_is_reported_and_leaves_the_older_one(name, tmp_path, monkeypatch, capsys):
     saver = saver_of(tmp_path / "run", tiny_model())
-    saver.progress.step = 1
+    saver.state.progress.step = 1
     saver.save()
 
     def fail(*_, **__):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, name, fail)
-    saver.progress.step = 2
+    saver.state.progress.step = 2
     saver.save()
     monkeypatch.undo()
-    assert "warning: checkpoint at step 2 failed" in capsys.readouterr().out
+    assert "warning: checkpoint at step 2 failed" in capsys.readouterr().err
     assert newest_checkpoint(tmp_path / "run").step in (1, 2)
     assert not list((tmp_path / "run").glob("step-*.tmp"))
     saver.save(is_last=True)

@@ -16,6 +16,8 @@ from training_helpers import fingerprint, make_data, metrics, sha256, step_names
 
 import gpt
 import train
+from gpt.budget import Progress
+from gpt.checkpoint import State
 from gpt.config import from_cli
 from gpt.data import Windows
 from gpt.log import cut_metrics
@@ -89,9 +91,9 @@ def cpu():
 
 
 def gradients(model, batch, micro_batch_size, run):
-    optimizer = Recording(model)
-    numbers = train.train_step(model, optimizer, LossScaler("cpu", False), batch, 1e-3, 0.0, micro_batch_size, run)
-    return optimizer.gradients, numbers.tolist()
+    state = State(model, Recording(model), LossScaler("cpu", False), Progress(micro_batch_size=micro_batch_size))
+    numbers = train.train_step(state, batch, 1e-3, 0.0, run)
+    return state.optimizer.gradients, numbers.tolist()
 
 
 def batch_with_ignored(block_size):
@@ -149,16 +151,17 @@ def hidden(model, ids):
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_fault_028_029_a_non_finite_loss_or_gradient_changes_neither_weights_nor_moments(cpu, where):
     model = tiny_model().train()
-    optimizer, scaler = make_adamw(model, OptimConfig()), LossScaler("cpu", False)
+    optimizer = make_adamw(model, OptimConfig())
+    state = State(model, optimizer, LossScaler("cpu", False), Progress(micro_batch_size=2))
     batch = torch.randint(257, (4, 33), generator=torch.Generator().manual_seed(5))
-    train.train_step(model, optimizer, scaler, batch, 1e-2, 1.0, 2, cpu)
+    train.train_step(state, batch, 1e-2, 1.0, cpu)
     before = [p.clone() for p in model.parameters()]
     moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
     if where == "loss":
         model.register_forward_hook(lambda module, args, output: output * math.nan)
     else:
         model.ln_f.bias.register_hook(lambda gradient: gradient * math.inf)
-    loss, norm, finite = train.train_step(model, optimizer, scaler, batch, 1e-2, 1.0, 2, cpu).tolist()
+    loss, norm, finite = train.train_step(state, batch, 1e-2, 1.0, cpu).tolist()
     assert finite == 0.0
     assert math.isfinite(loss) == (where == "gradient")
     assert not math.isfinite(norm)
@@ -248,7 +251,7 @@ def test_tokens_per_second_are_tokens_over_training_time(data, tmp_path):
 
 def test_the_memory_line_names_its_four_parts(data, tmp_path):
     said = tiny(data, tmp_path / "out", "--max_steps", 2).stderr
-    line = next(line for line in said.splitlines() if line.startswith("memory: "))
+    line = next(line for line in said.splitlines() if line.startswith("info: memory: "))
     assert all(f"{part} " in line for part in ("weights", "gradients", "optimizer", "activations"))
 
 
