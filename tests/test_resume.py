@@ -362,3 +362,23 @@ def test_a_given_setting_that_contradicts_the_base_model_is_exit_2(flags, run, m
     done = train_here("tiny", "--init", run, "--data", made / "data", "--out", tmp_path / "tuned", *SHORT, *flags)
     assert done.code == 2
     assert f"{flags[0][2:]} {flags[1]} disagrees with the base model's" in done.last
+
+
+def test_a_base_that_a_preset_names_gives_the_architecture_too(run, made, tmp_path):
+    preset = tmp_path / "mine.toml"
+    preset.write_text(f'init = "{run}"\nmax_steps = 1\neval_every = 0\n')
+    assert train_here(preset, "--data", made / "data", "--out", tmp_path / "a", "--global_batch_size", 4).code == 0
+    assert load_pretrained(tmp_path / "a")[0].config.block_size == load_pretrained(run)[0].config.block_size
+    preset.write_text(f'init = "{run}"\nmax_steps = 1\nn_layer = 7\n')
+    done = train_here(preset, "--data", made / "data", "--out", tmp_path / "b")
+    assert done.code == 2
+    assert "n_layer 7 disagrees with the base model's" in done.last
+
+
+def test_a_branch_into_a_folder_of_another_run_must_agree_with_that_run(run, made, tmp_path):
+    other = tmp_path / "other"
+    command = ("--data", made / "data", "--out", other, *SHORT)
+    assert train_here("tiny", *command, "--lr", "0.005").code == 0
+    done = train_here("--resume", run, "--data", made / "data", "--out", other)
+    assert done.code == 2
+    assert "made with other settings" in done.last or "another architecture" in done.last

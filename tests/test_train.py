@@ -16,10 +16,12 @@ from training_helpers import fingerprint, make_data, metrics, sha256, step_names
 
 import gpt
 import train
+from gpt import saver
 from gpt.budget import Progress
 from gpt.checkpoint import State
 from gpt.config import from_cli
 from gpt.data import Windows
+from gpt.errors import ResourceError
 from gpt.log import cut_metrics
 from gpt.model import GPT, IGNORED
 from gpt.optim import LossScaler, OptimConfig, make_adamw
@@ -372,14 +374,16 @@ def test_fault_070_a_signal_ends_with_75_and_the_same_command_continues_to_the_s
     assert fingerprint(out, LENGTH) == fingerprint(plain, LENGTH)
 
 
-def test_fault_071_a_signal_before_the_first_step_leaves_a_run_that_the_same_command_makes(
-    data, plain, tmp_path, monkeypatch
+@pytest.mark.parametrize("when", [1, 2, 3], ids=["before_the_first_step", "in_the_middle", "after_the_last_step"])
+def test_fault_071_a_signal_during_an_evaluation_ends_it_and_it_is_made_up_for(
+    when, data, plain, tmp_path, monkeypatch
 ):
     out = tmp_path / "out"
-    original = train.evaluate
+    original, calls = train.evaluate, iter(range(1, when))
 
     def evaluate(*args):
-        signal.raise_signal(signal.SIGTERM)
+        if next(calls, None) is None:
+            signal.raise_signal(signal.SIGTERM)
         return original(*args)
 
     with monkeypatch.context() as patch:
@@ -387,6 +391,22 @@ def test_fault_071_a_signal_before_the_first_step_leaves_a_run_that_the_same_com
         assert tiny(data, out).code == 75
     assert tiny(data, out).code == 0
     assert fingerprint(out, LENGTH) == fingerprint(plain, LENGTH)
+
+
+def test_a_new_best_is_pointed_to_by_the_next_save_when_its_own_failed(data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    original, broken = saver.save_checkpoint, iter([True])
+
+    def save_checkpoint(*args):
+        if next(broken, False):
+            raise ResourceError("disk: full")
+        return original(*args)
+
+    monkeypatch.setattr(saver, "save_checkpoint", save_checkpoint)
+    run = tiny(data, out, "--save_every", 4, "--max_steps", 4)
+    assert run.code == 0
+    assert "checkpoint at step 4 failed: disk: full" in run.stderr
+    assert (out / "best.txt").read_text() == (out / "latest.txt").read_text() == "step-000000004\n"
 
 
 def test_fault_070_a_second_ctrl_c_interrupts_at_once_with_130(data, tmp_path, monkeypatch):
