@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl on disks that fill up, terminals that go away, exit.json."""
 
+import contextlib
 import errno
 import json
 import os
@@ -88,36 +89,34 @@ def test_fault_036_without_any_stderr_all_is_logged(tmp_path, monkeypatch, capsy
 # ---- a disk that fills up
 
 
-@pytest.fixture
-def limited():
-    """A function that lets no file of this process grow beyond so many bytes, or all again."""
+@contextlib.contextmanager
+def limited(size):
+    """Within this context no file of this process can grow beyond `size` bytes: no test may report in it."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def limit(size=before[0]):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
 
-    yield limit
-    limit()
-
-
-def test_fault_041_what_a_full_disk_does_not_take_is_written_when_it_has_room_again(tmp_path, limited, capsys):
+def test_fault_041_what_a_full_disk_does_not_take_is_written_when_it_has_room_again(tmp_path, capsys):
     file = MetricsFile(tmp_path / "metrics.jsonl", 0)
     file.write(record_of(1))
-    limited(file.path.stat().st_size + 20)  # the second line gets in partly
-    for step in (2, 3, 4):
-        file.write(record_of(step))
+    with limited(file.path.stat().st_size + 20):  # the second line gets in partly
+        for step in (2, 3, 4):
+            file.write(record_of(step))
+        with pytest.raises(ResourceError, match=r"metrics\.jsonl: .*; free some space"):
+            file.sync()
     assert capsys.readouterr().err.count("warning:") == 1
-    with pytest.raises(ResourceError, match=r"metrics\.jsonl: .*; free some space"):
-        file.sync()
-    limited()
     file.write(record_of(5))
     file.sync()
     assert metrics(tmp_path) == [record_of(step) for step in range(1, 6)]
-    limited(file.path.stat().st_size)
-    file.write(record_of(6))
-    file.write(record_of(7))
-    file.close()
+    with limited(file.path.stat().st_size):
+        file.write(record_of(6))
+        file.write(record_of(7))
+        file.close()
     first, last = capsys.readouterr().err.strip().splitlines()  # a second time it is told again
     assert "warning:" in first
     assert "2 lines are lost" in last
