@@ -93,7 +93,8 @@ def main():
     budget = Budget(config.length, size, block_size, corpus.windows.per_epoch)
     checkpoint = find_start(config, base, corpus)
     progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
-    if budget.spent(progress):
+    evaluates = corpus.has_validation() and progress.evaluation_due(0, ends=True)  # a signal cut the last one short
+    if budget.spent(progress) and not (checkpoint and evaluates):
         why = " (patience)" if budget.tired(progress) else ""
         with unheard(sys.stdout):
             print(f"nothing to do: step {progress.step} of {budget.total_steps(progress)}{why}")

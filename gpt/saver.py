@@ -49,6 +49,7 @@ class Saver:
         third in a row, or at the end of the run."""
         step = self.state.progress.step
         if self.saved_step == step:
+            self.point_to_best()  # a resumed run may have evaluated a step that was saved before
             return
         self.corpus.verifier.wait()
         try:
@@ -76,8 +77,11 @@ class Saver:
 
     def point(self):
         """Make the pointers name this step's checkpoint and the best one's."""
+        point(self.out, "latest", self.folder(self.state.progress.step))
+        self.point_to_best()
+
+    def point_to_best(self):
         progress = self.state.progress
-        point(self.out, "latest", self.folder(progress.step))
         best = self.folder(progress.best_step)
         if progress.best_loss is not None and best.is_dir() and read_pointer(self.out, "best") != best:
             point(self.out, "best", best)
