@@ -56,6 +56,33 @@ def same_as_transformers(folder, tokenizer, texts):
 # ---- ids
 
 
+def mixed_text(size):
+    """About `size` characters of words, scripts, emoji, white space, digits, code and contractions, the same always."""
+    pools = [
+        "αβγдежзيةहिन्दीไทย",
+        "漢字かな交じり文",
+        "😀👩‍👩‍👧🏳️‍🌈é̂",
+        " \t\n\r\u00a0\u3000",
+        "0123456789",
+        "'s'll'RE don't",
+    ]
+    pools += ["the quick brown fox jumps over a lazy dog ", "<|endoftext|>", "def f(x):\n    return {}[]();//\n"]
+    draw = random.Random(0)
+    pieces = ("".join(draw.choices(draw.choice(pools), k=draw.randrange(60))) for _ in range(size // 30))
+    return "".join(pieces)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "byte", "bpe"])
+def test_transformers_gives_the_same_ids_on_a_megabyte_of_mixed_text(name, request, tmp_path):
+    text = mixed_text(900_000)
+    assert len(text.encode()) > 1_000_000
+    if name == "gpt2":
+        request.getfixturevalue("bpe_cache")
+    tokenizer = train_bpe([text[:100_000]], 1000) if name == "bpe" else load_tokenizer(name)
+    save_tokenizer(tokenizer, tmp_path)
+    same_as_transformers(tmp_path, tokenizer, [text])
+
+
 def test_gpt2_ids_are_tiktokens_and_end_of_text_in_text_is_ordinary(gpt2):
     theirs = tiktoken.get_encoding("gpt2")
     assert gpt2.encode("hello <|endoftext|>") == theirs.encode("hello <|endoftext|>", disallowed_special=())
