@@ -36,7 +36,7 @@ from gpt.data import Prefetch
 from gpt.errors import InputError, ResourceError, Stopped, note, run_main, tell, unheard
 from gpt.files import lock_folder, write_durably
 from gpt.generate import TextGenerator
-from gpt.log import Log, Recorder, exit_record, start_wandb
+from gpt.log import Log, Recorder, exit_record, logged_evaluation, start_wandb
 from gpt.model import GPT, IGNORED, ModelConfig
 from gpt.optim import LossScaler, OptimConfig, clip_gradients, gated_step, learning_rate, make_adamw
 from gpt.runtime import MachineConfig, Runtime, StopFlag, profiler, seed_step
@@ -91,26 +91,28 @@ def main():
     size, block_size = config.batch.global_batch_size, config.model.block_size
     corpus = Corpus(config.data, config.tokenizer, config.verify, block_size, size, config.seed)
     budget = Budget(config.length, size, block_size, corpus.windows.per_epoch)
+    newest = checkpoints.step_folders(config.out)[:1]
     checkpoint = find_start(config, base, corpus)
     progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
+    if checkpoint and progress.evaluated_step != progress.step:  # perhaps made up for after the checkpoint was saved
+        progress.evaluated_if(logged_evaluation(Path(config.out), progress.step))
     evaluates = corpus.has_validation() and progress.evaluation_due(0, ends=True)  # a signal cut the last one short
     if budget.spent(progress) and not (checkpoint and evaluates):
         why = " (patience)" if budget.tired(progress) else ""
+        (Path(config.out) / "exit.json").unlink(missing_ok=True)
         with unheard(sys.stdout):
             print(f"nothing to do: step {progress.step} of {budget.total_steps(progress)}{why}")
         return
     run = Runtime(config.machine)
     memory.check_fits(config.model, corpus.tokenizer.vocab_size, run.device)
     model, origin = load_model(config, base, corpus, checkpoint)
-    with run_folder(config) as out, exit_record(out), StopFlag() as stop:
+    with run_folder(config, newest) as out, exit_record(out), StopFlag() as stop, memory_errors(progress, block_size):
         state, record = build(config, model, budget, progress, run, checkpoint)
         constant = {"config": flatten(config), "runtime": record, "base": origin}
         log = start_log(config, progress, budget)
         saver = Saver(out, state, corpus, constant, log, config.rhythm)
         try:
             train(config, corpus, budget, run, state, log, saver, stop)
-        except torch.OutOfMemoryError:
-            raise out_of_memory(progress.micro_batch_size, block_size) from None
         finally:
             log.close()
             corpus.close()
@@ -218,8 +220,8 @@ def settings(argv):
     preset = find_preset(preset or ("finetune" if peek(flags, "init") else ""), PRESETS)
     values = {}
     if path not in ("", "auto"):
-        checkpoint = resume.open_checkpoint(Path(path))
-        values = checkpoint.state["config"] | {"init": "", "out": str(resume.run_folder(path))}
+        checkpoint = resume.found_or_own(resume.open_checkpoint, path, peek(flags, "out"))
+        values = checkpoint.state["config"] | {"out": str(resume.run_folder(path))}
     elif preset:
         values = {"out": f"out/{preset.stem}"}
     elif not {"-h", "--help"} & set(flags):
@@ -227,7 +229,9 @@ def settings(argv):
         tell(list_presets(PRESETS))
         raise InputError("no preset given: they are listed above; choose one, as in python train.py demo")
     init = peek(flags, "init") or (read_toml(preset, TrainConfig).get("init") if preset else None)
-    base = checkpoints.find_model(init) if init else None
+    base = resume.found_or_own(checkpoints.find_model, init, peek(flags, "out") or values["out"]) if init else None
+    if isinstance(base, checkpoints.Checkpoint):  # the base is gone, the run that was begun with it is not
+        values, base = {name: base.state["config"][name] for name in resume.ARCHITECTURE} | values, None
     architecture = asdict(interop.read_config(base)[0]) if base else {}
     config, given = from_cli(TrainConfig, flags, values | architecture, preset, __doc__, "train.py PRESET")
     if base:
@@ -304,21 +308,28 @@ def warm_up(state, block_size, run):
     state.optimizer.zero_grad(set_to_none=True)
 
 
-def out_of_memory(micro_batch_size, block_size):
-    sizes = f"micro_batch_size {micro_batch_size}, block_size {block_size}"
-    return ResourceError(f"out of GPU memory: {sizes}; lower --micro_batch_size")
+@contextlib.contextmanager
+def memory_errors(progress, block_size):
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        sizes = f"micro_batch_size {progress.micro_batch_size}, block_size {block_size}"
+        raise ResourceError(f"out of GPU memory: {sizes}; lower --micro_batch_size") from None
 
 
 # ---- where it goes
 
 
 @contextlib.contextmanager
-def run_folder(config):
-    """The run folder, created and locked, with its settings in it and what an interrupted save left cleared away."""
+def run_folder(config, newest):
+    """The run folder, created and locked, with its settings in it and what an interrupted save left cleared away.
+    `newest` is the step folder, in a list, that was its newest before: no other run may have saved there since."""
     out = Path(config.out)
     with cannot_write(out):
         out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out):
+        if checkpoints.step_folders(out)[:1] != newest:
+            raise ResourceError(f"{out}: another run has just saved a checkpoint there; give the command again")
         with cannot_write(out):
             sweep(out)
             values = {name: value for name, value in flatten(config).items() if name != "resume"}

@@ -97,6 +97,11 @@ class Progress:
         """Whether this step is still to be evaluated: before the first one, every so many, and at the end."""
         return self.evaluated_step != self.step and (self.step == 0 or ends or self.due(every))
 
+    def evaluated_if(self, loss):
+        """Note a validation loss of this step unless it is None."""
+        if loss is not None:
+            self.evaluated(loss)
+
     def evaluated(self, loss):
         """Note a validation loss; returns whether it is a new best, which one that is not finite never is. The loss
         before the first step is no candidate."""

@@ -193,6 +193,14 @@ class Recorder:
         self.log.write(record, self.budget.total_steps(self.progress))
 
 
+def logged_evaluation(out, step):
+    """The validation loss that the metrics of a run have for a step, or None."""
+    path = out / METRICS
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    found = [json.loads(line).get("val_loss") for line in lines if step_of(line) == step]
+    return found[-1] if found else None
+
+
 def cut_metrics(path, step):
     """Drop the lines beyond `step`, and an unfinished last one: an interrupted run may have got further than its last
     checkpoint. Returns the last line that stays, or ""."""

@@ -14,7 +14,7 @@ from gpt.checkpoint import (
 )
 from gpt.config import refuse
 from gpt.corpus import check_tokenizer
-from gpt.errors import InputError, IntegrityError, note
+from gpt.errors import InputError, IntegrityError, ResourceError, note
 from gpt.files import is_folder
 from gpt.model import ModelConfig
 from gpt.runtime import MachineConfig
@@ -50,6 +50,16 @@ def find_checkpoint(out, resume):
                 f"{out}: holds step {newer.step}, newer than {checkpoint.path.name}; give --out NEW to branch off"
             )
     return checkpoint
+
+
+def found_or_own(find, source, out):
+    """What `find` finds at `source`; where that is gone, the newest Checkpoint of the run in `out`, begun with it."""
+    try:
+        return find(Path(source) if find is open_checkpoint else source)
+    except (InputError, IntegrityError, ResourceError):
+        if not out or not step_folders(out) or Path(out).resolve() == run_folder(source).resolve():
+            raise
+        return newest_checkpoint(out, resumable=True)
 
 
 def run_folder(path):

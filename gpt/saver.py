@@ -99,7 +99,10 @@ def sweep(out):
 
 def point(out, name, folder):
     """Make `out/<name>.txt`, and the link `out/<name>` where the system has links, name `folder`."""
-    write_durably(Path(out) / f"{name}.txt", folder.name + "\n")
+    try:
+        write_durably(Path(out) / f"{name}.txt", folder.name + "\n")
+    except OSError as error:
+        raise ResourceError(f"{out}/{name}.txt: {error.strerror}; free some space or make it writable") from None
     link, temporary = Path(out) / name, Path(out) / f"{name}.tmp"
     if link.exists() and not link.is_symlink():
         return

@@ -382,3 +382,18 @@ def test_a_branch_into_a_folder_of_another_run_must_agree_with_that_run(run, mad
     done = train_here("--resume", run, "--data", made / "data", "--out", other)
     assert done.code == 2
     assert "made with other settings" in done.last or "another architecture" in done.last
+
+
+def test_a_fine_tune_continues_by_either_command_also_when_its_base_is_gone(run, made, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "tuned"
+    shutil.copytree(run, base, symlinks=True)
+    common = ("--data", made / "data", "--out", out)
+    assert train_here("tiny", "--init", base, *common, *SHORT).code == 0
+    done = train_here("--resume", out, "--max_steps", 60)
+    assert done.code == 0, done.stderr
+    assert "setting changed" not in done.stderr
+    assert f'init = "{base}"' in (out / "config.toml").read_text()
+    shutil.rmtree(base)
+    done = train_here("tiny", "--init", base, *common, "--max_steps", 62, *SHORT[2:])
+    assert done.code == 0, done.stderr
+    assert step_names(out)[-1] == "step-000000062"

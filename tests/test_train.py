@@ -393,6 +393,40 @@ def test_fault_071_a_signal_during_an_evaluation_ends_it_and_it_is_made_up_for(
     assert fingerprint(out, LENGTH) == fingerprint(plain, LENGTH)
 
 
+def test_a_finished_run_whose_last_evaluation_was_made_up_for_has_nothing_to_do(data, plain, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    original, calls = train.evaluate, iter(range(1, 3))
+
+    def evaluate(*args):
+        if next(calls, None) is None:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", evaluate)
+        assert tiny(data, out).code == 75
+    assert tiny(data, out).code == 0
+    assert (out / "best.txt").read_text() == (plain / "best.txt").read_text()
+    before = metrics(out)
+    done = tiny(data, out)
+    assert (done.code, done.stdout) == (0, f"nothing to do: step {LENGTH} of {LENGTH}\n")
+    assert metrics(out) == before
+    assert not (out / "exit.json").exists()
+
+
+@pytest.mark.parametrize("where", ["warm_up", "train_step"])
+def test_fault_035_out_of_gpu_memory_is_exit_5_with_the_setting_to_lower(where, data, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, where, full)
+    monkeypatch.setattr(train.GPT, "compile", lambda self: None)
+    done = tiny(data, tmp_path / "out", "--compile", "on" if where == "warm_up" else "off", "--micro_batch_size", 4)
+    assert done.code == 5
+    assert done.last == ("error: out of GPU memory: micro_batch_size 4, block_size 32; lower --micro_batch_size")
+    assert json.loads((tmp_path / "out" / "exit.json").read_text())["code"] == 5
+
+
 def test_a_new_best_is_pointed_to_by_the_next_save_when_its_own_failed(data, tmp_path, monkeypatch):
     out = tmp_path / "out"
     original, broken = saver.save_checkpoint, iter([True])
