@@ -2,11 +2,13 @@
 `step-000001000` plus `training/` with what an exact continuation needs. `training/manifest.json`, written last, names
 every file with size and sha256; the folder gets its name only when all of it is on the disk."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +30,7 @@ STEP_FOLDER = re.compile(r"^step-\d{9}$")
 MANIFEST = "training/manifest.json"
 OPTIMIZER = "training/optimizer.safetensors"
 STATE = "training/state.json"
+HASHERS = 2  # threads: the two large files of a checkpoint are hashed side by side
 GPT2_VOCABULARIES = range(50257, 50305)  # as released, up to padded to a multiple of 64
 
 
@@ -83,7 +86,7 @@ def save_checkpoint(out, step, model, optimizer, tokenizer, state, dataset, code
 def finite_weights(model, step):
     weights = interop.weights_of(model)
     for name, value in weights.items():
-        if not torch.isfinite(value).all():
+        if not interop.all_finite(value):
             raise NonFiniteError(
                 f"non-finite values in {name} at step {step}: nothing was saved; see earlier checkpoints"
             )
@@ -180,13 +183,14 @@ def read_pointer(out, name):
     return folder if STEP_FOLDER.match(text) and folder.is_dir() else None
 
 
-def verify_checkpoint(folder):
-    """The Checkpoint in a step folder, every file of its manifest checked. Raises IntegrityError naming what is
-    wrong."""
+def verify_checkpoint(folder, training=True):
+    """The Checkpoint in a step folder, every file of its manifest checked. Raises IntegrityError naming what is wrong.
+    Without `training`, the optimizer's state is checked by its size alone: hashing it takes longer than all else."""
     manifest = read_manifest(folder)
     try:
-        for name, entry in manifest["files"].items():
-            check_file(folder, name, entry.get("size"), entry.get("sha256"))
+        with ThreadPoolExecutor(HASHERS) as pool:
+            checks = pool.map(lambda entry: check_file(folder, *entry, training), manifest["files"].items())
+            list(checks)  # raises what was found first, in the manifest's order
     except OSError as error:
         raise ResourceError(f"{error.filename}: {error.strerror}; make it readable") from None
     resumable = {STATE, OPTIMIZER} <= manifest["files"].keys()
@@ -217,23 +221,23 @@ def read_manifest(folder):
     return manifest
 
 
-def check_file(folder, name, size, digest):
-    path = inside(folder, name)
+def check_file(folder, name, entry, training):
+    path, size, digest = inside(folder, name), entry.get("size"), entry.get("sha256")
     if not path.is_file():
         raise IntegrityError(f"{path}: missing; restore it or use another checkpoint")
     if path.stat().st_size != size:
         raise IntegrityError(f"{path}: {path.stat().st_size} bytes, manifest says {size}; use another checkpoint")
-    if sha256_of(path) != digest:
+    if (training or name != OPTIMIZER) and sha256_of(path) != digest:
         raise IntegrityError(f"{path}: sha256 mismatch; restore it or use another checkpoint")
 
 
-def newest_checkpoint(out, resumable=False):
+def newest_checkpoint(out, resumable=False, training=True):
     """The newest valid Checkpoint of a run, or None if the run has no step folders. A damaged one is passed over with a
     warning. Raises IntegrityError if there are step folders and none is valid."""
     folders = step_folders(out)
     for place, folder in enumerate(folders):
         try:
-            checkpoint = verify_checkpoint(folder)
+            checkpoint = verify_checkpoint(folder, training)
             if resumable and checkpoint.state is None:
                 raise IntegrityError(f"{folder}: holds weights only")
         except IntegrityError as error:
@@ -260,7 +264,7 @@ def find_model(path):
     name. A folder with a manifest of ours has been verified."""
     folder = Path(path)
     if os.path.exists(folder / "config.json"):
-        return verify_checkpoint(folder.resolve()).path if (folder / MANIFEST).exists() else folder
+        return verify_checkpoint(folder.resolve(), training=False).path if (folder / MANIFEST).exists() else folder
     if is_folder(folder):
         return best_or_newest(folder)
     if os.path.exists(folder) or not interop.HUB_NAME.match(str(path)) or str(path).startswith("out/"):
@@ -272,23 +276,56 @@ def best_or_newest(out):
     best = read_pointer(out, "best")
     if best is not None:
         try:
-            return verify_checkpoint(best).path
+            return verify_checkpoint(best, training=False).path
         except IntegrityError as error:
             note("warning", f"{str(error).split(';')[0]}; trying the newest checkpoint")
-    checkpoint = newest_checkpoint(out)
+    checkpoint = newest_checkpoint(out, training=False)
     if checkpoint is None:
         raise InputError(f"{out}: no checkpoint here; give a step folder, a run folder or a GPT-2 folder")
     return checkpoint.path
 
 
-def load_pretrained(path):
-    """(GPT in fp32 on the CPU, Tokenizer, generation defaults) of a checkpoint folder, run folder or hub name."""
-    return load_folder(find_model(path))
+def load_pretrained(path, dtype=torch.float32, device="cpu"):
+    """(GPT, Tokenizer, generation defaults) of a checkpoint folder, run folder or hub name; the weights are of type
+    `dtype` on `device`. A folder with a manifest of ours is read while it is verified, and returned when it has
+    passed."""
+    likely = likely_folder(path)
+    if likely is None:
+        return load_folder(find_model(path), dtype, device)
+    with ThreadPoolExecutor(1) as pool, one_thread():
+        ahead = pool.submit(load_folder, likely, dtype, device)
+        folder = find_model(path)  # what is wrong with the folder is said before what reading it ran into
+        if folder == likely:
+            return ahead.result()
+    return load_folder(folder, dtype, device)
 
 
-def load_folder(folder):
+@contextlib.contextmanager
+def one_thread():
+    """Meanwhile torch computes with one thread: a second would wait for the core that hashes files."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def likely_folder(path):
+    """The folder that find_model gives if nothing is damaged; None where it has nothing to verify."""
+    folder = Path(path)
+    if not is_folder(folder):
+        return None
+    if (folder / "config.json").exists():
+        found = folder.resolve()
+    else:
+        found = read_pointer(folder, "best") or next(iter(step_folders(folder)), None)
+    return found if found and (found / MANIFEST).exists() else None
+
+
+def load_folder(folder, dtype=torch.float32, device="cpu"):
     """The same of a folder that find_model gave."""
-    model = interop.load_model(folder)
+    model = interop.load_model(folder, dtype, device)
     tokenizer = tokenizer_of(folder, model.vocab_size)
     if model.vocab_size < tokenizer.vocab_size:
         raise IntegrityError(

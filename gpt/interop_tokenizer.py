@@ -279,14 +279,14 @@ def known_pattern(path, pre_tokenizer, config):
 
 def ranks_of(path, vocab, special_tokens):
     """bytes -> id of the ordinary tokens of a Hugging Face vocabulary."""
-    ranks = {}
-    for text, rank in vocab.items():
-        if text in special_tokens:
-            continue
-        if not all(character in BYTE_OF for character in text):
-            raise refused(path, f"vocabulary entry {text!r}, which is not spelled in bytes,")
-        ranks[unspelled(text)] = rank
-    return ranks
+    ordinary = {text: rank for text, rank in vocab.items() if text not in special_tokens}
+    try:
+        tokens = unspelled("".join(ordinary))  # all at once: token by token takes four times as long
+    except KeyError:
+        strange = next(text for text in ordinary if not BYTE_OF.keys() >= set(text))
+        raise refused(path, f"vocabulary entry {strange!r}, which is not spelled in bytes,") from None
+    places = itertools.pairwise(itertools.accumulate(map(len, ordinary), initial=0))
+    return {tokens[start:end]: rank for (start, end), rank in zip(places, ordinary.values(), strict=True)}
 
 
 def check_merges(path, ranks, merges, ignore_merges):

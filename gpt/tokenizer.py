@@ -99,8 +99,8 @@ class Tokenizer:
     def byte_lengths(self):
         """Bytes of text that each id stands for, int64 (vocab_size,); 0 for special and unused ids."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for token, rank in self.encoding._mergeable_ranks.items():
-            lengths[rank] = len(token)
+        ranks = self.encoding._mergeable_ranks
+        lengths[list(ranks.values())] = list(map(len, ranks))
         return lengths
 
     @property

@@ -5,6 +5,8 @@ import pickle
 import random
 import re
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from training_helpers import (
+    ROOT,
     in_process,
     make_data,
     metrics,
@@ -208,6 +211,73 @@ def test_a_damaged_best_checkpoint_gives_the_newest_with_a_warning(run, capsys):
     cut(run / "step-000000004/config.json")
     assert checkpoints.find_model(run).name == "step-000000008"
     assert "trying the newest checkpoint" in capsys.readouterr().err
+
+
+def test_a_damaged_best_checkpoints_weights_are_never_handed_out(run, capsys):
+    point(run, "best", run / "step-000000004")
+    path = run / "step-000000004/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1  # a weight: the file can still be read
+    path.write_bytes(content)
+    model, _, _ = load_pretrained(run)
+    newest, best = (load_pretrained(without_manifest(run / f"step-00000000{n}"))[0] for n in (8, 4))
+    assert same_weights(model, newest) and not same_weights(model, best)
+    assert "step-000000004/model.safetensors: sha256 mismatch; trying the newest" in capsys.readouterr().err
+
+
+def without_manifest(folder):
+    """A copy of the Hugging Face part of a step folder, which is read without being verified."""
+    return shutil.copytree(folder, folder.parents[1] / folder.name, ignore=shutil.ignore_patterns("training"))
+
+
+def same_weights(model, other):
+    return all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "training/optimizer.safetensors"])
+def test_fault_043_nothing_is_loaded_from_a_folder_in_which_a_bit_is_flipped(name, run):
+    folder = run / "step-000000008"
+    flip_a_bit(folder / name)
+    with pytest.raises(IntegrityError, match=f"{name}: (sha256 mismatch|not valid JSON|not a checkpoint)|format"):
+        load_pretrained(folder)
+
+
+def test_the_optimizers_state_is_hashed_where_it_is_read_and_only_measured_where_it_is_not(run):
+    folder = run / "step-000000008"
+    flip_a_bit(folder / "training/optimizer.safetensors")
+    load_pretrained(folder)
+    with pytest.raises(IntegrityError, match=r"optimizer\.safetensors: sha256 mismatch"):
+        verify_checkpoint(folder)
+    (folder / "training/optimizer.safetensors").write_bytes(b"cut")
+    with pytest.raises(IntegrityError, match=r"optimizer\.safetensors: 3 bytes"):
+        load_pretrained(folder)
+
+
+def test_a_damaged_file_is_said_to_be_damaged_whatever_reading_it_runs_into(run):
+    folder = run / "step-000000008"
+    values = load_file(folder / "model.safetensors")
+    values["transformer.ln_f.bias"] += float("nan")
+    save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IntegrityError, match=r"model\.safetensors: sha256 mismatch"):
+        load_pretrained(folder)
+    with pytest.raises(IntegrityError, match=r"non-finite values in ln_f\.bias"):
+        load_pretrained(without_manifest(folder))
+
+
+def test_loading_leaves_torchs_number_of_threads_alone(run_folder, one_thread):
+    torch.set_num_threads(3)
+    load_pretrained(run_folder / "step-000000008")
+    assert torch.get_num_threads() == 3
+
+
+def test_loading_a_model_does_not_import_the_compiler(run_folder):
+    code = "import sys; from gpt.checkpoint import load_pretrained; load_pretrained(sys.argv[1]); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, run_folder], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    assert "gpt.checkpoint" in loaded
+    assert not loaded & {"sympy", "torch._dynamo", "torch._inductor", "torch.fx.experimental.symbolic_shapes"}
 
 
 def test_fault_048_a_newer_format_is_refused_with_both_numbers(run):

@@ -215,6 +215,29 @@ def test_half_precision_files_are_read_exactly(dtype, byte, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in weights_of(ours).items())
 
 
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_loaded_in_half_precision_are_those_of_a_model_converted_afterwards(dtype, stored, byte, tmp_path):
+    theirs_of(byte, tmp_path)
+    change_weights(tmp_path, lambda values: {name: value.to(stored) for name, value in values.items()})
+    ours, expected = load_pretrained(tmp_path, dtype)[0], load_pretrained(tmp_path)[0].to(dtype)
+    assert {value.dtype for value in ours.parameters()} == {dtype}
+    assert all(value.requires_grad and value.is_contiguous() for value in ours.parameters())
+    expected = expected.state_dict()
+    assert all(torch.equal(value, expected.pop(name)) for name, value in ours.state_dict().items())
+    assert not expected
+
+
+def test_a_value_too_large_for_the_precision_asked_for_is_no_damage(byte, tmp_path):
+    theirs_of(byte, tmp_path)
+    large = {"transformer.wte.weight": (257, 32), "transformer.h.0.mlp.c_fc.weight": (32, 128)}
+    change_weights(tmp_path, lambda v: v | {name: torch.full(shape, -1e5) for name, shape in large.items()})
+    ours = load_pretrained(tmp_path, torch.float16)[0]
+    assert ours.token.weight[:257].isneginf().all()
+    assert ours.blocks[0].mlp.fc.weight.isneginf().all()
+    assert load_pretrained(tmp_path, torch.bfloat16)[0].blocks[0].mlp.fc.weight.isfinite().all()
+
+
 def test_sharded_weights_are_read_through_their_index_and_a_missing_shard_is_named(byte, tmp_path):
     theirs = theirs_of(byte, tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -358,6 +381,20 @@ def test_fault_049_no_wrappers_prefix_reaches_the_disk(byte, tmp_path):
     model.compile()
     folder = save(model, byte, tmp_path)
     assert all(name.startswith("transformer.") for name in load_file(folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_fault_050_a_single_value_that_is_not_finite_is_found_in_every_tensor(bad, dtype, byte, tmp_path):
+    theirs_of(byte, tmp_path, n_layer=1)
+    good = load_file(tmp_path / "model.safetensors")
+    assert len(good) == 16
+    for name in good:
+        damaged = {key: value.clone() for key, value in good.items()}
+        damaged[name].view(-1)[damaged[name].numel() * 2 // 3] = bad
+        save_file(damaged, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(IntegrityError, match=f"non-finite values in {name.removeprefix('transformer.')}: "):
+            load_pretrained(tmp_path, dtype)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
