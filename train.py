@@ -21,6 +21,7 @@ from gpt import checkpoint as checkpoints
 from gpt import interop, memory, resume
 from gpt.budget import BatchConfig, Budget, LengthConfig, Progress, RhythmConfig
 from gpt.config import (
+    GROUP,
     check_preset_comes_first,
     find_preset,
     flatten,
@@ -66,12 +67,12 @@ class TrainConfig:
     """project on Weights & Biases to log to; "" = off"""
     profile: bool = False
     """write a profiler trace of steps 4 to 6 to the run folder, and print where the time went"""
-    model: ModelConfig = field(default=ModelConfig())
-    batch: BatchConfig = field(default=BatchConfig())
-    length: LengthConfig = field(default=LengthConfig())
-    optim: OptimConfig = field(default=OptimConfig())
-    rhythm: RhythmConfig = field(default=RhythmConfig())
-    machine: MachineConfig = field(default=MachineConfig())
+    model: ModelConfig = field(default=ModelConfig(), metadata=GROUP)
+    batch: BatchConfig = field(default=BatchConfig(), metadata=GROUP)
+    length: LengthConfig = field(default=LengthConfig(), metadata=GROUP)
+    optim: OptimConfig = field(default=OptimConfig(), metadata=GROUP)
+    rhythm: RhythmConfig = field(default=RhythmConfig(), metadata=GROUP)
+    machine: MachineConfig = field(default=MachineConfig(), metadata=GROUP)
 
     def __post_init__(self):
         groups = (self.model, self.batch, self.length, self.optim, self.rhythm, self.machine)

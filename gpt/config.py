@@ -20,6 +20,7 @@ import tyro
 
 from gpt.errors import InputError, tell
 
+GROUP = {"help": ""}  # metadata of a field that is a dataclass: else tyro reads its source file, in search of a text
 # What users of nanoGPT and transformers type, and the name (or names) here.
 OTHER_NAMES = {
     "batch_size": "global_batch_size (sequences per optimizer step) or --micro_batch_size (sequences per forward pass)",

@@ -6,13 +6,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gpt.config import defaults, fields, refuse, suggestion, unflatten
-from gpt.decode import Decoder, Sequence
+from gpt.backend import make_backend, pick_backend
+from gpt.config import GROUP, defaults, fields, refuse, suggestion, unflatten
+from gpt.decode import Decoder
 from gpt.errors import InputError
+from gpt.memory import free_memory
 from gpt.sampling import SamplingParams
 from gpt.score import score_text
+from gpt.sequence import Sequence
+from gpt.step import row_bytes
 
-MOST_ROWS = {"cpu": 8, "mps": 16, "cuda": 64}  # row slots where the user names no number
+MOST_ROWS = {"cpu": 8, "mps": 16, "cuda": 64}  # row slots where the user names no number: more gain little
+CACHE_SHARE = 0.5  # of the free memory, that their caches may fill
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class GenerationParams:
 
     max_new_tokens: int = 200
     """tokens to generate after each prompt"""
-    sampling: SamplingParams = field(default_factory=SamplingParams)
+    sampling: SamplingParams = field(default_factory=SamplingParams, metadata=GROUP)
     stop: tuple[str, ...] = ()
     """strings that end the text where they first occur; they are left out of it"""
     ignore_eot: bool = False
@@ -31,14 +36,16 @@ class GenerationParams:
     seed: int | None = None
     """the same seed and settings, --rows and precision among them, give the same text; None draws one"""
     rows: int = 0
-    """texts generated side by side, each with its own key-value cache, above 4 a multiple of 4; 0 goes by the number of
-    texts. Another number rounds differently: the same text again needs the same --rows and precision"""
+    """texts generated side by side, each with its own key-value cache; 0 goes by their number, the device and its free
+    memory. Another number may round differently: the same text again needs the same --rows, precision and back end"""
     truncate: bool = False
     """drop the beginning of a prompt that is longer than the context, instead of refusing it"""
     allow_special: bool = False
     """read <|endoftext|> in a prompt as the token, not as text"""
     logprobs: bool = False
     """give the log-probability of each token, in the model's own distribution before any sampling setting"""
+    top_logprobs: int = 0
+    """give, for each token, the log-probabilities of so many likeliest ones there too; 0 is off"""
 
     def problems(self):
         """What is wrong with these values, in words; empty if nothing."""
@@ -47,31 +54,41 @@ class GenerationParams:
             (self.num_samples >= 1, f"num_samples {self.num_samples} must be at least 1"),
             (self.rows >= 0, f"rows {self.rows} must be 0 (automatic) or more"),
             (self.seed is None or 0 <= self.seed < 1 << 64, f"seed {self.seed} must be from 0 to 2^64 - 1"),
+            (0 <= self.top_logprobs <= 100, f"top_logprobs {self.top_logprobs} must be from 0 (off) to 100"),
             (all(self.stop) and not isinstance(self.stop, str), "stop must be strings that are not empty"),
         ]
         return [text for fine, text in rules if not fine] + self.sampling.problems()
 
 
 class TextGenerator:
-    """A model with its tokenizer. `defaults`, as in generation_config.json, stand in for those of GenerationParams."""
+    """A model with its tokenizer. `defaults`, as in generation_config.json, stand in for those of GenerationParams;
+    `backend` is one of backend.NAMES."""
 
-    def __init__(self, model, tokenizer, defaults=None):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model, tokenizer, defaults=None, backend="auto"):
+        self.model, self.tokenizer, self.backend = model, tokenizer, backend
         known = fields(SamplingParams)
         usable = {name: value for name, value in (defaults or {}).items() if name in known}
         self.defaults = {name: value for name, value in usable.items() if type(value) in (int, known[name].type)}
+        self.made = {}  # the Backends that were used, by name
+        self.decoders = {}  # the last Decoder, unless it is in use, by its back end's name and number of rows
 
     @classmethod
-    def load(cls, path, device="auto", dtype="auto"):
-        """The TextGenerator of a checkpoint folder, run folder or hub name, on a device and in a precision by name."""
+    def load(cls, path, device="auto", dtype="auto", quantize="none", backend="auto"):
+        """The TextGenerator of a checkpoint folder, run folder or hub name, on a device and in a precision by name;
+        `quantize` is "none" or "int8"."""
         from gpt.checkpoint import load_pretrained  # a model in training is sampled without any of this
         from gpt.runtime import pick_device, pick_dtype, set_precision
 
         device = pick_device(device)
         dtype = pick_dtype(dtype, device)
         set_precision(dtype)
-        model, tokenizer, defaults = load_pretrained(path)
-        return cls(model.to(device, dtype).eval(), tokenizer, defaults)
+        if quantize == "int8":
+            from gpt.quantize import to_int8
+
+            model, tokenizer, defaults = load_pretrained(path, device=device)
+            return cls(to_int8(model, dtype), tokenizer, defaults, backend)
+        model, tokenizer, defaults = load_pretrained(path, dtype, device)
+        return cls(model, tokenizer, defaults, backend)
 
     def generate(self, prompts, prompt_ids=None, **settings):
         """For each prompt (a string or several) a list of `num_samples` Completions.
@@ -84,7 +101,7 @@ class TextGenerator:
         completions = [[None] * params.num_samples for _ in prompts]
         for sequence, _ in self.run(prompts, params, prompt_ids):
             if sequence.finish_reason:
-                completions[sequence.number // params.num_samples][sequence.sample] = sequence.completion
+                completions[sequence.number][sequence.sample] = sequence.completion
         return completions
 
     def stream(self, prompt, prompt_id=1, **settings):
@@ -113,22 +130,44 @@ class TextGenerator:
 
     def run(self, prompts, params, prompt_ids=None):
         """The one loop behind generate, stream and sample.py: an iterator over (Sequence, piece of text) in the order
-        in which tokens come. Sequence number n is sample n % num_samples of prompt n // num_samples."""
+        in which tokens come. `params` is for all prompts, or a list with one for each; of these, the first gives
+        `rows`. Sequence.number is the place of its prompt."""
         prompt_ids = range(1, len(prompts) + 1) if prompt_ids is None else list(prompt_ids)
-        if len(prompt_ids) != len(prompts):
-            raise InputError(f"prompt_ids: {len(prompt_ids)} for {len(prompts)} prompts; give one for each")
+        params = [params] * len(prompts) if isinstance(params, GenerationParams) else list(params)
+        for name, values in (("prompt_ids", prompt_ids), ("params", params)):
+            if len(values) != len(prompts):
+                raise InputError(f"{name}: {len(values)} for {len(prompts)} prompts; give one for each")
         names = [f"prompt {prompt_id}" if len(prompts) > 1 else "prompt" for prompt_id in prompt_ids]
-        prompts = [self.encode(prompt, name, params) for prompt, name in zip(prompts, names, strict=True)]
-        total = len(prompts) * params.num_samples
-        rows = params.rows or max(1, min(total, MOST_ROWS[self.model.token.weight.device.type]))
-        decoder = Decoder(self.model, rows, params, self.banned(params.ignore_eot), self.tokenizer.eot)
-        return decoder.run(self.sequences(prompts, prompt_ids, params))
+        encoded = [self.encode(*each) for each in zip(prompts, names, params, strict=True)]
+        reports = any(each.logprobs for each in params), max((each.top_logprobs for each in params), default=0)
+        return self.decoded(self.sequences(encoded, prompt_ids, params), params, reports)
+
+    def decoded(self, sequences, params, reports):
+        """Run the Sequences in the Decoder that is there if it suits, or else in a new one."""
+        texts = sum(each.num_samples for each in params)
+        rows = (params[0].rows if params else 0) or self.fitting_rows(texts)
+        steps = sum(each.num_samples * each.max_new_tokens for each in params) // rows
+        name = pick_backend(self.backend, self.model, steps)
+        if name not in self.made:
+            self.made[name] = make_backend(name, self.model)
+        decoder = self.decoders.pop((name, rows), None)
+        self.decoders.clear()  # the cache of another would take memory from the new one's
+        decoder = decoder or Decoder(self.made[name], rows, self.tokenizer.eot, self.unused_ids())
+        try:
+            yield from decoder.run(sequences, reports)
+        finally:
+            self.decoders[name, rows] = decoder
+
+    def fitting_rows(self, texts):
+        """Row slots for so many texts: as many as are of use on this device, and as their caches may take memory."""
+        fitting = int(free_memory(self.model.device) * CACHE_SHARE) // row_bytes(self.model)
+        return max(1, min(texts, MOST_ROWS[self.model.device.type], fitting))
 
     def sequences(self, prompts, prompt_ids, params):
-        for number, (prompt, prompt_id) in enumerate(zip(prompts, prompt_ids, strict=True)):
+        for number, (prompt, prompt_id, each) in enumerate(zip(prompts, prompt_ids, params, strict=True)):
             ids = prompt.tolist()
-            for sample in range(params.num_samples):
-                yield Sequence(number * params.num_samples + sample, ids, prompt_id, sample, params, self.tokenizer)
+            for sample in range(each.num_samples):
+                yield Sequence(number, ids, prompt_id, sample, each, self.tokenizer)
 
     def encode(self, prompt, name, params):
         """The ids of a prompt, int32 (T,); end-of-text for an empty one. InputError for more than the context."""
@@ -138,8 +177,7 @@ class TextGenerator:
             raise InputError(f"{name} has {len(ids)} tokens, context is {context}; use --truncate")
         return np.array(ids[-context:], dtype=np.int32)
 
-    def banned(self, ignore_eot):
-        """Ids that must never be chosen: those that stand for no text, and end-of-text where it is to be ignored."""
+    def unused_ids(self):
+        """Ids that stand for no text and must never be chosen."""
         special = set(self.tokenizer.encoding._special_tokens.values())
-        unused = [i for i in np.flatnonzero(self.tokenizer.byte_lengths() == 0).tolist() if i not in special]
-        return unused + ([self.tokenizer.eot] if ignore_eot else [])
+        return [i for i in np.flatnonzero(self.tokenizer.byte_lengths() == 0).tolist() if i not in special]

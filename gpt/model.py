@@ -45,20 +45,21 @@ class KVCache:
     """Keys and values of all layers for `rows` rows of up to block_size positions each, and how many each row holds.
 
     A forward pass appends T positions to every row. Rows are independent, and attention gives positions beyond a row's
-    length the weight 0, so what they hold does not matter as long as it is finite: see `keep`."""
+    length the weight 0, so what they hold does not matter as long as it is finite: see `keep`. `attention` is
+    masked_attention, or another of its meaning for one new token a row."""
 
-    def __init__(self, config, rows, dtype=torch.float32, device=None):
+    def __init__(self, config, rows, dtype=torch.float32, device=None, attention=None):
+        self.attention = attention or masked_attention
         shape = (config.n_layer, rows, config.n_head, config.block_size, config.n_embd // config.n_head)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (L, B, H, S, D)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # (B,)
-        self.counts = np.zeros(
-            rows, dtype=np.int64
-        )  # the same numbers on the host, so that nothing waits for the device
+        self.counts = np.zeros(rows, dtype=np.int64)  # the same on the host, so that nothing waits for the device
 
     def row(self, index):
         """A KVCache of one row, sharing this one's memory: to fill or refill a row on its own."""
         view = object.__new__(KVCache)
+        view.attention = self.attention
         view.keys, view.values = self.keys[:, index : index + 1], self.values[:, index : index + 1]
         view.lengths, view.counts = self.lengths[index : index + 1], self.counts[index : index + 1]
         return view
@@ -89,24 +90,26 @@ class KVCache:
 
 
 class LayerCache:
-    """One layer's part of a KVCache during one forward pass, with what all layers share: positions and mask."""
+    """One layer's part of a KVCache during one forward pass. `attention` is of q over the whole cache; None where the
+    rows were empty, and the new tokens are all there is."""
 
-    def __init__(self, cache, layer, positions, mask):
-        self.cache, self.layer, self.positions, self.mask = cache, layer, positions, mask
+    def __init__(self, cache, layer, positions, attention):
+        self.cache, self.layer, self.positions, self.attention = cache, layer, positions, attention
 
     def attend(self, q, k, v):
         """Append k, v (B, H, T, D), then attention of q over all that each row holds: (B, H, T, D)."""
         self.cache.append(self.layer, k, v, self.positions)
-        if self.mask is None:  # the rows were empty: the new tokens are all there is
+        if self.attention is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return masked_attention(q, self.cache.keys[self.layer], self.cache.values[self.layer], self.mask)
+        return self.attention(q, self.cache.keys[self.layer], self.cache.values[self.layer], self.positions)
 
 
-def masked_attention(q, keys, values, mask):
-    """Attention of q (B, H, T, D) over those of the S positions where mask (B, 1, T, S) is true: (B, H, T, D).
+def masked_attention(q, keys, values, positions):
+    """Attention of q (B, H, T, D) at `positions` (B, T) over all cache positions up to its own: (B, H, T, D).
 
     Two plain products: in the rounding of torch's fused CPU kernel it matters which thread a row falls to, so a text
     would depend on its slot; and for one query in bf16 it takes five times as long."""
+    mask = torch.arange(keys.shape[2], device=q.device) <= positions[:, None, :, None]  # (B, 1, T, S)
     scores = (q * q.shape[-1] ** -0.5) @ keys.transpose(-2, -1)  # (B, H, T, S)
     weights = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=torch.float32)
     return weights.to(q.dtype) @ values
@@ -155,6 +158,21 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class Embedding(nn.Module):
+    """A table of vectors, by row. Its values are left to `initialize`: nn.Embedding's own normal_, on the meta device
+    where checkpoints are loaded, would import the compiler, which takes seconds."""
+
+    def __init__(self, rows, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width))
+
+    def forward(self, ids):  # (...) -> (..., C)
+        return F.embedding(ids, self.weight)
+
+    def logits(self, x):  # (..., C) -> (..., rows): the table as the head
+        return F.linear(x, self.weight)
+
+
 class GPT(nn.Module):
     """A decoder-only transformer. `vocab_size` comes from the tokenizer; inside it is padded with rows that are zero
     and stay zero: they take part in no softmax, get no gradient and are never saved."""
@@ -164,8 +182,8 @@ class GPT(nn.Module):
         refuse(config.problems())
         self.config, self.vocab_size = config, vocab_size
         padded = math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        self.token = embedding(padded, config.n_embd)  # the head too: GPT-2 ties them
-        self.position = embedding(config.block_size, config.n_embd)
+        self.token = Embedding(padded, config.n_embd)  # the head too: GPT-2 ties them
+        self.position = Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
@@ -175,33 +193,45 @@ class GPT(nn.Module):
         """ids (B, T) -> losses (B, T) in nats if there are targets (B, T), else logits (B, V) of the last position;
         both in float32. Losses at targets IGNORED are 0. With a cache, the T tokens continue its rows.
         Raises ValueError for a position past block_size."""
+        x = self.ln_f(self.hidden(ids, cache))
+        return self.head(x[:, -1]) if targets is None else self.losses(x, targets)
+
+    def prefill(self, ids, cache):
+        """Let the T tokens of ids (B, T) continue the rows of a cache; no logits are made."""
+        self.hidden(ids, cache)
+
+    def decode(self, ids, cache):
+        """One more token for every row: ids (B,) -> logits (B, V) of the next one, in float32. Nothing is read on the
+        host, so this can be compiled or captured; the caller keeps `cache.counts`, and them below block_size."""
+        positions = cache.lengths[:, None]
+        x = self.stack(ids[:, None], positions, self.layers_of(cache, positions, cache.attention))
+        cache.lengths += 1
+        return self.head(self.ln_f(x[:, -1]))
+
+    def hidden(self, ids, cache=None):
+        """ids (B, T) -> (B, T, C), what the last layer norm reads. Raises ValueError for a position past block_size."""
         held = 0 if cache is None else int(cache.counts.max())
         if held + ids.shape[1] > self.config.block_size:
             raise ValueError(f"position {held + ids.shape[1]} is past block_size {self.config.block_size}")
-        positions, layers = self.places(ids, cache, held)
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        if cache is None:
+            return self.stack(ids, positions, [None] * len(self.blocks))
+        positions = cache.lengths[:, None] + positions  # (B, T)
+        x = self.stack(ids, positions, self.layers_of(cache, positions, masked_attention if held else None))
+        cache.advance(ids.shape[1])
+        return x
+
+    def stack(self, ids, positions, layers):
         x = self.drop(self.token(ids) + self.position(positions))
         for block, layer in zip(self.blocks, layers, strict=True):
             x = block(x, layer)
-        if cache is not None:
-            cache.advance(ids.shape[1])
-        x = self.ln_f(x)
-        return self.head(x[:, -1]) if targets is None else self.losses(x, targets)
+        return x
 
-    def places(self, ids, cache, held):
-        """Where the new tokens stand, (T,) or (B, T), and each layer's LayerCache or None."""
-        new = torch.arange(ids.shape[1], device=ids.device)
-        if cache is None:
-            return new, [None] * len(self.blocks)
-        positions = cache.lengths[:, None] + new  # (B, T)
-        mask = None
-        if held:
-            mask = (
-                torch.arange(self.config.block_size, device=ids.device) <= positions[:, None, :, None]
-            )  # (B, 1, T, S)
-        return positions, [LayerCache(cache, index, positions, mask) for index in range(len(self.blocks))]
+    def layers_of(self, cache, positions, attention):
+        return [LayerCache(cache, index, positions, attention) for index in range(len(self.blocks))]
 
     def head(self, x):  # (..., C) -> logits (..., V), float32
-        return F.linear(x, self.token.weight)[..., : self.vocab_size].float()
+        return self.token.logits(x)[..., : self.vocab_size].float()
 
     def losses(self, x, targets):  # (B, T, C), (B, T) -> (B, T)
         logits = self.head(x).flatten(0, 1)
@@ -220,18 +250,23 @@ class GPT(nn.Module):
     def crop_context(self, block_size):
         """Shorten the context to its first `block_size` positions."""
         self.config = replace(self.config, block_size=block_size)
-        self.position = nn.Embedding.from_pretrained(self.position.weight[:block_size].clone(), freeze=False)
+        shorter = Embedding(block_size, self.config.n_embd)
+        shorter.weight = nn.Parameter(self.position.weight[:block_size].clone())
+        self.position = shorter
+
+    @property
+    def dtype(self):
+        """Of the activations; that of the weights too, unless they are quantized."""
+        return self.position.weight.dtype
+
+    @property
+    def device(self):
+        return self.position.weight.device
 
     def num_parameters(self):
         """Parameters of the architecture: the padding is not counted, the tied head once."""
-        padding = (self.token.num_embeddings - self.vocab_size) * self.config.n_embd
+        padding = (len(self.token.weight) - self.vocab_size) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
-
-
-def embedding(rows, width):
-    """An nn.Embedding whose weights are left to `initialize`: its own normal_, on the meta device where checkpoints are
-    loaded, would import the compiler, which takes seconds."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 @torch.no_grad()

@@ -1,8 +1,11 @@
 """Shared fixtures: the real GPT-2 tokenizer files and a small text, where this machine has them; stand-ins."""
 
+import atexit
 import http.server
 import os
+import shutil
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -37,6 +40,42 @@ def tinyshakespeare():
 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on a busy machine threads that wait must not spin
+
+# The back end must not hang on what this user has built before: here is an empty cache, in which no build succeeds.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="gpt-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+def without_kernels():
+    from gpt.kernels import build
+
+    path = build.library_path()
+    if path is not None and build.may_build(path):
+        build.failed_marker(path).touch()
+
+
+without_kernels()
+
+
+@pytest.fixture(scope="session")
+def kernels_cache(tmp_path_factory):
+    """A cache folder with the native kernels, built once, for XDG_CACHE_HOME."""
+    from gpt.kernels import build
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        if build.build() is None:
+            pytest.skip("needs a C++ compiler")
+        return os.environ["XDG_CACHE_HOME"]
+
+
+@pytest.fixture
+def kernels(kernels_cache, monkeypatch):
+    """The library of native kernels is there meanwhile."""
+    from gpt.kernels import build
+
+    monkeypatch.setenv("XDG_CACHE_HOME", kernels_cache)
+    return build.load()
 
 
 @pytest.fixture(scope="session")
@@ -85,17 +124,16 @@ def server():
         running.shutdown()
 
 
-def scripted_forward(ids, eot=256):
-    """In place of GPT.forward: whatever the prompt, exactly these ids are chosen, then end-of-text for ever."""
+def scripted_decode(ids, eot=256):
+    """In place of GPT.decode: whatever the prompt, exactly these ids are chosen, then end-of-text for ever."""
     import torch
 
     choices = iter([*ids, *[eot] * 1000])
 
-    def forward(tokens, cache):
-        cache.advance(tokens.shape[1])
+    def decode(tokens, cache):
+        cache.lengths += 1
         logits = torch.zeros(len(tokens), eot + 1)
-        if tokens.shape[1] == 1 and len(tokens) == len(cache.counts):
-            logits[:, next(choices)] = 50.0
+        logits[:, next(choices)] = 50.0
         return logits
 
-    return forward
+    return decode

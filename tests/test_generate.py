@@ -7,13 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import scripted_forward
+from conftest import scripted_decode
 
-from gpt import decode
-from gpt.decode import DRAWS_AHEAD, Decoder, Sequence, slot_count
+from gpt import step
+from gpt.backend import make_backend
+from gpt.decode import Decoder
 from gpt.errors import InputError, NonFiniteError
 from gpt.generate import TextGenerator
 from gpt.model import GPT, ModelConfig
+from gpt.sequence import Sequence
+from gpt.step import DRAWS_AHEAD
 from gpt.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -149,20 +152,19 @@ def test_rows_are_refilled_and_results_stay_in_the_order_of_the_prompts(generato
 
 
 def test_the_cache_has_no_more_rows_than_asked_for_however_many_prompts_wait(generator, monkeypatch):
-    made, original = [], decode.KVCache
-    monkeypatch.setattr(
-        decode, "KVCache", lambda config, rows, *rest: made.append(rows) or original(config, rows, *rest)
-    )
+    made, original = [], step.KVCache
+    monkeypatch.setattr(step, "KVCache", lambda config, rows, *rest: made.append(rows) or original(config, rows, *rest))
     greedy(generator, ["x"] * 20, count=2, rows=2)
     greedy(generator, ["x"] * 20, count=2)
     assert made == [2, 8]
-    assert [slot_count(rows) for rows in (1, 3, 4, 5, 8, 9)] == [1, 3, 4, 8, 8, 12]
+    backend = make_backend("eager", generator.model)
+    assert [backend.slots(rows) for rows in (1, 3, 4, 5, 8, 9)] == [1, 3, 4, 8, 8, 12]
 
 
 @pytest.mark.parametrize("prompt", ["abcdef", "xyz"])
 def test_fault_087_what_an_earlier_text_left_in_the_cache_does_not_reach_the_next(generator, prompt):
     params = generator.params(max_new_tokens=10, temperature=0.0, ignore_eot=True, seed=0)
-    decoder = Decoder(generator.model, 2, params, [EOT], EOT)
+    decoder = Decoder(make_backend("eager", generator.model), 2, EOT)
     earlier, later = [list(text.encode()) for text in ("abcdef", prompt)]
     later = earlier if later == earlier else later  # the same prompt is not read again, but kept or copied
 
@@ -258,7 +260,7 @@ def test_fault_094_tensors_do_not_pile_up_over_many_tokens_and_carry_no_graph(ge
 def scripted(ids):
     """A TextGenerator whose model chooses exactly these ids, one after another, then end-of-text for ever."""
     generator = TextGenerator(random_model(ModelConfig(1, 1, 16, 64)), load_tokenizer("byte"))
-    generator.model.forward = scripted_forward(ids)
+    generator.model.decode = scripted_decode(ids)
     return generator
 
 

@@ -1,17 +1,40 @@
 """Sampling against known answers of Random123, transformers' processors, brute force and the distributions."""
 
-import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
+from sampling_helpers import (
+    MIXED,
+    SOME_FILTERS,
+    assert_distribution,
+    brute_force,
+    filters_of,
+    params,
+    random_logits,
+    same_for_all,
+    softmax,
+)
 
-from gpt.sampling import CANDIDATES, DRAWS, UNITS, SamplingParams, choose, kept_weights, penalize, philox, random_draws
+from gpt.sampling import (
+    CANDIDATES,
+    DRAWS,
+    NOT_FINITE,
+    UNDECIDED,
+    UNITS,
+    Filters,
+    SamplingParams,
+    choose,
+    kept_weights,
+    penalize,
+    philox,
+    random_draws,
+    top_logprobs,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OFF = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
 KNOWN = [  # counter, key, result: kat_vectors of Random123, philox4x32 with 10 rounds
     (("00000000",) * 4, ("00000000",) * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     (("ffffffff",) * 4, ("ffffffff",) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
@@ -23,40 +46,10 @@ KNOWN = [  # counter, key, result: kat_vectors of Random123, philox4x32 with 10 
 ]
 
 
-def params(**values):
-    return dataclasses.replace(OFF, **values)
-
-
-def random_logits(rows, vocabulary, seed, ties=False):
-    logits = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
-    return (logits * 2).round() / 2 if ties else logits
-
-
 def kept_ids(logits, settings):
     """For each row the set of ids that can be drawn."""
-    weights, ids = kept_weights(logits, settings)
-    return [set(row[weight > 0].tolist()) for row, weight in zip(ids, weights, strict=True)]
-
-
-def softmax(values):
-    powers = np.exp(values - values.max())
-    return powers / powers.sum()
-
-
-def brute_force(logits, settings):
-    """The kept ids of one row, in float64 and step by step as the design says."""
-    scaled = logits.double().numpy() / settings.temperature
-    order = np.argsort(-scaled, kind="stable")
-    keep = np.ones(len(order), dtype=bool)
-    if 0 < settings.top_k < len(order):
-        keep &= scaled[order] >= scaled[order[settings.top_k - 1]]
-    probabilities = softmax(np.where(keep, scaled[order], -np.inf))
-    nucleus = int(np.searchsorted(probabilities.cumsum(), settings.top_p - 1e-12)) + 1
-    if settings.top_p < 1:
-        keep &= np.arange(len(order)) < nucleus
-    probabilities = softmax(np.where(keep, scaled[order], -np.inf))
-    keep &= probabilities >= settings.min_p * probabilities[0] * (1 - 1e-9)
-    return set(order[keep & (probabilities > 2.0 / UNITS)].tolist())
+    weights, _ = kept_weights(logits, same_for_all(settings, len(logits)))
+    return [set(row.nonzero()[:, 0].tolist()) for row in weights]
 
 
 @pytest.mark.parametrize("counter, key, expected", KNOWN)
@@ -140,46 +133,95 @@ def test_kept_tokens_and_probabilities_are_those_of_transformers_processors(valu
     if settings.min_p:
         theirs = process.MinPLogitsWarper(settings.min_p)(prompt, theirs)
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, prompt, True)
-    weights, ids = kept_weights(penalize(logits, seen, settings.repetition_penalty), settings)
-    ours = torch.zeros(6, 2500).scatter_(1, ids, weights / weights.sum(1, keepdim=True))
+    filters = same_for_all(settings, 6)
+    weights, _ = kept_weights(penalize(logits, seen, filters.penalty[:, None]), filters)
+    ours = weights / weights.sum(1, keepdim=True)
     torch.testing.assert_close(ours, theirs.softmax(-1), rtol=1e-4, atol=1e-8)
     assert [set(row.nonzero()[:, 0].tolist()) for row in ours] == [
         set(row.nonzero()[:, 0].tolist()) for row in theirs.softmax(-1) > 2 / UNITS
     ]
 
 
-def test_looking_at_few_candidates_first_gives_the_draws_of_sorting_all_of_them(monkeypatch):
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"top_p": 0.9},
+        {"top_k": CANDIDATES - 24, "top_p": 0.99},
+        {"top_k": CANDIDATES, "top_p": 0.5},
+        {"top_k": 2 * CANDIDATES, "top_p": 0.1},
+        {"top_k": 3},
+        {"min_p": 0.3},
+        {},
+        {"temperature": 0.0},
+    ],
+)
+def test_looking_at_few_candidates_gives_the_draws_of_sorting_all_tokens_or_none(values, monkeypatch):
     sharp, flat = random_logits(8, 4000, seed=1), random_logits(8, 4000, seed=2) * 0.01
     draws = random_draws(1, 1, 0, 0, 8)
-    for logits in (sharp, flat, sharp.round(), torch.cat([sharp[:4], flat[:4]])):
-        for settings in (params(top_p=0.9), params(top_k=1000, top_p=0.99), params(top_k=3), params(min_p=0.3)):
-            monkeypatch.setattr("gpt.sampling.CANDIDATES", CANDIDATES)
-            narrow = choose(logits, settings, draws)
-            monkeypatch.setattr("gpt.sampling.CANDIDATES", 10**9)
-            assert torch.equal(narrow, choose(logits, settings, draws))
+    filters = filters_of(params(**values), *[params(top_k=5)] * 7)
+    for logits in (sharp, flat, sharp.round(), torch.zeros(8, 4000), torch.cat([sharp[:4], flat[:4]])):
+        with monkeypatch.context() as patch:
+            patch.setattr("gpt.sampling.CANDIDATES", 10**9)
+            every = choose(logits, filters, draws)
+        assert torch.equal(choose(logits, filters, draws), every)
+        narrow = choose(logits, filters, draws, narrow=True)
+        assert ((narrow == every) | (narrow == UNDECIDED)).all()
+        assert (every >= 0).all()
+        assert narrow[0] != UNDECIDED or logits is not sharp or values.get("top_k", 0) >= CANDIDATES
 
 
-def test_a_draw_does_not_depend_on_the_other_rows():
-    logits, draws = random_logits(8, 3000, seed=4), random_draws(2, 1, 0, 0, 8)
-    for settings in (params(), SamplingParams(), params(top_k=5), params(temperature=0.0)):
-        together = choose(logits, settings, draws)
-        alone = [choose(logits[row : row + 1], settings, draws[row : row + 1]).item() for row in range(8)]
-        assert together.tolist() == alone
+def test_candidates_that_all_tie_do_not_decide():
+    filters = filters_of(params(top_p=0.01), params(top_k=3), params(min_p=0.5), params())
+    narrow = choose(torch.zeros(4, 2 * CANDIDATES), filters, random_draws(1, 1, 0, 0, 4), narrow=True)
+    assert (narrow[1:3] == UNDECIDED).all()  # top-k keeps all ties, min-p likewise
+    assert narrow[0] != UNDECIDED  # of ties at top-p's border the lowest ids stay
+    assert narrow[3] != UNDECIDED  # it leaves nothing out
 
 
-@pytest.mark.parametrize("values", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 0.6, "top_k": 8}])
-def test_100000_draws_have_the_distribution_of_the_kept_tokens(values):
-    settings, logits, count = params(**values), random_logits(1, 30, seed=9) / 2, 100_000
+@pytest.mark.parametrize("narrow", [True, False])
+def test_rows_of_different_settings_get_what_each_gets_alone(narrow):
+    rows = len(MIXED)
+    logits, draws = random_logits(rows, 3000, seed=4), random_draws(2, 1, 0, 0, rows)
+    seen = random_logits(rows, 3000, seed=5) > 3
+    together = choose(logits, filters_of(*MIXED), draws, seen, narrow=narrow)
+    for row, settings in enumerate(MIXED):
+        here = slice(row, row + 1)
+        assert choose(logits[here], filters_of(settings), draws[here], seen[here]) == together[row]
+    assert (
+        choose(logits.flip(0), filters_of(*MIXED[::-1]), draws.flip(0), seen.flip(0)).tolist()[::-1]
+        == together.tolist()
+    )
+
+
+def test_an_idle_row_counts_for_nothing():
+    filters = filters_of(params(top_k=3, repetition_penalty=1.1), params(temperature=0.0), params())
+    assert filters.kind == (False, True, True)
+    filters.set(0, None)
+    assert filters.kind == (False, True, False)  # greedy leaves tokens out
+    filters.set(1, None)
+    assert filters.kind == (False, False, False)
+    filters.set(2, None)
+    assert filters.kind == Filters(3).kind == (True, False, False)
+
+
+def test_choosing_compiles_without_a_break_and_keeps_its_results():
+    logits, draws = random_logits(4, 3000, seed=4), random_draws(2, 1, 0, 0, 4)
+    compiled = torch.compile(choose, fullgraph=True, backend="aot_eager")
+    for narrow in (True, False):
+        filters = filters_of(*MIXED[:4])
+        for settings in MIXED[4:8]:  # the tensors change under the compiled function
+            expected = choose(logits, filters, draws, logits > 2, narrow=narrow)
+            assert torch.equal(compiled(logits, filters, draws, logits > 2, narrow=narrow), expected)
+            filters.set(1, settings)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("values", SOME_FILTERS)
+def test_100000_draws_have_the_distribution_of_the_kept_tokens(values, ties):
+    settings, logits, count = params(**values), random_logits(1, 30, seed=9, ties=ties) / 2, 100_000
     draws = random_draws(11, 1, 0, 0, count)
-    ids = choose(logits.expand(count, -1), settings, draws).numpy()
-    expected = np.zeros(30)
-    keep = sorted(brute_force(logits[0], settings))
-    expected[keep] = softmax(logits[0].double().numpy()[keep] / settings.temperature) * count
-    counts = np.bincount(ids, minlength=30)
-    assert (counts[expected == 0] == 0).all()
-    statistic = ((counts[keep] - expected[keep]) ** 2 / expected[keep]).sum()
-    freedom = len(keep) - 1
-    assert statistic < freedom + 4 * math.sqrt(2 * freedom) + 4
+    ids = choose(logits.expand(count, -1), same_for_all(settings, count), draws).numpy()
+    assert_distribution(ids, logits[0], settings)
 
 
 @pytest.mark.parametrize("draw", [0, 1, DRAWS // 2, DRAWS - 1])
@@ -188,7 +230,7 @@ def test_no_draw_however_extreme_gives_a_token_of_probability_zero(values, draw)
     logits = torch.full((2, 2000), -200.0)
     logits[0, [100, 1000, 1900]] = torch.tensor([1.0, 2.0, 1.5])
     logits[1, 1999] = 0.0
-    ids = choose(logits, params(**values), torch.full((2,), draw))
+    ids = choose(logits, same_for_all(params(**values), 2), torch.full((2,), draw))
     assert ids[0].item() in (100, 1000, 1900)
     assert ids[1].item() == 1999
 
@@ -196,13 +238,16 @@ def test_no_draw_however_extreme_gives_a_token_of_probability_zero(values, draw)
 def test_temperature_zero_takes_the_likeliest_token_and_of_a_tie_the_lowest_id():
     logits = torch.zeros(2, 5000)
     logits[0, [4000, 17, 3000]] = 5.0
-    assert choose(logits, params(temperature=0.0), torch.zeros(2, dtype=torch.int64)).tolist() == [17, 0]
+    for settings in (params(temperature=0.0), params()):  # all rows greedy, or only some
+        filters = filters_of(params(temperature=0.0), params(temperature=0.0), settings)
+        ids = choose(torch.cat([logits, logits[:1]]), filters, torch.full((3,), DRAWS - 1))
+        assert ids.tolist()[:2] == [17, 0]
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-300])
 def test_fault_086_the_smallest_temperatures_are_greedy(temperature):
     logits = random_logits(4, 3000, seed=6) * 30
-    ids = choose(logits, params(temperature=temperature), random_draws(3, 1, 0, 0, 4))
+    ids = choose(logits, same_for_all(params(temperature=temperature), 4), random_draws(3, 1, 0, 0, 4))
     assert ids.tolist() == logits.argmax(-1).tolist()
 
 
@@ -233,15 +278,35 @@ def test_all_problems_of_the_settings_are_listed():
 
 def test_fault_087_a_row_with_a_nan_or_an_infinity_is_marked_and_the_others_are_not():
     logits = random_logits(4, 3000, seed=8)
-    logits[1, 5], logits[2, 7] = math.nan, math.inf
+    logits[1, 5], logits[2, 7] = math.nan, -math.inf
     for settings in (params(), SamplingParams(), params(temperature=0.0)):
-        ids = choose(logits, settings, random_draws(1, 1, 0, 0, 4))
-        assert (ids == -1).tolist() == [False, True, True, False]
+        for narrow in (True, False):
+            ids = choose(logits, same_for_all(settings, 4), random_draws(1, 1, 0, 0, 4), narrow=narrow)
+            assert (ids == NOT_FINITE).tolist() == [False, True, True, False]
 
 
 def test_banned_ids_are_never_chosen():
     logits = random_logits(1, 40, seed=2)
     banned = logits[0].topk(2).indices
     for settings in (params(), params(temperature=0.0), params(top_k=1)):
-        ids = choose(logits.expand(500, -1), settings, random_draws(1, 1, 0, 0, 500), banned=banned)
+        filters = same_for_all(settings, 500)
+        ids = choose(logits.expand(500, -1), filters, random_draws(1, 1, 0, 0, 500), banned=banned)
         assert not set(ids.tolist()) & set(banned.tolist())
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e300])
+def test_the_most_extreme_repetition_penalties_still_give_a_token(penalty):
+    logits = random_logits(2, 50, seed=2) * 1e5
+    for settings in (params(repetition_penalty=penalty), params(temperature=0.0, repetition_penalty=penalty)):
+        ids = choose(logits, same_for_all(settings, 2), torch.tensor([0, DRAWS - 1]), seen=logits > 0)
+        assert ((ids >= 0) & (ids < 50)).all()
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_likeliest_tokens_and_their_log_probabilities_are_numpys(ties):
+    logits = random_logits(3, 500, seed=3, ties=ties)
+    ids, logprobs = top_logprobs(logits, 20)
+    for row in range(3):
+        expected = np.log(softmax(logits[row].double().numpy()))
+        assert ids[row].tolist() == np.argsort(-logits[row].numpy(), kind="stable")[:20].tolist()
+        np.testing.assert_allclose(logprobs[row], expected[ids[row]], atol=2e-6)

@@ -1,0 +1,125 @@
+"""What runs the model while it generates: plain torch, compiled, native kernels or CUDA graphs, all of one meaning."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from gpt.errors import InputError
+from gpt.kernels import build
+from gpt.kernels.choosing import native_choose
+from gpt.kernels.native import NativeModel, supports
+from gpt.memory import count_parameters
+from gpt.runtime import has_compiler
+from gpt.sampling import choose
+from gpt.step import GraphLauncher, Launcher
+
+NAMES = ("auto", "eager", "compiled", "native", "captured")
+BUILD_PAYS = 4e10  # steps times parameters from which it pays to wait the seconds that building the kernels takes
+COMPILE_PAYS = 200_000  # steps from which compiling for a GPU, a minute or so, costs less than it saves
+TOKENS_PER_LAUNCH = 16  # over all rows: more are lost at the end of every text, with fewer a GPU waits for the host
+MOST_SHAPES = 64  # numbers of rows for which one process compiles
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    model: Any
+    """a gpt.model.GPT"""
+    prefill: Any
+    """(ids (1, T), a cache of one row): as GPT.prefill"""
+    decode: Any
+    """(ids (R,), cache) -> logits (R, V): as GPT.decode"""
+    choose: Any
+    """as sampling.choose"""
+    attention: Any = None
+    """as model.masked_attention, for one new token a row; None is that"""
+    narrow: bool = False
+    """handed to `choose`: whether it may leave a row undecided"""
+
+    def slots(self, rows):
+        """The number of row slots for `rows`. Above 4 a multiple of 4, but for native code: in the 5th to 7th row fp32
+        matrix products of a CPU library round differently than in the others, and a text would depend on its slot."""
+        return rows if rows <= 4 or self.name == "native" else math.ceil(rows / 4) * 4
+
+    def launcher(self, rows):
+        """What launches the steps of `rows`, a step.Rows."""
+        if self.model.device.type != "cuda" or self.name == "eager":
+            return Launcher(rows, self)
+        return GraphLauncher(rows, self, steps=max(1, TOKENS_PER_LAUNCH // len(rows)))
+
+    def wide(self):
+        return replace(self, narrow=False)
+
+
+def pick_backend(name, model, steps):
+    """The name of the back end that `name` stands for: "auto" goes by device and number of decode steps. Raises
+    InputError for one that cannot run here."""
+    device = model.device.type
+    if name == "auto" and device == "cpu":
+        work = steps * count_parameters(model.config, model.vocab_size)
+        return "native" if supports(model) and library(wait=work >= BUILD_PAYS) else "eager"
+    if name == "auto" and device == "cuda":
+        return "compiled" if steps >= COMPILE_PAYS and has_compiler() else "captured"
+    if name == "captured" and device != "cuda":
+        raise InputError(f"backend captured: CUDA graphs need a CUDA device, the model is on {device}; use auto")
+    if name == "native" and not (supports(model) and library(wait=True)):
+        raise InputError("backend native: needs a CPU, fp32, bf16 or int8 weights and a C++ compiler; use auto")
+    return "eager" if name == "auto" else name
+
+
+def make_backend(name, model):
+    """The Backend of a name that pick_backend gave."""
+    return {"eager": eager, "captured": captured, "compiled": compiled, "native": native}[name](model)
+
+
+def eager(model):
+    return Backend("eager", model, model.prefill, model.decode, choose)
+
+
+def captured(model):
+    return Backend("captured", model, model.prefill, model.decode, choose, triton_attention(), narrow=True)
+
+
+def compiled(model):
+    """The step compiled; on a GPU its kernels are then captured too."""
+    on_gpu = model.device.type == "cuda"
+    # On a CPU `choose` decides on the host how much to sort.
+    chooser, attention = (compile_static(choose), triton_attention()) if on_gpu else (choose, None)
+    return Backend("compiled", model, model.prefill, compile_static(model.decode), chooser, attention, narrow=on_gpu)
+
+
+def triton_attention():
+    """The Triton kernel for attention, where this torch came with Triton."""
+    try:
+        from gpt.kernels.attention import decode_attention
+    except ImportError:
+        return None
+    return decode_attention
+
+
+def compile_static(function):
+    """`function` compiled for the shapes it is called with. More of them than MOST_SHAPES are an error: torch would go
+    on uncompiled, at a tenth of the speed, with a warning at most."""
+    quick = torch.compile(function, dynamic=False, fullgraph=True)
+
+    def call(*arguments):
+        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, fail_on_recompile_limit_hit=True):
+            return quick(*arguments)
+
+    return call
+
+
+def native(model):
+    kernels = NativeModel(model, build.load())
+    return Backend("native", model, kernels.prefill, kernels.decode, native_choose(build.load()))
+
+
+def library(wait):
+    """The compiled kernels; None where they are not there. Unless it pays to wait for them, they are then built in the
+    background for the next program."""
+    found = build.build() if wait else build.load()
+    if found is None and not wait:
+        build.start_build()
+    return found

@@ -1,0 +1,165 @@
+"""The model's forward pass by the native library: NativeModel has GPT's prefill and decode, of the same meaning.
+
+Shapes: R rows of the cache, T new tokens, V vocabulary."""
+
+import contextlib
+import ctypes
+import mmap
+
+import torch
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+CHUNK = 64  # tokens of a prompt that go through the model at once: what lies between layers stays in the CPU's cache
+
+HUGE_PAGE = 2 << 20  # bytes
+ALIGNMENT = 64  # bytes
+
+Number, Pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+# ---- as forward.cpp declares them
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [(name, Pointer) for name in ("weight", "scale", "bias")]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, Pointer) for name in ("norm_1", "shift_1", "norm_2", "shift_2")),
+        *((name, Matrix) for name in ("qkv", "proj", "fc", "out")),
+    ]
+
+
+class Model(ctypes.Structure):
+    _fields_ = [
+        *((name, Number) for name in ("kind", "layers", "heads", "width", "positions", "vocabulary")),
+        ("layer", ctypes.POINTER(Layer)),
+        ("token", Matrix),
+        *((name, Pointer) for name in ("position", "norm", "shift")),
+    ]
+
+
+class Cache(ctypes.Structure):
+    _fields_ = [
+        *((name, Number) for name in ("is_half", "rows", "positions", "stride")),
+        *((name, Pointer) for name in ("keys", "values")),
+    ]
+
+
+class Batch(ctypes.Structure):
+    _fields_ = [
+        *((name, Number) for name in ("tokens", "outputs", "threads")),
+        *((name, Pointer) for name in ("ids", "rows", "places", "which", "logits")),
+    ]
+
+
+# ---- the model
+
+
+def supports(model):
+    """Whether the library can run this GPT: on the CPU, all matrices float32, all bfloat16 or all int8."""
+    weights = matrices(model)
+    return (
+        model.device.type == "cpu"
+        and model.dtype in (torch.float32, torch.bfloat16)
+        and weights[0].dtype in (model.dtype, torch.int8)
+        and all(weight.dtype == weights[0].dtype and weight.is_contiguous() for weight in weights)
+    )
+
+
+def matrices(model):
+    weights = [model.token.weight]
+    for block in model.blocks:
+        weights += [part.weight for part in (block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj)]
+    return weights
+
+
+def move_to_huge_pages(tensors):
+    """Let tensors lie in one piece of memory with pages of 2 MiB, where the system has them: a third faster to read."""
+    pieces = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    if not hasattr(mmap, "MADV_HUGEPAGE") or len(pieces) == 1:  # no such system, or moved before
+        return
+    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+    memory = mmap.mmap(-1, sum(sizes) + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    piece = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -piece.data_ptr() % HUGE_PAGE
+    for tensor, size in zip(tensors, sizes, strict=True):
+        place = piece[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        tensor.data = place.copy_(tensor)
+        start += size
+
+
+class NativeModel:
+    """A GPT that `supports` accepts, run by the library that build.load gave. Moves the model's matrices."""
+
+    @torch.no_grad()
+    def __init__(self, model, library):
+        move_to_huge_pages(matrices(model))
+        self.kept = []  # the tensors that the library reads
+        self.config, self.vocab_size = model.config, model.vocab_size
+        self.layers = (Layer * len(model.blocks))(*map(self.layer, model.blocks))
+        sizes = KINDS[model.token.weight.dtype], len(model.blocks), model.config.n_head, model.config.n_embd
+        norm = self.floats(model.ln_f.weight), self.floats(model.ln_f.bias)
+        places = self.floats(model.position.weight)
+        self.model = Model(
+            *sizes, model.config.block_size, model.vocab_size, self.layers, self.matrix(model.token), places, *norm
+        )
+        self.run = library.gpt_forward
+        self.run.restype, self.run.argtypes = Number, [Pointer, Pointer, Pointer]
+
+    def decode(self, ids, cache):
+        """As GPT.decode. Raises ValueError for an id or a position that does not exist."""
+        rows = torch.arange(len(ids))
+        logits = torch.empty(len(ids), self.vocab_size)
+        self.forward(ids, rows, cache.lengths, cache, logits, rows)
+        cache.lengths += 1
+        return logits
+
+    def prefill(self, ids, cache):
+        """As GPT.prefill. Raises ValueError for an id or a position that does not exist."""
+        for part in ids.split(CHUNK, dim=1):
+            places = cache.lengths[:, None] + torch.arange(part.shape[1])
+            rows = torch.arange(len(ids))[:, None].expand_as(part)
+            self.forward(part, rows, places, cache)
+            cache.advance(part.shape[1])
+
+    def forward(self, ids, rows, places, cache, logits=None, which=None):
+        """Run tokens, each with its row and place in the cache; fill `logits` with those of the tokens in `which`."""
+        tensors = [tensor.to(torch.int64).contiguous() for tensor in (ids, rows, places)]
+        outputs = 0 if which is None else len(which)
+        pointers = [tensor.data_ptr() for tensor in (*tensors, which, logits) if tensor is not None]
+        batch = Batch(ids.numel(), outputs, torch.get_num_threads(), *pointers)
+        code = self.run(ctypes.byref(self.model), ctypes.byref(describe(cache)), ctypes.byref(batch))
+        if code < 0:
+            raise MemoryError(f"{ids.numel()} tokens at once")
+        if code > 0:
+            id, row, place = [int(tensor.flatten()[code - 1]) for tensor in tensors]
+            limits = f"vocabulary {self.vocab_size}, block_size {self.config.block_size}"
+            raise ValueError(f"token {id} at position {place} of row {row}: {limits}")
+
+    def layer(self, block):
+        norms = (self.floats(value) for norm in (block.ln_1, block.ln_2) for value in (norm.weight, norm.bias))
+        products = block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj
+        return Layer(*norms, *map(self.matrix, products))
+
+    def matrix(self, module):
+        bias, scale = getattr(module, "bias", None), getattr(module, "scale", None)
+        weight = self.pointer(module.weight)
+        return Matrix(weight, *[None if values is None else self.floats(values) for values in (scale, bias)])
+
+    def floats(self, tensor):
+        return self.pointer(tensor.detach().float().contiguous())
+
+    def pointer(self, tensor):
+        self.kept.append(tensor.detach())  # keeps the memory even if somebody gives the parameter another
+        return tensor.data_ptr()
+
+
+def describe(cache):
+    """A KVCache, or one row of it, for the library."""
+    keys, values = cache.keys, cache.values
+    half = keys.dtype == torch.bfloat16
+    return Cache(half, keys.shape[1], keys.shape[3], keys.stride(0), keys.data_ptr(), values.data_ptr())

@@ -1,0 +1,201 @@
+// Products of a few tokens with a weight matrix of float, bf16 or int8, shared out among threads.
+#pragma once
+#include <atomic>
+#include <thread>
+
+#include "vectors.h"
+
+namespace {
+
+struct Matrix {  // scale, one per row, only of int8; no bias: null
+    const void *weight;
+    const float *scale, *bias;
+};
+// ---- kinds of weights: how inputs are prepared for a product, and how one vector of weights is multiplied
+
+template <class T> struct Plain {  // float and bf16, and int8 where there is no better way: 16 weights at a time
+    using Weight = T;
+    using Vector = Floats;
+    using Sum = Floats;
+    static constexpr int WIDTH = LANES, INPUT_BYTES = 4;
+    static float prepare(const float *x, int width, uint8_t *to) {
+        memcpy(to, x, 4 * width);
+        return 1.0f;
+    }
+    static Vector weights(const T *from, int count = WIDTH) {
+        if constexpr (sizeof(T) == 1)
+            return __builtin_convertvector(count >= WIDTH ? read<Bytes>(from) : read<Bytes>(from, count), Floats);
+        else
+            return load(from, count);
+    }
+    static Vector inputs(const uint8_t *from) { return read<Vector>(from); }
+    static void multiply(Sum &sum, Vector input, Vector weight) { sum = multiply_add(input, weight, sum); }
+    static Floats folded(Sum sum) { return sum; }
+};
+
+using Fp32 = Plain<float>;
+#ifdef __AVX512BF16__
+struct Bf16 : Plain<uint16_t> {  // the inputs are rounded to bf16 too: twice as many products per instruction
+    using Vector = __m512bh;
+    static constexpr int WIDTH = 32, INPUT_BYTES = 2;
+    static float prepare(const float *x, int width, uint8_t *to) {
+        for (int k = 0; k < width; k += LANES) {
+            Halves half = halve(load(x + k));
+            memcpy(to + 2 * k, &half, 32);
+        }
+        return 1.0f;
+    }
+    static Vector weights(const uint16_t *from, int count = WIDTH) {
+        return count >= WIDTH ? read<Vector>(from) : read<Vector>(from, 2 * count);
+    }
+    static Vector inputs(const uint8_t *from) { return read<Vector>(from); }
+    static void multiply(Sum &sum, Vector input, Vector weight) {
+        sum = (Floats)_mm512_dpbf16_ps((__m512)sum, input, weight);
+    }
+};
+#else
+using Bf16 = Plain<uint16_t>;
+#endif
+#ifdef __AVX512VNNI__
+struct Int8 {  // the inputs are integers times a scale per token, as large as sums of `int` allow, 16 bits at most
+    using Weight = int8_t;
+    using Vector = __m512i;
+    using Sum = __m512i;
+    static constexpr int WIDTH = 32, INPUT_BYTES = 2;
+    static float prepare(const float *x, int width, uint8_t *to) {
+        Ints most = {};  // as integers, so that inf and nan are the largest
+        for (int k = 0; k < width; k += LANES) {
+            Ints bits = (Ints)load(x + k) & 0x7fffffff;
+            most = bits > most ? bits : most;
+        }
+        int32_t bits = 0;
+        for (int i = 0; i < LANES; i++) bits = most[i] > bits ? most[i] : bits;
+        int64_t levels = std::min<int64_t>(32767, int64_t(INT32_MAX) * LANES / 127 / width);
+        float scale = read<float>(&bits) / levels, inverse = scale > 0 ? 1.0f / scale : 0.0f;
+        for (int k = 0; k < width; k += LANES) {
+            Ints level = __builtin_convertvector(load(x + k) * inverse + 32768.5f, Ints) - 32768;  // to the nearest
+            Shorts narrow = __builtin_convertvector(level, Shorts);
+            memcpy(to + 2 * k, &narrow, 32);
+        }
+        return scale;
+    }
+    static Vector weights(const int8_t *from, int count = WIDTH) {
+        return _mm512_cvtepi8_epi16(count >= WIDTH ? read<__m256i>(from) : read<__m256i>(from, count));
+    }
+    static Vector inputs(const uint8_t *from) { return read<Vector>(from); }
+    static void multiply(Sum &sum, Vector input, Vector weight) { sum = _mm512_dpwssd_epi32(sum, input, weight); }
+    static Floats folded(Sum sum) { return __builtin_convertvector((Ints)sum, Floats); }
+};
+#else
+using Int8 = Plain<int8_t>;
+#endif
+
+// ---- products
+
+struct Inputs {  // N prepared rows
+    uint8_t *data;
+    float *scales;
+    size_t stride;
+};
+struct Output {  // (N, rows): written or added to
+    float *data;
+    size_t stride;
+    bool adds;
+};
+
+struct Team {  // the threads of one call
+    int thread, threads;
+    std::atomic<int> *arrived, *round;
+    void wait() const {  // OpenMP's own barrier may sleep at once, and be woken late
+        if (threads == 1) return;
+        int now = round->load(std::memory_order_acquire);
+        if (arrived->fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+            arrived->store(0, std::memory_order_relaxed);
+            round->store(now + 1, std::memory_order_release);
+        }
+        for (int spins = 0; round->load(std::memory_order_acquire) == now; spins++) {
+            if (spins > 2000) std::this_thread::yield();  // perhaps there are more threads than cores
+#ifdef __SSE2__
+            _mm_pause();
+#endif
+        }
+    }
+};
+
+// The sums of ROWS weight rows times TOKENS inputs; lane token * ROWS + row. One after another the rows are read at the
+// speed of memory, all at once the inputs are loaded less often.
+template <class Kind, int ROWS, int TOKENS>
+__attribute__((noinline)) Floats tile(const typename Kind::Weight *weight, size_t width, const uint8_t *input,
+                                      size_t stride) {
+    constexpr int TOGETHER = TOKENS == 1 ? 1 : ROWS;
+    typename Kind::Sum sums[TOKENS * ROWS] = {};
+    const char *next = (const char *)(weight + ROWS * width);
+    for (int first = 0; first < ROWS; first += TOGETHER) {
+        auto step = [&](size_t k, int count) {
+            for (int row = first; row < first + TOGETHER; row++) {
+                auto vector = Kind::weights(weight + row * width + k, count);
+                for (int token = 0; token < TOKENS; token++)
+                    Kind::multiply(sums[token * ROWS + row],
+                                   Kind::inputs(input + token * stride + k * Kind::INPUT_BYTES), vector);
+                if (TOGETHER == 1) continue;
+                __builtin_prefetch(next, 0, TOKENS > 2 ? 2 : 3);  // of the next tile: to L2, for few tokens to L1
+                next += Kind::WIDTH * sizeof(*weight);
+            }
+        };
+        size_t whole = width / Kind::WIDTH * Kind::WIDTH;
+        for (size_t k = 0; k < whole; k += Kind::WIDTH) step(k, Kind::WIDTH);
+        if (whole < width) step(whole, width - whole);
+    }
+    Floats folded[TOKENS * ROWS];
+    for (int i = 0; i < TOKENS * ROWS; i++) folded[i] = Kind::folded(sums[i]);
+    return totals<TOKENS * ROWS>(folded);
+}
+
+template <int ROWS, int TOKENS> inline Floats repeated(const float *from) {  // lane token * ROWS + row: from[row]
+    float lanes[LANES] = {};
+    for (int token = 0; token < TOKENS; token++) memcpy(lanes + token * ROWS, from, 4 * ROWS);
+    return read<Floats>(lanes);
+}
+
+// Weight rows [first, first + ROWS) for TOKENS tokens at a time, from `token` on; returns the first one left.
+template <class Kind, int ROWS, int TOKENS>
+int stripe(const Matrix &m, int first, size_t width, const Inputs &x, int token, int tokens, const Output &out) {
+    if (token + TOKENS > tokens) return token;
+    const auto *weight = (const typename Kind::Weight *)m.weight + first * width;
+    Floats scale = m.scale ? repeated<ROWS, TOKENS>(m.scale + first) : Floats{};
+    Floats bias = m.bias ? repeated<ROWS, TOKENS>(m.bias + first) : Floats{};
+    for (; token + TOKENS <= tokens; token += TOKENS) {
+        Floats sums = tile<Kind, ROWS, TOKENS>(weight, width, x.data + token * x.stride, x.stride);
+        if (m.scale) {
+            Floats inputs = {};
+            for (int i = 0; i < TOKENS * ROWS; i++) inputs[i] = x.scales[token + i / ROWS];
+            sums *= scale * inputs;
+        }
+        sums += bias;
+        for (int i = 0; i < TOKENS; i++) {
+            float *to = out.data + (token + i) * out.stride + first;
+            if (out.adds)
+                for (int row = 0; row < ROWS; row++) to[row] += sums[i * ROWS + row];
+            else
+                for (int row = 0; row < ROWS; row++) to[row] = sums[i * ROWS + row];
+        }
+    }
+    return token;
+}
+
+// This thread's share of the rows of x @ weight.T + bias.
+template <class Kind>
+void product(const Team &team, const Matrix &m, int rows, size_t width, const Inputs &x, int tokens, Output out) {
+    int shares = (rows + LANES - 1) / LANES;
+    int row = int64_t(shares) * team.thread / team.threads * LANES;
+    int end = std::min<int>(rows, int64_t(shares) * (team.thread + 1) / team.threads * LANES);
+    for (; tokens == 1 && row + 8 <= end; row += 8) stripe<Kind, 8, 1>(m, row, width, x, 0, tokens, out);
+    for (; row + 4 <= end; row += 4) {
+        int token = stripe<Kind, 4, 4>(m, row, width, x, 0, tokens, out);
+        token = stripe<Kind, 4, 2>(m, row, width, x, token, tokens, out);
+        stripe<Kind, 4, 1>(m, row, width, x, token, tokens, out);
+    }
+    for (; row < end; row++) stripe<Kind, 1, 1>(m, row, width, x, 0, tokens, out);
+}
+
+}  // namespace

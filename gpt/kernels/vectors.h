@@ -1,0 +1,111 @@
+// Vectors of 16 floats: reading, writing, bf16, sums in a fixed order, exp, GELU. GCC and clang make of them what the CPU
+// has.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+typedef float Floats __attribute__((vector_size(64)));  // GCC and clang split these where registers are narrower
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));  // 16 bf16: the upper halves of floats
+typedef int16_t Shorts __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
+
+constexpr int LANES = 16, PADDING = 64, GROUP = 4;  // GROUP: tokens that share what is read from memory
+constexpr float EPSILON = 1e-5f;
+
+template <class T> inline T read(const void *from, int bytes = sizeof(T)) {  // missing bytes are 0
+    T value = {};
+    memcpy(&value, from, bytes);
+    return value;
+}
+
+inline Floats widen(Halves x) {
+#ifdef __AVX512F__  // GCC 12 makes five instructions of the other
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16);
+#else
+    return (Floats)(__builtin_convertvector(x, Ints) << 16);
+#endif
+}
+template <class T> inline void prefetch(const T *from, size_t count) {  // at most 4 KiB: then the hardware has seen it
+    for (size_t byte = 0; byte < std::min<size_t>(count * sizeof(T), 4096); byte += 64)
+        __builtin_prefetch((const char *)from + byte, 0, 2);
+}
+inline Floats load(const float *from, int count = LANES) {
+    return count >= LANES ? read<Floats>(from) : read<Floats>(from, 4 * count);
+}
+inline Floats load(const uint16_t *from, int count = LANES) {
+    return widen(count >= LANES ? read<Halves>(from) : read<Halves>(from, 2 * count));
+}
+inline void store(float *to, Floats x, int count = LANES) {
+    count >= LANES ? memcpy(to, &x, 64) : memcpy(to, &x, 4 * count);
+}
+inline Halves halve(Floats x) {  // to the nearest bf16, ties to even
+    Ints bits = (Ints)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return __builtin_convertvector((x == x ? rounded : bits | 0x400000) >> 16, Halves);
+}
+inline void store(uint16_t *to, Floats x, int count = LANES) {
+    Halves half = halve(x);
+    count >= LANES ? memcpy(to, &half, 32) : memcpy(to, &half, 2 * count);
+}
+
+// a b + c. Not left to the compiler, which would fuse the two in one tile and not in the next: -ffp-contract=off.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    struct Parts { __m256 low, high; };
+    Parts x = read<Parts>(&a), y = read<Parts>(&b), z = read<Parts>(&c);
+    Parts sums = {_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)};
+    return read<Floats>(&sums);
+#else
+    return a * b + c;
+#endif
+}
+
+#ifdef __clang__
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
+#endif
+template <int STAGE> inline Floats halves_added(Floats a, Floats b) {
+    if (STAGE == 0)
+        return PICK(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               PICK(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    if (STAGE == 1)
+        return PICK(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+               PICK(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    if (STAGE == 2)
+        return PICK(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+               PICK(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    return PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+template <int COUNT, int STAGE = 0> inline Floats totals(Floats *x) {  // lane i: the sum of x[i], by one fixed tree
+    constexpr int LEFT = COUNT > 1 ? COUNT / 2 : 1;
+    for (int i = 0; i < LEFT; i++) x[i] = halves_added<STAGE>(x[2 * i], COUNT > 1 ? x[2 * i + 1] : x[2 * i]);
+    if constexpr (STAGE < 3) return totals<LEFT, STAGE + 1>(x);
+    return x[0];
+}
+inline float total(Floats x) {
+    return totals<1>(&x)[0];
+}
+
+inline Floats exp(Floats x) {  // relative error 2e-7; Cephes' polynomial; nan stays nan
+    x = x < -87.0f ? Floats{} - 87.0f : x > 88.0f ? Floats{} + 88.0f : x;
+    Floats power = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+    Floats r = (x - power * 0.693359375f) + power * 2.12194440e-4f;
+    Floats y = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
+                1.6666665459e-1f) * r + 5.0000001201e-1f;
+    return (y * r * r + r + 1.0f) * (Floats)((__builtin_convertvector(power, Ints) + 127) << 23);
+}
+inline Floats gelu(Floats x) {  // 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u))
+    return x / (1.0f + exp(x * (x * x * -0.0713548163f - 1.59576912f)));
+}
+
+}  // namespace

@@ -1,0 +1,354 @@
+"""The native forward pass against the model without a cache, and against itself in other company; how it is built."""
+
+import copy
+import math
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from gpt.kernels import build
+from gpt.kernels.native import CHUNK, NativeModel, supports
+from gpt.model import GPT, KVCache, ModelConfig
+from gpt.quantize import to_int8
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+VOCABULARY = 211
+KINDS = ("fp32", "bf16", "int8", "int8 in bf16")
+WIDE = (12, 768)  # heads and width of the smallest GPT-2
+SHAPES = [(3, 24), (2, 30), (1, 7), (4, 96), (2, 128), WIDE]  # width of a head: 8, 15, 7, 24, 64, 64
+
+
+def make_model(heads=2, width=30, block_size=2 * CHUNK + 22, layers=2):
+    """A model whose biases and layer norms are not the 0 and 1 that they start from, and that attends sharply."""
+    torch.manual_seed(width)
+    model = GPT(ModelConfig(layers, heads, width, block_size), VOCABULARY).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter += torch.randn_like(parameter) * 0.1
+    for block in model.blocks:
+        block.attn.qkv.weight *= 3
+    return model
+
+
+def as_kind(model, kind):
+    model = copy.deepcopy(model)
+    if "bf16" in kind:
+        model = model.bfloat16()
+    return to_int8(model) if "int8" in kind else model
+
+
+def dequantized(model, original):
+    """`original` with the weights that the int8 `model` stands for, in fp32."""
+    result = copy.deepcopy(original)
+    for source, target in zip(model.modules(), result.modules(), strict=True):
+        if hasattr(source, "scale"):
+            target.weight.copy_(source.weight * source.scale[:, None])
+    return result
+
+
+def random_ids(rows, tokens):
+    return torch.randint(VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def continued(native, ids, lengths, steps, dtype):
+    """Prefill row r with its first lengths[r] ids and decode `steps` more: the logits (steps, R, V), and the cache."""
+    cache = KVCache(native.config, len(ids), dtype)
+    for row, length in enumerate(lengths):
+        native.prefill(ids[row : row + 1, :length], cache.row(row))
+    rows = torch.arange(len(ids))
+    return torch.stack([native.decode(ids[rows, cache.lengths], cache) for _ in range(steps)]), cache
+
+
+def uncached(model, ids, lengths, steps):
+    """What `continued` should give, one forward pass each."""
+    rows = range(len(ids))
+    return torch.stack(
+        [torch.cat([model(ids[row : row + 1, : lengths[row] + step + 1]) for row in rows]) for step in range(steps)]
+    )
+
+
+def share_of_deviation(logits, reference):
+    return ((logits - reference).square().mean().sqrt() / reference.std()).item()
+
+
+# ---- what it computes
+
+
+@pytest.mark.parametrize(("heads", "width"), SHAPES)
+def test_logits_of_unequal_rows_are_those_of_the_uncached_model_in_fp32(kernels, heads, width):
+    model, ids, lengths = make_model(heads, width), random_ids(4, CHUNK + 20), [1, 17, 33, CHUNK + 13]
+    reference = uncached(model, ids, lengths, 5)
+    logits, cache = continued(NativeModel(model, kernels), ids, lengths, 5, torch.float32)
+    assert (logits - reference).abs().max() < 1e-4
+    assert cache.lengths.tolist() == [length + 5 for length in lengths]
+    assert cache.counts.tolist() == lengths  # which a step leaves to its caller, as GPT.decode does
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("bf16", 0.01), ("int8", 0.001), ("int8 in bf16", 0.01)])
+@pytest.mark.parametrize(("heads", "width"), [(2, 30), WIDE])
+def test_the_logit_error_of_small_weights_is_within_its_bound(kernels, heads, width, kind, bound):
+    original = make_model(heads, width)
+    model, ids, lengths = as_kind(original, kind), random_ids(2, 60), [3, 40]
+    rounded = dequantized(model, original) if "int8" in kind else copy.deepcopy(model).float()
+    logits, _ = continued(NativeModel(model, kernels), ids, lengths, 8, model.dtype)
+    assert share_of_deviation(logits, uncached(rounded, ids, lengths, 8)) < bound
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_it_stores_can_be_continued_by_plain_torch_and_the_reverse(kernels, kind):
+    model = as_kind(make_model(2, 128), kind)
+    native, ids = NativeModel(model, kernels), random_ids(3, 50)
+    caches = [KVCache(model.config, 3, model.dtype) for _ in range(2)]
+    native.prefill(ids[:, :49], caches[0])
+    model.prefill(ids[:, :49], caches[1])
+    assert caches[0].counts.tolist() == caches[1].counts.tolist() == [49] * 3
+    reference = dequantized(model, make_model(2, 128)) if "int8" in kind else copy.deepcopy(model).float()
+    expected = reference(ids)
+    bound = 0.02 if "bf16" in kind else 0.001
+    assert share_of_deviation(model.decode(ids[:, 49], caches[0]), expected) < bound
+    assert share_of_deviation(native.decode(ids[:, 49], caches[1]), expected) < bound
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("heads", "width"), [(2, 30), (2, 128)])
+def test_the_bits_of_a_row_depend_on_nothing_but_its_own_ids(kernels, heads, width, kind):
+    model = as_kind(make_model(heads, width), kind)
+    native, ids, lengths = NativeModel(model, kernels), random_ids(11, 60), [20, 1, 7, 33, 20, 2, 50, 3, 4, 5, 6]
+    together, _ = continued(native, ids, lengths, 4, model.dtype)
+    for company in ([0], [3, 1], [6, 3, 0], [2, 3, 1, 0, 10], [*range(7, 11), 3, 0, 1]):
+        logits, _ = continued(native, ids[company], [lengths[row] for row in company], 4, model.dtype)
+        assert torch.equal(logits, together[:, company])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bits_do_not_depend_on_how_a_prompt_is_cut(kernels, kind):
+    model = as_kind(make_model(2, 128), kind)
+    native, ids = NativeModel(model, kernels), random_ids(1, CHUNK + 30)
+
+    def last_logits(*cuts):
+        cache = KVCache(model.config, 1, model.dtype)
+        for start, end in zip([0, *cuts], [*cuts, ids.shape[1] - 1], strict=True):
+            native.prefill(ids[:, start:end], cache)
+        return native.decode(ids[:, -1], cache)
+
+    whole = last_logits()
+    assert torch.equal(last_logits(5, 6, 8, 11, 75), whole)
+    assert torch.equal(last_logits(*range(1, ids.shape[1] - 1)), whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bits_do_not_depend_on_the_number_of_threads(kernels, kind):
+    model = as_kind(make_model(3, 96), kind)
+    native, ids, lengths = NativeModel(model, kernels), random_ids(3, 60), [20, 1, 47]
+    alone, _ = continued(native, ids, lengths, 3, model.dtype)
+    for threads in (2, 3):  # set back by one_thread
+        torch.set_num_threads(threads)
+        logits, _ = continued(native, ids, lengths, 3, model.dtype)
+        assert torch.equal(logits, alone)
+
+
+@pytest.mark.parametrize("damage", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_that_is_not_finite_shows_in_the_logits(kernels, kind, damage):
+    model = as_kind(make_model(2, 64), kind)
+    model.blocks[0].mlp.fc.bias[5] = damage
+    native = NativeModel(model, kernels)
+    logits = native.decode(torch.tensor([3]), KVCache(model.config, 1, model.dtype))
+    assert not logits.isfinite().any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_lies_beyond_a_rows_length_does_not_matter(kernels, kind):
+    model = as_kind(make_model(2, 64), kind)
+    native, ids = NativeModel(model, kernels), random_ids(1, 6)
+    clean, dirty = (KVCache(model.config, 1, model.dtype) for _ in range(2))
+    dirty.keys.fill_(math.nan), dirty.values.fill_(math.nan)
+    for cache in (clean, dirty):
+        native.prefill(ids[:, :5], cache)
+    assert torch.equal(native.decode(ids[:, 5], clean), native.decode(ids[:, 5], dirty))
+
+
+def test_ids_and_positions_that_do_not_exist_are_refused(kernels):
+    model = make_model(block_size=4)
+    native, cache = NativeModel(model, kernels), KVCache(model.config, 2)
+    for id in (-1, VOCABULARY):
+        with pytest.raises(ValueError, match=rf"token {id} at position 0 of row 1: vocabulary {VOCABULARY}"):
+            native.decode(torch.tensor([0, id]), cache)
+    with pytest.raises(ValueError, match=r"position 4 of row 0.* block_size 4"):
+        native.prefill(random_ids(1, 5), cache.row(0))
+    assert cache.lengths.tolist() == [0, 0]
+
+
+def test_only_models_of_one_known_kind_on_the_cpu_are_supported():
+    model = make_model()
+    assert all(supports(as_kind(model, kind)) for kind in KINDS)
+    assert not supports(copy.deepcopy(model).half())
+    assert not supports(copy.deepcopy(model).to("meta"))
+    mixed = copy.deepcopy(model)
+    mixed.blocks[1].mlp.bfloat16()
+    assert not supports(mixed)
+
+
+def test_moving_the_weights_leaves_the_model_as_it_was(kernels):
+    model, ids = make_model(), random_ids(2, 9)
+    before, values = model(ids), copy.deepcopy(model.state_dict())
+    NativeModel(model, kernels)
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model(ids), before)
+
+
+def test_two_of_one_model_work_side_by_side_and_after_it_is_gone(kernels):
+    model, ids = make_model(), torch.tensor([7])
+    expected = model(ids[None])
+    natives = [NativeModel(model, kernels) for _ in range(2)]
+    for parameter in model.parameters():
+        parameter.data = torch.zeros(0)
+    for native in natives:
+        assert (native.decode(ids, KVCache(native.config, 1)) - expected).abs().max() < 1e-4
+
+
+# ---- how it is built
+
+unix = pytest.mark.skipif(os.name == "nt", reason="nothing is built on Windows")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty home for the cache folder; that folder's path."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "gpt-text-generator"
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch, kernels_cache):
+    """A function that puts a shell script in the compiler's place. It notes its calls in the file that is returned;
+    there $TARGET is what it should write and $LIBRARY a library that works."""
+    monkeypatch.setenv("XDG_CACHE_HOME", kernels_cache)
+    library, calls = build.library_path(), tmp_path / "calls"
+
+    def place(script):
+        path = tmp_path / "compiler"
+        path.write_text(f'#!/bin/sh\nfor TARGET; do :; done\nLIBRARY="{library}"\necho "$*" >> "{calls}"\n{script}\n')
+        path.chmod(0o755)
+        monkeypatch.setenv("CXX", str(path))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        return calls
+
+    return place
+
+
+WORKS = 'cp "$LIBRARY" "$TARGET"'
+
+
+@unix
+def test_the_cache_folder_is_private_and_nothing_but_the_library_stays_in_it(compiler, cache):
+    compiler(WORKS)
+    assert build.load() is None
+    assert build.build() is not None
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert list(cache.iterdir()) == [build.library_path()]
+    assert build.load() is not None
+
+
+@unix
+def test_two_builds_at_once_both_give_a_whole_library(compiler, cache):
+    calls = compiler(f"sleep 0.3; {WORKS}")
+    found = []
+    builders = [threading.Thread(target=lambda: found.append(build.build())) for _ in range(2)]
+    for builder in builders:
+        builder.start()
+    for builder in builders:
+        builder.join()
+    assert len(calls.read_text().splitlines()) == 2
+    assert len(found) == 2 and all(library.gpt_forward for library in found)
+    assert list(cache.iterdir()) == [build.library_path()]
+
+
+@unix
+def test_a_compiler_that_fails_leaves_its_message_and_is_not_tried_again(compiler, cache, monkeypatch):
+    calls = compiler('echo "no such header" >&2; exit 1')
+    assert build.build() is None
+    assert build.failed_marker(build.library_path()).read_text() == "no such header\n"
+    tried = len(calls.read_text().splitlines())
+    assert tried == len(build.FLAGS)
+    assert build.build() is None and build.load() is None
+    monkeypatch.setattr(subprocess, "Popen", None)
+    build.start_build()
+    assert len(calls.read_text().splitlines()) == tried
+    assert list(cache.iterdir()) == [build.failed_marker(build.library_path())]
+
+
+@unix
+def test_flags_that_a_compiler_does_not_know_are_left_out(compiler, cache):
+    calls = compiler(f'case "$*" in *-fopenmp*|*-march*) exit 1;; esac; {WORKS}')
+    assert build.build() is not None
+    assert "-mcpu=native" in calls.read_text().splitlines()[-1]
+
+
+@unix
+def test_a_background_build_outlives_the_process_that_began_it(compiler, cache):
+    compiler(f"sleep 1; {WORKS}")
+    begin = "import sys; from gpt.kernels import build; build.start_build(); assert 'torch' not in sys.modules"
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", begin], check=True, cwd=os.path.dirname(os.path.dirname(__file__)))
+    while build.load() is None and time.monotonic() - started < 30:
+        time.sleep(0.05)
+    assert build.load() is not None
+
+
+@unix
+@pytest.mark.parametrize("bits", [stat.S_IWGRP, stat.S_IWOTH])
+@pytest.mark.parametrize("what", ["folder", "library"])
+def test_what_others_may_write_to_is_not_loaded(compiler, cache, what, bits):
+    compiler(WORKS)
+    assert build.build() is not None
+    path = cache if what == "folder" else build.library_path()
+    path.chmod(0o700 | bits)
+    assert build.load() is None and build.build() is None
+
+
+@unix
+def test_what_belongs_to_another_user_is_not_loaded_and_nothing_is_built_there(compiler, cache, monkeypatch):
+    calls = compiler(WORKS)
+    assert build.build() is not None
+    monkeypatch.setattr(os, "geteuid", lambda: cache.stat().st_uid + 1)
+    assert build.load() is None
+    build.library_path().unlink()
+    assert build.build() is None
+    assert len(calls.read_text().splitlines()) == 1
+
+
+@unix
+def test_a_library_that_was_cut_is_not_loaded_but_built_again(compiler, cache):
+    compiler(WORKS)
+    assert build.build() is not None
+    path = build.library_path()
+    size = path.stat().st_size
+    os.truncate(path, size // 3)
+    assert build.load() is None
+    assert build.build() is not None
+    assert path.stat().st_size == size
+
+
+def test_without_a_compiler_there_is_no_library(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    build.start_build()
+    assert build.load() is None and build.build() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@unix
+@pytest.mark.parametrize("name", ["cpu", "torch_version"])
+def test_another_cpu_or_torch_gets_a_library_of_its_own(compiler, cache, monkeypatch, name):
+    compiler(WORKS)
+    path = build.library_path()
+    monkeypatch.setattr(build, name, lambda: "another")
+    assert build.library_path() not in (path, None)
