@@ -3,11 +3,11 @@
     python sample.py out/shakespeare --prompt "To be, or" --max_new_tokens 100
     echo "Once upon a time" | python sample.py gpt2 --num_samples 3 --seed 1
     python sample.py gpt2 --prompts questions.jsonl --out answers.jsonl --temperature 0
+    python sample.py gpt2 --interactive
 
 CHECKPOINT is a step folder, a run folder (its best, else its newest), any Hugging Face GPT-2 folder, or a hub name."""
 
 import contextlib
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +15,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gpt.config import fields, flatten, from_cli, refuse
-from gpt.errors import InputError, ResourceError, printable, run_main, silence
+from gpt.answers import Answers, Progress, answer_line, opened
+from gpt.config import GROUP, fields, flatten, from_cli, refuse
+from gpt.errors import InputError, ResourceError, note, printable, run_main, silence
 from gpt.generate import GenerationParams, TextGenerator
+from gpt.interactive import interact
 from gpt.prompts import Prompt, from_flag, read_prompts, read_stdin
 from gpt.runtime import set_threads
 
@@ -29,13 +31,17 @@ class Source:
     prompt: str = ""
     """the text to continue; without it, what is piped into stdin; else the text begins after an end-of-text"""
     prompts: str = ""
-    """file of prompts: one a line, or .jsonl with {"prompt": ..., "id": ...}; answers are JSONL in the same order"""
+    """file of prompts: one a line, or .jsonl with {"prompt": ..., "id": ..., "temperature": ..., ...}: settings that
+    hold for that prompt alone; answers are JSONL in the same order"""
+    interactive: bool = False
+    """go on with what is typed, line after line; --prompt is taken as the first of them; /help explains"""
 
 
 @dataclass(frozen=True)
 class Destination:
     out: str = ""
-    """file for JSONL {id, prompt, text, tokens, logprobs, finish_reason}; without it, texts or JSONL go to stdout"""
+    """file for JSONL {id, prompt, text, tokens, logprobs, finish_reason}; without it, texts or JSONL go to stdout. With
+    --prompts, answers that are in it stay and only what is missing is generated"""
     stream: Literal["auto", "on", "off"] = "auto"
     """show text while it is generated; auto: on a terminal"""
     raw: bool = False
@@ -48,6 +54,11 @@ class Machine:
     """auto (CUDA, else Apple's MPS, else CPU), cpu, cuda, cuda:1, mps"""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """precision of the weights; auto is bf16 where it is native, fp16 on older GPUs, else fp32"""
+    quantize: Literal["none", "int8"] = "none"
+    """int8: the weights of the large matrices in 8 bits, a scale for each output"""
+    backend: Literal["auto", "eager", "compiled", "native", "captured"] = "auto"
+    """what runs the model: auto chooses by device and amount of work; eager: plain torch; compiled: torch.compile;
+    native: own C++ kernels on a CPU; captured: a CUDA graph"""
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch"""
 
@@ -56,10 +67,10 @@ class Machine:
 class SampleConfig:
     checkpoint: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")]]
     """step folder, run folder (its best, else its newest), Hugging Face GPT-2 folder, or hub name such as gpt2"""
-    source: Source = field(default_factory=Source)
-    generation: GenerationParams = field(default_factory=GenerationParams)
-    destination: Destination = field(default_factory=Destination)
-    machine: Machine = field(default_factory=Machine)
+    source: Source = field(default_factory=Source, metadata=GROUP)
+    generation: GenerationParams = field(default_factory=GenerationParams, metadata=GROUP)
+    destination: Destination = field(default_factory=Destination, metadata=GROUP)
+    machine: Machine = field(default_factory=Machine, metadata=GROUP)
 
     @property
     def as_jsonl(self):
@@ -69,11 +80,24 @@ class SampleConfig:
         problems = self.generation.problems()
         if self.machine.threads < 0:
             problems.append(f"threads {self.machine.threads} must be 0 or more")
-        if self.generation.logprobs and not self.as_jsonl:
-            problems.append("--logprobs is for JSONL: add --out FILE or --prompts FILE")
+        for name in ("logprobs", "top_logprobs"):
+            if getattr(self.generation, name) and not self.as_jsonl:
+                problems.append(f"--{name} is for JSONL: add --out FILE or --prompts FILE")
         if self.as_jsonl and (self.destination.stream == "on" or self.destination.raw):
             problems.append("--stream and --raw are for text on stdout, not for JSONL")
+        if self.source.interactive:
+            problems += self.not_interactive()
         refuse(problems)
+
+    def not_interactive(self):
+        """What does not go with --interactive, in words."""
+        rules = [
+            (not self.source.prompts, "--interactive and --prompts exclude each other"),
+            (not self.destination.out, "--interactive writes to stdout; leave out --out"),
+            (self.generation.num_samples == 1, "--interactive is one text at a time; leave out --num_samples"),
+            (self.destination.stream != "off", "--interactive always streams; leave out --stream off"),
+        ]
+        return [text for fine, text in rules if not fine]
 
 
 def main():
@@ -82,23 +106,35 @@ def main():
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     prompts = prompts_of(config, given)
     check_writable(config.destination.out, config.source.prompts)
+    answers = answers_so_far(config, prompts)
+    prompts = [prompt for prompt in prompts if prompt.id not in answers.finished] if answers else prompts
+    if answers and not prompts:
+        return
     set_threads(config.machine.threads)
-    generator = TextGenerator.load(config.checkpoint, config.machine.device, config.machine.dtype)
+    machine = config.machine
+    generator = TextGenerator.load(config.checkpoint, machine.device, machine.dtype, machine.quantize, machine.backend)
     values = flatten(config.generation)
-    params = generator.params(**{name: values[name] for name in given & fields(GenerationParams).keys()})
+    settings = {name: values[name] for name in given & fields(GenerationParams).keys()}
+    params = generator.params(**settings)
     if config.generation.seed is None:
         print(f"seed: {params.seed}", file=sys.stderr, flush=True)
-    if config.as_jsonl:
-        write_jsonl(generator, prompts, params, config.destination.out)
+    if config.source.interactive:
+        converse(generator, settings, params.seed, prompts, config.destination)
+    elif config.as_jsonl:
+        settings["seed"] = params.seed
+        write_jsonl(generator, prompts, params_of(prompts, generator, settings), config.destination.out, answers)
     else:
         show(generator, prompts[0], params, config.destination)
 
 
 def prompts_of(config, given):
+    """The prompts that the flags name or stdin holds; --interactive may have none."""
     if {"prompt", "prompts"} <= given:
         raise InputError("settings: --prompt and --prompts exclude each other; give one of them")
     if "prompts" in given:
         return read_prompts(config.source.prompts)
+    if config.source.interactive and "prompt" not in given:
+        return []
     return [Prompt(1, from_flag(config.source.prompt) if "prompt" in given else read_stdin())]
 
 
@@ -113,6 +149,25 @@ def check_writable(out, prompts):
         reason = "is the file of prompts"
     if reason:
         raise InputError(f"{out}: {reason}; give --out another name")
+
+
+def answers_so_far(config, prompts):
+    """The Answers that are in the file for those to `prompts`, and a note of them; None without such a file."""
+    out = config.destination.out
+    if not (config.source.prompts and out):
+        return None
+    samples = {prompt.id: prompt.settings.get("num_samples", config.generation.num_samples) for prompt in prompts}
+    answers = Answers(out, prompts, samples)
+    if answers.finished:
+        rest = "going on" if len(answers.finished) < len(prompts) else "nothing is left to do"
+        note("info", f"{out}: {len(answers.finished)} of {len(prompts)} prompts are answered; {rest}")
+    return answers
+
+
+def converse(generator, settings, seed, prompts, destination):
+    escape = sys.stdout.isatty() and not destination.raw
+    with writing("") as file:
+        interact(generator, settings, seed, file, prompts[0].text if prompts else None, escape)
 
 
 def show(generator, prompt, params, destination):
@@ -166,46 +221,40 @@ class Page:
             self.put("\n")
 
 
-def write_jsonl(generator, prompts, params, out):
-    """One line for each sample of each prompt, in the order of the prompts, to the file `out` or to stdout. Every line
-    is written as soon as it and all before it are finished."""
-    from tqdm import tqdm
+def params_of(prompts, generator, settings):
+    """The GenerationParams of each prompt: its own settings over `settings`. Those with the same share one."""
+    keys = [tuple(sorted(prompt.settings.items())) for prompt in prompts]
+    made = {key: generator.params(**settings | dict(key)) for key in set(keys)}
+    return [made[key] for key in keys]
 
+
+def write_jsonl(generator, prompts, params, out, answers=None):
+    """One line for each sample of each prompt, in the order of the prompts, to the file `out` or to stdout; `params`
+    has a GenerationParams for each. Every line is written as soon as it and all before it are finished."""
     escape = not out and sys.stdout.isatty()
     events = generator.run([p.text for p in prompts], params, [p.id for p in prompts])
-    finished, written = {}, 0
-    with writing(out) as file, tqdm(total=len(prompts) * params.num_samples, disable=not sys.stderr.isatty()) as bar:
+    places = ((number, sample) for number, own in enumerate(params) for sample in range(own.num_samples))
+    place, finished = next(places), {}
+    with writing(out, answers) as file, Progress(answers.texts if answers else 0, params) as progress:
         for sequence, _ in events:
+            progress.add(bool(sequence.finish_reason))
             if sequence.finish_reason:
-                finished[sequence.number] = sequence.completion
-                bar.update()
-            while written in finished:
-                line = json_line(prompts[written // params.num_samples], finished.pop(written))
-                file.write(json.dumps(line, ensure_ascii=escape) + "\n")
+                line = answer_line(prompts[sequence.number], sequence.completion, escape)
+                finished[sequence.number, sequence.sample] = line
+            while place in finished:
+                file.write(finished.pop(place) + "\n")
                 file.flush()
-                written += 1
-
-
-def json_line(prompt, completion):
-    return {
-        "id": prompt.id,
-        "prompt": prompt.text,
-        "text": completion.text,
-        "tokens": completion.ids,
-        "logprobs": completion.logprobs,
-        "finish_reason": completion.finish_reason,
-    }
+                place = next(places, None)
 
 
 @contextlib.contextmanager
-def writing(out):
-    """The file `out`, made anew, or stdout. Raises ResourceError if writing fails."""
+def writing(out, answers=None):
+    """The file `out`, made anew or gone on with after `answers`, or stdout. Raises ResourceError if writing fails."""
     try:
         if not out:
             yield sys.stdout
             return
-        # A lone surrogate from a JSONL prompt becomes \\udXXX, which is its JSON escape.
-        with open(out, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        with opened(out, answers) as file:
             yield file
     except BrokenPipeError:
         raise

@@ -8,16 +8,19 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
-from conftest import ROOT, scripted_forward
+from conftest import ROOT, scripted_decode
 
 import sample
 from gpt import prompts as prompts_module
-from gpt.errors import run_main
+from gpt.answers import Answers, opened
+from gpt.errors import ResourceError, run_main
 from gpt.generate import TextGenerator
 from gpt.model import GPT, ModelConfig
+from gpt.prompts import Prompt
 from gpt.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,9 +32,9 @@ import sample
 from gpt.model import GPT, ModelConfig
 from gpt.tokenizer import load_tokenizer
 torch.set_num_threads(1)
-def load(path, device="auto", dtype="auto"):
+def load(*_):
     torch.manual_seed(0)
-    return sample.TextGenerator(GPT(ModelConfig(1, 1, 16, 64), 257), load_tokenizer("byte"))
+    return sample.TextGenerator(GPT(ModelConfig(1, 1, 16, 64), 257), load_tokenizer("byte"), backend="eager")
 sample.TextGenerator.load = load
 {before}
 sample.run_main(sample.main)
@@ -41,7 +44,7 @@ sample.run_main(sample.main)
 @pytest.fixture(scope="module")
 def generator():
     torch.manual_seed(0)
-    return TextGenerator(GPT(ModelConfig(2, 2, 32, 64), 257), load_tokenizer("byte"))
+    return TextGenerator(GPT(ModelConfig(2, 2, 32, 64), 257), load_tokenizer("byte"), backend="eager")
 
 
 @pytest.fixture
@@ -70,7 +73,14 @@ def no_load(monkeypatch):
 
 def says(generator, monkeypatch, text):
     """Let the generator answer `text`, a byte a token, whatever it is asked."""
-    monkeypatch.setattr(generator.model, "forward", scripted_forward(text.encode()))
+    install(generator, monkeypatch, scripted_decode(text.encode()))
+
+
+def install(generator, monkeypatch, decode):
+    """Let `decode` stand in for the model's, for one test."""
+    monkeypatch.setattr(generator.model, "decode", decode)
+    for kept in ("made", "decoders"):  # with the model's own
+        monkeypatch.setattr(generator, kept, {})
 
 
 # ---- text on stdout
@@ -152,7 +162,7 @@ def test_a_text_file_of_prompts_gives_a_json_line_each_in_order(cli, generator, 
 
 def test_jsonl_prompts_keep_their_ids_and_their_texts_follow_the_ids(cli, tmp_path):
     source, swapped = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    lines = ['{"id": "x", "prompt": "abc"}', '{"prompt": "abc", "more": 1}', '{"id": -7, "prompt": "abc\\ud800"}']
+    lines = ['{"id": "x", "prompt": "abc"}', '{"prompt": "abc"}', '{"id": -7, "prompt": "abc\\ud800"}']
     source.write_text("\n".join(lines))
     swapped.write_text("\n".join(reversed(lines)))
     first = [json.loads(line) for line in cli("--prompts", str(source), "--seed", "3")[1].splitlines()]
@@ -173,9 +183,50 @@ def test_many_prompts_and_samples_come_out_in_order_though_they_end_at_different
     assert [line["id"] for line in lines] == [n for n in range(1, 8) for _ in range(2)]
 
 
-def test_one_prompt_can_go_to_a_jsonl_file_too(cli, tmp_path):
+def test_one_prompt_can_go_to_a_jsonl_file_too_and_replaces_what_is_in_it(cli, tmp_path):
+    (tmp_path / "o.jsonl").write_text("anything")
     assert cli("--prompt", "abc", "--out", str(tmp_path / "o.jsonl"), "--seed", "1")[:2] == (0, "")
     assert [line["prompt"] for line in read_lines(tmp_path / "o.jsonl")] == ["abc"]
+
+
+def test_the_likeliest_tokens_stand_in_the_lines_only_where_they_are_asked_for(cli, generator, tmp_path):
+    (tmp_path / "p.txt").write_text("abc\n")
+    flags = ("--prompts", str(tmp_path / "p.txt"), "--seed", "3", "--max_new_tokens", "5")
+    assert "top_logprobs" not in json.loads(cli(*flags)[1])
+    line = json.loads(cli(*flags, "--top_logprobs", "2")[1])
+    [[completion]] = generator.generate(["abc"], seed=3, max_new_tokens=5, top_logprobs=2)
+    assert [[tuple(pair) for pair in place] for place in line["top_logprobs"]] == completion.top_logprobs
+    assert [len(place) for place in line["top_logprobs"]] == [2] * len(line["tokens"])
+
+
+def test_settings_of_a_prompt_go_before_the_flags_and_hold_for_it_alone(cli, generator, tmp_path):
+    own = [
+        {},
+        {"max_new_tokens": 7, "ignore_eot": True},
+        {"temperature": 0, "repetition_penalty": 1.5},
+        {"top_k": 3, "top_p": 0.5, "min_p": 0.25, "seed": 11},
+        {"stop": "e", "num_samples": 3},
+        {"stop": ["a", "i"]},
+        {},
+    ]
+    lines = [json.dumps({"id": f"n{n}", "prompt": "abc", **settings}) for n, settings in enumerate(own)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    flags = ("--rows", "4", "--seed", "3", "--max_new_tokens", "30", "--temperature", "1.5", "--logprobs")
+    code, out, _ = cli("--prompts", str(tmp_path / "p.jsonl"), *flags)
+    assert code == 0
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer["id"] for answer in answers] == ["n0", "n1", "n2", "n3", "n4", "n4", "n4", "n5", "n6"]
+    for n, settings in enumerate(own):
+        given = {"rows": 4, "seed": 3, "max_new_tokens": 30, "temperature": 1.5} | settings
+        [completions] = generator.generate(["abc"], prompt_ids=[f"n{n}"], **given)
+        assert [a["tokens"] for a in answers if a["id"] == f"n{n}"] == [c.ids for c in completions]
+
+
+def test_without_a_seed_one_is_printed_that_repeats_all_answers(cli, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "abc"}\n{"prompt": "abc", "max_new_tokens": 9}\n')
+    _, out, err = cli("--prompts", str(tmp_path / "p.jsonl"))
+    seed = re.search(r"seed: (\d+)", err)[1]
+    assert cli("--prompts", str(tmp_path / "p.jsonl"), "--seed", seed)[1] == out
 
 
 # ---- bad input
@@ -197,6 +248,7 @@ def test_one_prompt_can_go_to_a_jsonl_file_too(cli, tmp_path):
         ("deep.jsonl", b"[" * 200_000, "deep.jsonl:1: expected an object"),
         ("id.jsonl", b'{"prompt": "a", "id": 1.5}', 'id.jsonl:1: field "id" must be'),
         ("mark.txt", b"\xef\xbb\xbfabc\n\xfe", r"mark.txt: invalid UTF-8 at byte 7 \(0xfe\)"),
+        ("field.jsonl", b'{"prompt": "a", "top_p": 2}', "field.jsonl:1: top_p 2.0 must be above 0"),
     ],
 )
 def test_fault_092_bad_prompt_files_are_refused_before_loading(cli, no_load, tmp_path, name, content, message):
@@ -229,6 +281,12 @@ def test_fault_092_a_directory_and_a_file_over_the_cap_are_refused(cli, no_load,
         (["--prompts", ""], ["--prompts", "give a readable text or .jsonl file"]),
         (["--prompt", "a", "--logprobs"], ["--logprobs is for JSONL"]),
         (["--prompts", "a", "--stream", "on"], ["--stream and --raw are for text"]),
+        (["--prompt", "a", "--top_logprobs", "3"], ["--top_logprobs is for JSONL"]),
+        (["--interactive", "--prompts", "a", "--out", "b"], ["--interactive and --prompts exclude", "leave out --out"]),
+        (["--interactive", "--num_samples", "2"], ["one text at a time; leave out --num_samples"]),
+        (["--interactive", "--stream", "off", "--logprobs"], ["leave out --stream off", "--logprobs is for JSONL"]),
+        (["--quantize", "int3"], ["int3"]),
+        (["--backend", "cuda"], ["cuda"]),
         (["--stop", ""], ["stop must be strings that are not empty"]),
         (["--max_length", "5"], ["--max_new_tokens"]),
         (["--seed", "1.5"], ["seed"]),
@@ -265,18 +323,136 @@ def test_fault_084_a_prompt_longer_than_the_context_ends_in_exit_2_and_truncate_
 
 
 def test_fault_087_damaged_weights_end_in_exit_4_after_the_text_so_far(cli, generator, monkeypatch):
-    says(generator, monkeypatch, "héllo")
-    forward = generator.model.forward
-    calls = []
+    decode, calls = scripted_decode("héllo".encode()), []
 
     def broken(ids, cache):
         calls.append(1)
-        return forward(ids, cache) * (float("nan") if len(calls) > 4 else 1)
+        return decode(ids, cache) * (float("nan") if len(calls) > 4 else 1)
 
-    monkeypatch.setattr(generator.model, "forward", broken)
+    install(generator, monkeypatch, broken)
     code, out, err = cli("--prompt", "x", "--seed", "1")
     assert (code, out) == (4, "xhél\n")
     assert err.startswith("error: non-finite logits at token 5: ")
+
+
+# ---- a run that goes on with its answers
+
+
+@pytest.fixture
+def job(cli, tmp_path):
+    """run(*flags) -> as cli, with five prompts, of which some have several samples, and `answers.jsonl`; its path."""
+    lines = [{"id": "é", "prompt": "abc\ud800"}, {"prompt": "x" * 50}, {"prompt": "é\n", "num_samples": 3}]
+    lines += [{"prompt": "", "num_samples": 2, "id": 1}, {"prompt": "last", "max_new_tokens": 3}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "answers.jsonl"
+    flags = ("--prompts", str(tmp_path / "p.jsonl"), "--out", str(out), "--rows", "2", "--max_new_tokens", "6")
+    return lambda *more: cli(*flags, "--temperature", "2", *more), out
+
+
+def test_wherever_the_file_of_answers_is_cut_off_the_same_command_makes_it_whole_to_the_byte(job):
+    run, out = job
+    assert run("--seed", "1")[0] == 0
+    whole = out.read_bytes()
+    assert whole.count(b"\n") == 8
+    line_ends = [n + 1 for n, byte in enumerate(whole) if byte == 10]
+    for cut in sorted({0, 1, *range(40, len(whole), 61), *line_ends, *(end - 1 for end in line_ends)}):
+        out.write_bytes(whole[:cut])
+        code, _, err = run("--seed", "1")
+        finished = [0, 1, 2, 2, 2, 3, 3, 4, 5][whole[:cut].count(b"\n")]
+        assert (code, out.read_bytes()) == (0, whole), cut
+        rest = "going on" if finished < 5 else "nothing is left to do"
+        note = f"info: {out}: {finished} of 5 prompts are answered; {rest}\n"
+        assert err == (note if finished else "")
+
+
+def test_finished_answers_stay_although_they_were_made_with_another_seed_or_the_prompts_grew(job, tmp_path):
+    run, out = job
+    run("--seed", "1")
+    whole = out.read_bytes()
+    second = whole.index(b"\n") + 1
+    out.write_bytes(whole[:second])
+    run("--seed", "2")
+    assert out.read_bytes().startswith(whole[:second])
+    assert out.read_bytes() != whole
+    with open(tmp_path / "p.jsonl", "a") as file:
+        file.write('{"id": "new", "prompt": "more"}\n')
+    before = out.read_bytes()
+    run("--seed", "2")
+    added = out.read_bytes().removeprefix(before)
+    assert [json.loads(line)["id"] for line in added.splitlines()] == ["new"]
+
+
+def test_on_a_terminal_a_bar_counts_the_texts_those_of_before_too_and_tokens_a_second(job, monkeypatch):
+    run, out = job
+    run("--seed", "1")
+    out.write_bytes(out.read_bytes()[:-1])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    err = run("--seed", "1")[2]
+    assert "| 7/8 [" in err
+    assert "| 8/8 [" in err
+    assert re.search(r"\d tok/s\]", err)
+
+
+def test_with_all_prompts_answered_nothing_is_loaded(job, no_load, generator, monkeypatch):
+    run, out = job
+    with monkeypatch.context() as patch:
+        patch.setattr(sample.TextGenerator, "load", lambda *_: generator)
+        run()
+    before = out.read_bytes()
+    assert run() == (0, "", f"info: {out}: 5 of 5 prompts are answered; nothing is left to do\n")
+    assert out.read_bytes() == before
+
+
+ANSWER = '{"id": %s, "prompt": "%s", "text": "t", "tokens": [], "logprobs": null, "finish_reason": "stop"}\n'
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (ANSWER % (2, "other"), "1: holds answers to other prompts"),
+        (ANSWER % (1, "a") + ANSWER % (9, "a"), "2: holds answers to other prompts"),
+        (ANSWER % ("1.0", "a"), "1: holds answers to other prompts"),
+        ('{"prompt": "a", "id": 1}\n', "1: not an answer of this program"),
+        ("my notes\n", "1: not an answer of this program"),
+        ("\n", "1: not an answer of this program"),
+        ("[" * 100_000 + "\n", "1: not an answer of this program"),
+        ("my notes, without a line break", "1: not the beginning of an answer to these prompts"),
+        ('{"id": 1, "prompt": "b', "1: not the beginning of an answer to these prompts"),
+        ((ANSWER % (1, "a")) * 2, " holds 2 texts for prompt 1, not 1; give the --num_samples of before"),
+    ],
+)
+def test_a_file_that_holds_anything_else_is_refused_and_left_alone(cli, no_load, tmp_path, content, message):
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    out = tmp_path / "o.jsonl"
+    out.write_text(content)
+    code, _, err = cli("--prompts", str(tmp_path / "p.txt"), "--out", str(out))
+    assert (code, out.read_text()) == (2, content)
+    assert err.startswith(f"error: {out}:{message}")
+    assert "give --out another name" in err or "or give --out another name" in err
+
+
+def test_more_samples_than_before_are_refused_and_no_answer_is_lost(cli, generator, tmp_path):
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    flags = ("--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "o.jsonl"), "--max_new_tokens", "2")
+    cli(*flags)
+    before = (tmp_path / "o.jsonl").read_bytes()
+    code, _, err = cli(*flags, "--num_samples", "2")
+    assert (code, (tmp_path / "o.jsonl").read_bytes()) == (2, before)
+    assert "holds 1 texts for prompt 1, not 2" in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX locks")
+def test_two_runs_do_not_write_to_one_file_of_answers(cli, tmp_path):
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    out = tmp_path / "o.jsonl"
+    answers = Answers(out, [Prompt(1, "a")], {1: 1})
+    with opened(out, answers) as file:
+        code, _, err = cli("--prompts", str(tmp_path / "p.txt"), "--out", str(out))
+        assert (code, "another program is writing to it" in err) == (5, True)
+        file.write(ANSWER % (1, "a"))
+    with pytest.raises(ResourceError, match="another program has changed it meanwhile"), opened(out, answers):
+        pass
+    assert out.read_text() == ANSWER % (1, "a")
 
 
 # ---- processes of their own
@@ -287,6 +463,34 @@ def start(*flags, before="", **settings):
     command = [sys.executable, "-c", program, "checkpoint", *flags]
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL} | settings
     return subprocess.Popen(command, **settings)
+
+
+def with_small_model(*flags):
+    """What a process that is to be killed runs."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    small = TextGenerator(GPT(ModelConfig(1, 1, 16, 64), 257), load_tokenizer("byte"), backend="eager")
+    sample.TextGenerator.load = lambda *_: small
+    sys.argv = ["sample.py", "checkpoint", *flags]
+    sample.main()
+
+
+def test_killed_again_and_again_the_file_holds_each_text_once_and_the_bytes_of_one_run(processes, tmp_path):
+    prompts = [{"id": f"p{n}", "prompt": "x" * (n % 9), "max_new_tokens": 5 + n * 7 % 40} for n in range(60)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    flags = ("--prompts", tmp_path / "p.jsonl", "--num_samples", 2, "--rows", 3, "--seed", 1, "--ignore_eot", "--out")
+    assert processes.run("test_sample.with_small_model", *flags, tmp_path / "whole.jsonl").code == 0
+    whole, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "killed.jsonl"
+    for share in (0.2, 0.4, 0.6):
+        process = processes.start("test_sample.with_small_model", *flags, out)
+        while not out.exists() or out.stat().st_size < share * len(whole):
+            time.sleep(0.001)
+        os.kill(process[1], signal.SIGKILL)
+        assert processes.wait(process).code == -9
+    assert len(out.read_bytes()) < len(whole)
+    assert processes.run("test_sample.with_small_model", *flags, out).code == 0
+    assert out.read_bytes() == whole
+    assert [line["id"] for line in read_lines(out)] == [f"p{n}" for n in range(60) for _ in range(2)]
 
 
 ENDLESS = ("--prompt", "Ünd", "--max_new_tokens", "100000000", "--ignore_eot", "--stream", "on", "--seed", "1")
