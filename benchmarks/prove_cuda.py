@@ -1,8 +1,10 @@
 """Proves the CUDA paths in one run: python benchmarks/prove_cuda.py [--out DIR]
 
 Makes a small corpus out of the Python library's sources and, on the GPU, checks training in every precision, compiled
-and eager, bitwise resume with --deterministic, cached against uncached greedy text, and text that does not depend on
-its neighbours. Prints a line per check and exits 1 if one fails."""
+and eager, bitwise resume with --deterministic; of each way to run the decode step (eager, captured, compiled; fp32,
+bf16, fp16, int8) its greedy text against the uncached model, that no text depends on its neighbours, that all draw the
+same texts, and flat memory; then prints the table of benchmarks/decode.py. A line for each check; exits 1 if one
+fails."""
 
 import argparse
 import hashlib
@@ -13,10 +15,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 import gpt
+from gpt.backend import make_backend
+from gpt.decode import Decoder
+from gpt.generate import GenerationParams
+from gpt.model import GPT, ModelConfig
+from gpt.sampling import SamplingParams
+from gpt.sequence import Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = "--n_layer 4 --n_head 4 --n_embd 256 --block_size 256 --global_batch_size 16 --micro_batch_size 8 --dropout 0.1"
@@ -89,37 +98,114 @@ def fingerprint(out):
     return weights, losses
 
 
+FORMS = [("fp32", "none"), ("bf16", "none"), ("fp16", "none"), ("fp32", "int8"), ("bf16", "int8")]
+BACKENDS = ("eager", "captured", "compiled")
+PROMPTS = ["def main", "import os\nimport sys\n\n", "class A:\n    " * 10]
+
+
+def generators(folder, forms=FORMS):
+    """(name, TextGenerator) of the model trained before, in each form, on each back end."""
+    for dtype, quantize in forms:
+        for backend in BACKENDS:
+            made = gpt.load(folder / "fp32", device="cuda", dtype=dtype, quantize=quantize, backend=backend)
+            yield f"{backend} {dtype}{' int8' * (quantize == 'int8')}", made
+
+
 @torch.inference_mode()
 def check_greedy(folder):
-    """In fp32 every token chosen with the cache has a logit within 1e-4 of the uncached maximum, also past the edge of
-    the context."""
-    text = gpt.load(folder / "fp32", device="cuda", dtype="fp32")
-    prompts = ["def main", "import os\nimport sys\n\n", "class A:\n    " * 10]
-    found = text.generate(prompts, max_new_tokens=400, temperature=0, ignore_eot=True)
-    worst = 0.0
-    for prompt, [completion] in zip(prompts, found, strict=True):
-        ids = text.tokenizer.encode(prompt)
-        window = list(ids)
-        for chosen in completion.ids:
-            logits = text.model.forward(torch.tensor([window], device="cuda"))[0]
-            logits[text.tokenizer.eot] = -torch.inf
-            worst = max(worst, (logits.max() - logits[chosen]).item())
-            window.append(chosen)
-            if len(window) > text.model.config.block_size:
-                window = window[-(text.model.config.block_size // 2) :]
-    expect(worst < 1e-4, f"a chosen logit is {worst} below the maximum")
-    return f"largest gap {worst:.1e}"
+    """Every greedy token has nearly the largest logit of its own uncached model, also past the edge of the context: in
+    fp32 within 1e-4."""
+    found = {}
+    for name, text in generators(folder):
+        worst = 0.0
+        for prompts in (PROMPTS[:1], PROMPTS):
+            completions = text.generate(prompts, max_new_tokens=400, temperature=0, ignore_eot=True)
+            for prompt, [completion] in zip(prompts, completions, strict=True):
+                worst = max(worst, largest_gap(text, prompt, completion.ids))
+        found[name] = worst
+        print(f"      {name}: largest gap {worst:.1e}", flush=True)
+    bad = [name for name, worst in found.items() if worst >= (1e-4 if name.endswith("fp32") else 0.5)]
+    expect(not bad, f"a chosen logit is too far below the maximum: {', '.join(bad)}")
+    return f"{len(found)} back ends and forms"
+
+
+def largest_gap(text, prompt, ids):
+    """How far, at most, the logit of a chosen id lies below the largest of the uncached model."""
+    window, worst = text.tokenizer.encode(prompt), 0.0
+    for chosen in ids:
+        logits = text.model.forward(torch.tensor([window], device="cuda"))[0]
+        logits[text.tokenizer.eot] = -torch.inf
+        worst = max(worst, (logits.max() - logits[chosen]).item())
+        window.append(chosen)
+        if len(window) > text.model.config.block_size:
+            window = window[-(text.model.config.block_size // 2) :]
+    return worst
 
 
 def check_neighbours(folder):
-    """A row's sampled text is the same whatever the other rows hold."""
-    for dtype in ("fp32", "bf16", "fp16"):
-        text = gpt.load(folder / "fp32", device="cuda", dtype=dtype)
-        settings = {"max_new_tokens": 300, "seed": 7, "rows": 4}
+    """A row's sampled text is the same bits whatever the other rows hold, and whenever it got its slot."""
+    for name, text in generators(folder):
+        settings = {"max_new_tokens": 300, "seed": 7, "rows": 4, "logprobs": True}
         [alone] = text.generate(["import"], **settings)
         first, *_ = text.generate(["import", "x = 1", "class B:\n    def f", "#" * 200], **settings)
-        expect(alone == first, f"{dtype}: the text depends on its neighbours")
-    return "equal in fp32, bf16 and fp16"
+        expect(alone == first, f"{name}: the text depends on its neighbours")
+        many = [f"{word} = {number}" for number in range(10) for word in ("a", "total", "self.long_name_of_it")]
+        late = text.generate([*many, "import"], [*range(100, 130), 1], **settings)[-1]
+        expect(alone == late, f"{name}: the text depends on when it began")
+    return "equal"
+
+
+def check_same_texts(folder):
+    """In fp32 all back ends draw the same texts, but for draws at the border of two tokens."""
+    prompts = [f"def f{n}(x):\n" for n in range(20)]
+    for settings in ({"top_k": 50}, {"top_p": 0.99, "temperature": 1.5}, {"min_p": 0.02, "repetition_penalty": 1.2}):
+        texts = {
+            name: text.generate(prompts, seed=3, max_new_tokens=100, rows=8, num_samples=2, **settings)
+            for name, text in generators(folder, FORMS[:1])
+        }
+        reference = [completion.ids for found in texts["eager fp32"] for completion in found]
+        for name, found in texts.items():
+            same = sum(c.ids == ids for c, ids in zip((c for cs in found for c in cs), reference, strict=True))
+            expect(same >= 36, f"{name}, {settings}: only {same} of 40 texts are the eager back end's")
+    return "at least 36 of 40 texts in each of three settings"
+
+
+def check_undecided(folder):
+    """A flat distribution, which no few candidates decide, gives the eager back end's draws."""
+    del folder
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=64), 8192).cuda().eval()
+    tokenizer = SimpleNamespace(eot=0, decode_bytes=lambda ids: b"x")
+    found = []
+    for backend in ("eager", "captured"):
+        params = GenerationParams(100, SamplingParams(top_p=0.98, temperature=1.0), seed=1, ignore_eot=True)
+        decoder = Decoder(make_backend(backend, model), 4, 0)
+        sequences = [Sequence(n, [1, 2, 3 + n], n, 0, params, tokenizer) for n in range(10)]
+        for _ in decoder.run(sequences):
+            pass
+        found.append([sequence.ids for sequence in sequences])
+    same = sum(a == b for a, b in zip(*found, strict=True))
+    expect(same >= 8, f"only {same} of 10 texts agree")
+    return f"{same} of 10 texts agree"
+
+
+def check_memory(folder):
+    """20,000 tokens in one stream take no more memory than the first thousand."""
+    text = gpt.load(folder / "fp32", device="cuda", dtype="bf16", backend="captured")
+    used = []
+    for number, _ in enumerate(text.run(["import"], text.params(max_new_tokens=20_000, ignore_eot=True, seed=1))):
+        if number % 1000 == 999:
+            used.append(torch.cuda.memory_reserved())
+    expect(max(used) <= used[0] * 1.05, f"memory grew from {used[0]} to {max(used)} bytes")
+    return f"{max(used) / 2**20:.0f} MiB reserved"
+
+
+def check_speed(folder):
+    """The table of benchmarks/decode.py; its failure fails this check."""
+    del folder
+    made = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "decode.py"), "--cuda-table"])
+    expect(made.returncode == 0, f"benchmarks/decode.py exited with {made.returncode}")
+    return "see the table"
 
 
 def main():
@@ -133,8 +219,8 @@ def main():
     for check, arguments in (
         (check_precisions, (data, folder)),
         (check_resume, (data, folder)),
-        (check_greedy, (folder,)),
-        (check_neighbours, (folder,)),
+        *((check, (folder,)) for check in (check_greedy, check_neighbours, check_same_texts, check_undecided)),
+        *((check, (folder,)) for check in (check_memory, check_speed)),
     ):
         try:
             print(f"pass  {check.__name__}: {check(*arguments)}")

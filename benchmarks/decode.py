@@ -1,0 +1,216 @@
+"""How fast texts are generated: this project against other programs, by turns, on the same random weights.
+
+    python benchmarks/decode.py --work /tmp/bench --json decode.json
+    python benchmarks/decode.py --impl ours:int8,openvino:int8,llamacpp:f16,nanogpt=../nanoGPT --batch 1
+    python benchmarks/decode.py --ablation
+
+Each program runs in a process of its own that is stopped while others run; first its greedy text is checked, then in
+each round every program generates once. On a GPU, the default is our own back ends on four sizes and batch 1, 8, 64."""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import weights
+from reference import Reference
+from report import print_tables, rates
+from workers import Absent, Worker
+
+PEERS = (
+    "transformers:fp32,transformers:bf16,ctranslate2:fp32,ctranslate2:int8,openvino:bf16,openvino:int8,"
+    "llamacpp:f32,llamacpp:f16,llamacpp:q8_0,bandwidth"
+)
+CPU_LADDER = (
+    "ours:fp32:eager,ours:bf16:eager,ours:int8:eager,ours:bf16:compiled,ours:int8:compiled,"
+    "ours:fp32:native,ours:bf16:native,ours:int8:native,bandwidth"
+)
+CUDA_LADDER = "ours:bf16:eager,ours:bf16:compiled,ours:bf16:captured,ours:int8:captured,bandwidth"
+DEFAULTS = {  # by device: --impl, --ablation, --batch, --model
+    "cpu": (f"ours:int8,ours:bf16,ours:fp32,{PEERS}", CPU_LADDER, "1,8", "gpt2"),
+    "cuda": (CUDA_LADDER, CUDA_LADDER, "1,8,64", "gpt2,gpt2-medium,gpt2-large,gpt2-xl"),
+}
+MEGABYTES = (60, 125, 250, 500, 2000)  # buffers whose read is timed
+CHECKED_TOKENS = 16
+EXACT = {"fp32", "f32"}
+
+
+def main():
+    config = parse(sys.argv[1:])
+    record = {"machine": machine(config), "settings": vars(config) | {"work": str(config.work)}}
+    record |= {"absent": {}, "bandwidth": {}, "results": []}
+    deadline = time.monotonic() + 60 * config.minutes if config.minutes else float("inf")
+    if record["machine"]["load"] > 0.5:
+        tell(f"warning: load average {record['machine']['load']:.1f}, other work is running; times will be uneven")
+    for model in config.model:
+        folder = weights.make_weights(config.work, model)
+        programs = start_all(config, folder, record)
+        try:
+            for batch in config.batch:
+                measure(config, folder, batch, programs, record, deadline)
+        finally:
+            for program in programs:
+                program.close()
+    if config.json:
+        Path(config.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print_tables(record)
+
+
+def parse(words):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--impl",
+        help=f"programs, with commas; on a CPU {DEFAULTS['cpu'][0]}; "
+        "nanogpt=PATH is a checkout; bandwidth is no program, but what the memory gives",
+    )
+    add("--ablation", action="store_true", help="our own back ends and precisions, one after the other")
+    add("--model", help=f"sizes, with commas, out of {', '.join(weights.SIZES)}; on a CPU gpt2")
+    add("--batch", help="texts side by side, with commas; on a CPU 1,8")
+    add("--prompt", type=int, default=32, help="tokens of each prompt (default %(default)s)")
+    add("--new_tokens", type=int, default=128, help="tokens to generate after each (default %(default)s)")
+    add("--pairs", type=int, default=5, help="rounds, in each of which every program runs once (default %(default)s)")
+    add("--minutes", type=float, default=0, help="begin no round after this time; 0 is no limit")
+    add("--threads", type=int, default=default_threads(), help="CPU threads (default %(default)s)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add("--work", type=Path, default=Path("out/benchmarks"), help="folder for weights and logs (default %(default)s)")
+    add("--optimum_cli", default="optimum-cli", help="the program that converts for OpenVINO (default %(default)s)")
+    add("--json", help="file for all figures")
+    config = parser.parse_args(words)
+    config.device = config.device or default_device()
+    impl, ladder, batch, model = DEFAULTS[config.device]
+    config.impl = (ladder if config.ablation else config.impl or impl).split(",")
+    config.batch = [int(part) for part in (config.batch or batch).split(",")]
+    config.model = (config.model or model).split(",")
+    return config
+
+
+def default_threads():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def default_device():
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def machine(config):
+    """What the figures depend on."""
+    import torch
+
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    names = [line.split(":")[1].strip() for line in cpu_lines() if line.startswith("model name")]
+    return {
+        "device": torch.cuda.get_device_name() if config.device == "cuda" else "cpu",
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": git.stdout.strip(),
+    }
+
+
+def cpu_lines():
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+# ---- measuring
+
+
+def start_all(config, folder, record):
+    """A Worker for each program that loads; the others' reasons go into the record."""
+    programs = []
+    for name in config.impl:
+        spec = f"{name}:{config.optimum_cli}" if name.startswith("openvino") else name
+        tell(f"loading {name}")
+        try:
+            programs.append(Worker(name, spec, folder, config.threads, config.device))
+        except Absent as error:
+            record["absent"][name] = str(error)
+    return programs
+
+
+def measure(config, folder, batch, programs, record, deadline):
+    """Check every program at this batch, then run the rounds; the figures go into the record."""
+    results = checked(config, folder, batch, programs, record)
+    for number in range(config.pairs):
+        if time.monotonic() > deadline:
+            break
+        tell(f"{folder.name}, batch {batch}: round {number + 1} of {config.pairs}")
+        for program in programs:
+            if program.name == "bandwidth":
+                guarded(record, program, read_memory, record["bandwidth"])
+            elif program.name in results:
+                guarded(record, program, one_round, folder, batch, config, results[program.name]["rounds"])
+    for result in results.values():
+        result |= rates(result, config, record, folder)
+    record["results"] += results.values()
+
+
+def checked(config, folder, batch, programs, record):
+    """Results, as yet without figures, of the programs that compute this model."""
+    prompts = weights.prompts_of(folder, batch, config.prompt)
+    reference, results = Reference(folder, config.device), {}
+    for program in programs:
+        if program.name != "bandwidth":
+            result = {"model": folder.name, "batch": batch, "program": program.name, "version": program.version}
+            result |= {"load_seconds": program.load_seconds, "rounds": []}
+            if guarded(record, program, check, prompts, reference, result):
+                results[program.name] = result
+    return results
+
+
+def guarded(record, program, act, *arguments):
+    """Whether `act` of the program went well; the reason if not goes into the record, and it takes part no more."""
+    if program.name in record["absent"]:
+        return False
+    try:
+        act(program, *arguments)
+    except Absent as error:
+        record["absent"][program.name] = str(error)
+        return False
+    return True
+
+
+def check(program, prompts, reference, result):
+    """The greedy text's agreement with the reference. Raises Absent for a program that computes another model."""
+    seconds, texts = program.ask("generate", prompts, CHECKED_TOKENS, True)
+    found = reference.agreement(prompts, texts)
+    result |= {"first_call_seconds": seconds, "agreement": dataclasses.asdict(found)}
+    if not found.fine(exact=bool(EXACT & set(program.name.split(":")))):
+        raise Absent(f"its greedy text is not this model's: {found}")
+    program.ask("generate", prompts, 2 * CHECKED_TOKENS, False)  # warm up
+
+
+def one_round(program, folder, batch, config, rounds):
+    """Add the seconds of a text of one token and of a whole one. Each prompt is new to the program: some keep what they
+    have read for the next call."""
+    seeds = (2 * len(rounds) + 1, 2 * len(rounds) + 2)
+    ones, wholes = (weights.prompts_of(folder, batch, config.prompt, seed) for seed in seeds)
+    first, _ = program.ask("generate", ones, 1, False)
+    whole, texts = program.ask("generate", wholes, config.new_tokens, False)
+    lengths = {len(text) for text in texts}
+    if lengths != {config.new_tokens}:
+        raise Absent(f"texts of {lengths} tokens, {config.new_tokens} were asked for")
+    rounds.append({"first": first, "whole": whole})
+
+
+def read_memory(program, bandwidth):
+    for megabytes in MEGABYTES:
+        bandwidth.setdefault(str(megabytes), []).append(program.ask("read", megabytes)[1])
+
+
+def tell(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

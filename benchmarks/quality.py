@@ -1,0 +1,123 @@
+"""What a precision costs: perplexity, and the error of the logits against fp32, on a trained checkpoint and a text.
+
+    python benchmarks/quality.py out/shakespeare shakespeare.txt
+    python benchmarks/quality.py gpt2 text.txt --forms fp32,bf16,int8:native --tokens 8192
+
+Every form reads the same windows of the text token by token, through the decode step that generates."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+from decode import default_threads, tell
+
+REFERENCE = "fp32:eager"
+
+
+def main():
+    config = parse(sys.argv[1:])
+    reference = run_form(config, REFERENCE)
+    results = [summary(REFERENCE, reference, reference)]
+    for form in config.forms.split(","):
+        results.append(summary(form, run_form(config, form), reference))
+    print_results(results)
+    if config.json:
+        Path(config.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def parse(words):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", help="checkpoint, run folder or hub name")
+    add("text", type=Path, help="file of UTF-8 text; its end is used")
+    add("--forms", default="fp32,bf16,int8", help="dtype, int8 and back end, as in decode.py (default %(default)s)")
+    add("--tokens", type=int, default=4096, help="tokens that are predicted (default %(default)s)")
+    add("--rows", type=int, default=8, help="windows read side by side (default %(default)s)")
+    add("--device", default="auto", help="default %(default)s")
+    add("--threads", type=int, default=default_threads(), help="default %(default)s")
+    add("--json", help="file for all figures")
+    return parser.parse_args(words)
+
+
+def run_form(config, form):
+    """(perplexity, logits (tokens, V) of all positions, in fp16 to save memory)."""
+    import torch
+    from programs import form_settings
+
+    from gpt.generate import TextGenerator
+    from gpt.runtime import set_threads
+
+    tell(f"reading with {form}")
+    set_threads(config.threads)
+    generator = TextGenerator.load(config.checkpoint, config.device, **form_settings(form.split(":")))
+    with torch.inference_mode():
+        return read(generator, windows(generator, config), config.rows)
+
+
+def windows(generator, config):
+    """Ids (windows, T + 1) of the end of the text, T as long as the context allows."""
+    import torch
+
+    text = config.text.read_text(encoding="utf-8")
+    ids = generator.tokenizer.encode(text[-12 * config.tokens :])
+    length = min(generator.model.config.block_size - 1, math.ceil(config.tokens / config.rows))
+    count = min(config.tokens, len(ids)) // length
+    assert count, f"the text has {len(ids)} tokens; one window is {length}"
+    return torch.tensor(ids[len(ids) - count * length :]).view(count, length)
+
+
+def read(generator, ids, rows):
+    """Perplexity and logits of ids (windows, T), `rows` windows at a time, each token through a decode step."""
+    import torch
+
+    from gpt.backend import make_backend, pick_backend
+
+    backend = make_backend(pick_backend(generator.backend, generator.model, 1_000_000), generator.model)
+    logits, nats = [], 0.0
+    for batch in ids.to(generator.model.device).split(rows):
+        cache = new_cache(generator.model, len(batch), backend)
+        steps = []
+        for column, target in zip(batch[:, :-1].t(), batch[:, 1:].t(), strict=True):
+            found = backend.decode(column.contiguous(), cache)
+            cache.counts += 1
+            nats -= found.log_softmax(-1).gather(1, target[:, None]).sum().item()
+            steps.append(found.half().cpu())
+        logits.append(torch.stack(steps, 1).flatten(0, 1))
+    return math.exp(nats / (ids.shape[0] * (ids.shape[1] - 1))), torch.cat(logits)
+
+
+def new_cache(model, rows, backend):
+    from gpt.model import KVCache
+
+    return KVCache(model.config, rows, model.dtype, model.device, backend.attention)
+
+
+def summary(form, found, reference):
+    """What one form's perplexity and logits are against the reference's."""
+    (perplexity, logits), (expected, correct) = found, reference
+    squares = sum((a.float() - b.float()).square().sum().item() for a, b in zip(logits, correct, strict=True))
+    spread = sum(row.float().var().item() for row in correct)
+    return {
+        "form": form,
+        "perplexity": perplexity,
+        "change": perplexity / expected - 1,
+        "rms_error": math.sqrt(squares / correct.numel() / (spread / len(correct))),
+        "same_choice": (logits.argmax(-1) == correct.argmax(-1)).float().mean().item(),
+    }
+
+
+def print_results(results):
+    from report import print_columns
+
+    lines = [["form", "perplexity", "change", "logit error", "same first choice"]]
+    for found in results:
+        line = [found["form"], f"{found['perplexity']:.4f}", f"{found['change']:+.3%}"]
+        lines.append([*line, f"{found['rms_error']:.3%}", f"{found['same_choice']:.2%}"])
+    print_columns(lines)
+    print("logit error: root mean square, as a share of the standard deviation of a position's logits")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Random GPT-2 weights, made once per size, and the same weights in the format of each peer."""
+
+import functools
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+SIZES = {  # layers, heads, width
+    "tiny": (2, 2, 64),  # to try the programs out
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+LIVELY = 4  # see `enliven`
+
+
+def make_weights(work, size, seed=0):
+    """The Hugging Face GPT-2 folder `work/<size>` with weights drawn from `seed`, made if it is not there."""
+    folder = Path(work) / size
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+
+    from gpt.checkpoint import write_model
+    from gpt.interop import weights_of
+    from gpt.model import GPT, ModelConfig
+    from gpt.tokenizer import load_tokenizer
+
+    layers, heads, width = SIZES[size]
+    tokenizer = load_tokenizer("byte" if size == "tiny" else "gpt2")
+    torch.manual_seed(seed)
+    model = GPT(ModelConfig(n_layer=layers, n_head=heads, n_embd=width), tokenizer.vocab_size)
+    enliven(model)
+    with MadeWhole(folder) as unfinished:
+        unfinished.mkdir(parents=True)
+        write_model(unfinished, weights_of(model), model, tokenizer)
+    return folder
+
+
+def enliven(model):
+    """Give a fresh model the logits of a trained one (standard deviation 2, not 0.5), which depend on more than the
+    last token: else every greedy text is one token repeated, and to compare texts shows nothing."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("proj.weight") or name in ("ln_f.weight", "position.weight"):
+                parameter *= LIVELY
+
+
+class MadeWhole:
+    """A path to build `target` under; it gets its name only if nothing was raised."""
+
+    def __init__(self, target):
+        self.target, self.unfinished = target, target.with_name(target.name + ".unfinished")
+
+    def __enter__(self):
+        remove(self.unfinished)
+        return self.unfinished
+
+    def __exit__(self, kind, _error, _trace):
+        if kind is None:
+            self.unfinished.rename(self.target)
+        else:
+            remove(self.unfinished)
+
+
+def remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def prompts_of(folder, rows, length, seed=0):
+    """`rows` lists of `length` random ids that their own text is split into again, whichever way a program takes them:
+    each is a space and a word."""
+    import numpy as np
+
+    tokenizer, words = words_of(folder)
+    chosen = np.random.default_rng(seed).choice(words, (rows, length)).tolist()
+    assert all(tokenizer.encode(tokenizer.decode(row)) == row for row in chosen)
+    return chosen
+
+
+@functools.cache
+def words_of(folder):
+    """The tokenizer of a folder and the ids of its words."""
+    from gpt.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    ranks = tokenizer.encoding._mergeable_ranks
+    words = sorted(rank for token, rank in ranks.items() if token[:1] == b" " and token[1:].isalpha())
+    return tokenizer, words or sorted(rank for token, rank in ranks.items() if token.isalpha())  # of single bytes
+
+
+# ---- the peers' formats
+
+
+def for_ctranslate2(folder):
+    target = folder.with_name(f"{folder.name}-ctranslate2")
+    if not target.exists():
+        from ctranslate2.converters import TransformersConverter
+
+        with MadeWhole(target) as unfinished:
+            TransformersConverter(str(folder)).convert(str(unfinished))
+    return target
+
+
+def for_openvino(folder, precision, exporter="optimum-cli"):
+    """By optimum-intel's own program, `exporter`, which may stand in another environment than this one."""
+    target = folder.with_name(f"{folder.name}-openvino-{precision}")
+    if not target.exists():
+        words = "export openvino --task text-generation-with-past --weight-format"
+        with MadeWhole(target) as unfinished:
+            made = [exporter, *words.split(), precision, "--model", str(folder), str(unfinished)]
+            subprocess.run(made, check=True, stdout=subprocess.DEVNULL)
+    return target
+
+
+GGUF_NAMES = {
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+
+
+def gguf_name(name):
+    """ "transformer.h.3.mlp.c_fc.bias" -> "blk.3.ffn_up.bias"."""
+    path, kind = name.removeprefix("transformer.").rsplit(".", 1)
+    if path.startswith("h."):
+        _, layer, inner = path.split(".", 2)
+        return f"blk.{layer}.{GGUF_NAMES[inner]}.{kind}"
+    return {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}[path] + "." + kind
+
+
+def for_llamacpp(folder, precision):
+    """A GGUF file: matrices in `precision` ("f32", "f16", "q8_0"), vectors and positions in F32, as llama.cpp's own
+    converter leaves them."""
+    target = folder.with_name(f"{folder.name}-{precision}.gguf")
+    if not target.exists():
+        import gguf
+
+        with MadeWhole(target) as unfinished:
+            writer = gguf.GGUFWriter(str(unfinished), "gpt2")
+            write_gguf(writer, folder, gguf.GGMLQuantizationType[precision.upper()])
+    return target
+
+
+def write_gguf(writer, folder, matrices):
+    import gguf
+    from safetensors.numpy import load_file
+
+    config = json.loads((folder / "config.json").read_text())
+    writer.add_context_length(config["n_positions"])
+    writer.add_embedding_length(config["n_embd"])
+    writer.add_block_count(config["n_layer"])
+    writer.add_feed_forward_length(4 * config["n_embd"])
+    writer.add_head_count(config["n_head"])
+    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+    write_gguf_vocabulary(writer, folder, config)
+    for name, value in load_file(folder / "model.safetensors").items():
+        matrix = name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and value.ndim == 2
+        value = value.T.copy() if matrix else value  # GPT-2 stores (in, out)
+        kind = matrices if matrix or "wte" in name else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(gguf_name(name), gguf.quants.quantize(value, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_gguf_vocabulary(writer, folder, config):
+    stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    tokens = [f"[unused{index}]" for index in range(config["vocab_size"])]
+    for text, rank in stored["vocab"].items():
+        tokens[rank] = text
+    tokens[config["eos_token_id"]] = "<|endoftext|>"
+    kinds = [1] * len(tokens)  # ordinary
+    kinds[config["eos_token_id"]] = 3  # control
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in stored["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(config["eos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])

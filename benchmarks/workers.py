@@ -1,0 +1,91 @@
+"""Programs in processes of their own, of which one runs while the others are stopped.
+
+A library's idle threads may spin, and one library's threads disturb another's: so each program has a fresh process, and
+a stopped process uses no processor."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+LIMIT = 900  # seconds that a program may take to load or to answer
+
+
+class Absent(Exception):
+    """A program that is not installed, does not load or has crashed; the text is the reason."""
+
+
+class Worker:
+    """A program in its own process, stopped unless it is being asked something."""
+
+    def __init__(self, name, spec, folder, threads, device):
+        self.name = name
+        self.log = Path(folder).parent / f"{name.replace('/', '-').replace(':', '-')}.log"
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        arguments = (theirs, self.log, spec, folder, threads, device)
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+        self.load_seconds, self.version = self.answer()
+        self.signal("SIGSTOP")
+
+    def ask(self, method, *arguments):
+        """(seconds, result) of a method of the program. Raises Absent."""
+        self.signal("SIGCONT")
+        self.pipe.send((method, arguments))
+        found = self.answer()
+        self.signal("SIGSTOP")
+        return found
+
+    def answer(self):
+        try:
+            if self.pipe.poll(LIMIT):
+                return self.pipe.recv()
+            reason = f"no answer in {LIMIT} s"
+        except (EOFError, ConnectionError):
+            self.process.join(5)  # for its exit code
+            reason = self.last_words()
+        self.close()
+        raise Absent(reason)
+
+    def last_words(self):
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        code = self.process.exitcode
+        return (lines[-1][:200] if lines else "") + (f" (exit {code})" if code != 1 else "")
+
+    def signal(self, name):
+        if hasattr(signal, name) and self.process.is_alive():  # Windows has neither
+            os.kill(self.process.pid, getattr(signal, name))
+
+    def close(self):
+        """End the process: of its own accord when it sees that the pipe is closed, else by force."""
+        self.signal("SIGCONT")
+        self.pipe.close()
+        self.process.join(5)
+        self.process.kill()
+        self.process.join()
+
+
+def serve(pipe, log, name, folder, threads, device):
+    """The process: load the program `name`, then answer until the pipe is closed. What it prints goes to `log`."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    sys.path.insert(0, str(Path(__file__).parent))
+    import programs
+
+    start = time.perf_counter()
+    program = programs.load(name, folder, threads, device)
+    pipe.send((time.perf_counter() - start, program.version))
+    while True:
+        try:
+            method, arguments = pipe.recv()
+        except EOFError:
+            return
+        start = time.perf_counter()
+        result = getattr(program, method)(*arguments)
+        pipe.send((time.perf_counter() - start, result))
