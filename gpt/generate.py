@@ -9,7 +9,7 @@ import numpy as np
 from gpt.backend import make_backend, pick_backend
 from gpt.config import GROUP, defaults, fields, refuse, suggestion, unflatten
 from gpt.decode import Decoder
-from gpt.errors import InputError
+from gpt.errors import InputError, NonFiniteError
 from gpt.memory import free_memory
 from gpt.sampling import SamplingParams
 from gpt.score import score_text
@@ -155,8 +155,12 @@ class TextGenerator:
         decoder = decoder or Decoder(self.made[name], rows, self.tokenizer.eot, self.unused_ids())
         try:
             yield from decoder.run(sequences, reports)
+        except NonFiniteError:
+            decoder = None  # its cache holds what is not finite either
+            raise
         finally:
-            self.decoders[name, rows] = decoder
+            if decoder:
+                self.decoders[name, rows] = decoder
 
     def fitting_rows(self, texts):
         """Row slots for so many texts: as many as are of use on this device, and as their caches may take memory."""

@@ -45,8 +45,9 @@ class KVCache:
     """Keys and values of all layers for `rows` rows of up to block_size positions each, and how many each row holds.
 
     A forward pass appends T positions to every row. Rows are independent, and attention gives positions beyond a row's
-    length the weight 0, so what they hold does not matter as long as it is finite: see `keep`. `attention` is
-    masked_attention, or another of its meaning for one new token a row."""
+    length the weight 0, so what they hold does not matter as long as it is finite: a cache that a model with damaged
+    weights wrote to is not to be used again. `attention` is masked_attention, or another of its meaning for one new
+    token a row."""
 
     def __init__(self, config, rows, dtype=torch.float32, device=None, attention=None):
         self.attention = attention or masked_attention
@@ -72,11 +73,9 @@ class KVCache:
         self.counts[target] = self.counts[source]
 
     def keep(self, index, tokens):
-        """Let a row hold only its first `tokens` positions. The values beyond become 0: attention gives them the
-        weight 0, and 0 times a nan or infinity that was left there would be nan."""
+        """Let a row hold only its first `tokens` positions."""
         self.lengths[index] = tokens
         self.counts[index] = tokens
-        self.values[:, index, :, tokens:] = 0
 
     def append(self, layer, k, v, positions):
         """Store k and v (B, H, T, D) at `positions` (B, T) of `layer`."""

@@ -99,6 +99,7 @@ class NativeModel:
     def __init__(self, model, library):
         move_to_huge_pages(matrices(model))
         self.kept = []  # the tensors that the library reads
+        self.begun = None  # the tensors of the last decode step
         self.config, self.vocab_size = model.config, model.vocab_size
         self.layers = (Layer * len(model.blocks))(*map(self.layer, model.blocks))
         sizes = KINDS[model.token.weight.dtype], len(model.blocks), model.config.n_head, model.config.n_embd
@@ -111,34 +112,44 @@ class NativeModel:
         self.run.restype, self.run.argtypes = Number, [Pointer, Pointer, Pointer]
 
     def decode(self, ids, cache):
-        """As GPT.decode. Raises ValueError for an id or a position that does not exist."""
-        rows = torch.arange(len(ids))
-        logits = torch.empty(len(ids), self.vocab_size)
-        self.forward(ids, rows, cache.lengths, cache, logits, rows)
+        """As GPT.decode, but the next call overwrites the logits. Raises ValueError for an id or a position that does
+        not exist."""
+        ids, places = ids.contiguous(), cache.lengths
+        begun = len(ids), ids.data_ptr(), places.data_ptr(), cache.keys.data_ptr()
+        if begun != self.begun:  # the same tensors at every step: what describes them is made once
+            rows = torch.arange(len(ids))
+            self.logits = torch.empty(len(ids), self.vocab_size)
+            self.begun, self.step = begun, self.call(ids, rows, places, cache, self.logits, rows)
+        self.step()
         cache.lengths += 1
-        return logits
+        return self.logits
 
     def prefill(self, ids, cache):
         """As GPT.prefill. Raises ValueError for an id or a position that does not exist."""
         for part in ids.split(CHUNK, dim=1):
             places = cache.lengths[:, None] + torch.arange(part.shape[1])
-            rows = torch.arange(len(ids))[:, None].expand_as(part)
-            self.forward(part, rows, places, cache)
+            rows = torch.arange(len(ids))[:, None].expand_as(part).contiguous()
+            self.call(part.contiguous(), rows, places, cache)()
             cache.advance(part.shape[1])
 
-    def forward(self, ids, rows, places, cache, logits=None, which=None):
-        """Run tokens, each with its row and place in the cache; fill `logits` with those of the tokens in `which`."""
-        tensors = [tensor.to(torch.int64).contiguous() for tensor in (ids, rows, places)]
-        outputs = 0 if which is None else len(which)
-        pointers = [tensor.data_ptr() for tensor in (*tensors, which, logits) if tensor is not None]
-        batch = Batch(ids.numel(), outputs, torch.get_num_threads(), *pointers)
-        code = self.run(ctypes.byref(self.model), ctypes.byref(describe(cache)), ctypes.byref(batch))
-        if code < 0:
-            raise MemoryError(f"{ids.numel()} tokens at once")
-        if code > 0:
-            id, row, place = [int(tensor.flatten()[code - 1]) for tensor in tensors]
-            limits = f"vocabulary {self.vocab_size}, block_size {self.config.block_size}"
-            raise ValueError(f"token {id} at position {place} of row {row}: {limits}")
+    def call(self, ids, rows, places, cache, logits=None, which=None):
+        """A function that runs tokens, each with its row and place in the cache, and fills `logits` with those of the
+        tokens in `which`; every time anew, from what the tensors then hold."""
+        tensors = [ids, rows, places, which, logits]
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        batch = Batch(ids.numel(), 0 if which is None else len(which), torch.get_num_threads(), *pointers)
+        described = [ctypes.byref(part) for part in (self.model, describe(cache), batch)]
+
+        def run():
+            code = self.run(*described)
+            if code < 0:
+                raise MemoryError(f"{ids.numel()} tokens at once")
+            if code > 0:
+                id, row, place = [int(tensor.flatten()[code - 1]) for tensor in tensors[:3]]
+                limits = f"vocabulary {self.vocab_size}, block_size {self.config.block_size}"
+                raise ValueError(f"token {id} at position {place} of row {row}: {limits}")
+
+        return run
 
     def layer(self, block):
         norms = (self.floats(value) for norm in (block.ln_1, block.ln_2) for value in (norm.weight, norm.bias))

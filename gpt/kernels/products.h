@@ -2,6 +2,7 @@
 #pragma once
 #include <atomic>
 #include <thread>
+#include <utility>
 
 #include "vectors.h"
 
@@ -11,7 +12,8 @@ struct Matrix {  // scale, one per row, only of int8; no bias: null
     const void *weight;
     const float *scale, *bias;
 };
-// ---- kinds of weights: how inputs are prepared for a product, and how one vector of weights is multiplied
+// ---- kinds of weights: how inputs are prepared for a product, and how one vector of weights is multiplied. In place of
+// their intrinsics two instructions stand as such: GCC 12 would move every sum to another register and back.
 
 template <class T> struct Plain {  // float and bf16, and int8 where there is no better way: 16 weights at a time
     using Weight = T;
@@ -50,7 +52,7 @@ struct Bf16 : Plain<uint16_t> {  // the inputs are rounded to bf16 too: twice as
     }
     static Vector inputs(const uint8_t *from) { return read<Vector>(from); }
     static void multiply(Sum &sum, Vector input, Vector weight) {
-        sum = (Floats)_mm512_dpbf16_ps((__m512)sum, input, weight);
+        asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(input), "v"(weight));
     }
 };
 #else
@@ -83,7 +85,7 @@ struct Int8 {  // the inputs are integers times a scale per token, as large as s
         return _mm512_cvtepi8_epi16(count >= WIDTH ? read<__m256i>(from) : read<__m256i>(from, count));
     }
     static Vector inputs(const uint8_t *from) { return read<Vector>(from); }
-    static void multiply(Sum &sum, Vector input, Vector weight) { sum = _mm512_dpwssd_epi32(sum, input, weight); }
+    static void multiply(Sum &sum, Vector input, Vector weight) { asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(input), "v"(weight)); }
     static Floats folded(Sum sum) { return __builtin_convertvector((Ints)sum, Floats); }
 };
 #else
@@ -123,32 +125,33 @@ struct Team {  // the threads of one call
 };
 
 // The sums of ROWS weight rows times TOKENS inputs; lane token * ROWS + row. One after another the rows are read at the
-// speed of memory, all at once the inputs are loaded less often.
-template <class Kind, int ROWS, int TOKENS>
+// speed of memory, all at once the inputs are loaded less often. Only sums that have constant numbers, I, stay in
+// registers: GCC 12 moves those of loops to and fro.
+template <class Kind, int ROWS, int TOKENS, size_t... I>
 __attribute__((noinline)) Floats tile(const typename Kind::Weight *weight, size_t width, const uint8_t *input,
-                                      size_t stride) {
-    constexpr int TOGETHER = TOKENS == 1 ? 1 : ROWS;
-    typename Kind::Sum sums[TOKENS * ROWS] = {};
+                                      size_t stride, std::index_sequence<I...>) {
+    constexpr int TOGETHER = TOKENS == 1 ? 1 : ROWS, BYTES = sizeof(typename Kind::Weight);
+    Floats folded[TOKENS * ROWS + (TOKENS == 3 ? ROWS : 0)] = {};  // a power of two
     const char *next = (const char *)(weight + ROWS * width);
     for (int first = 0; first < ROWS; first += TOGETHER) {
-        auto step = [&](size_t k, int count) {
-            for (int row = first; row < first + TOGETHER; row++) {
-                auto vector = Kind::weights(weight + row * width + k, count);
-                for (int token = 0; token < TOKENS; token++)
-                    Kind::multiply(sums[token * ROWS + row],
-                                   Kind::inputs(input + token * stride + k * Kind::INPUT_BYTES), vector);
-                if (TOGETHER == 1) continue;
-                __builtin_prefetch(next, 0, TOKENS > 2 ? 2 : 3);  // of the next tile: to L2, for few tokens to L1
-                next += Kind::WIDTH * sizeof(*weight);
+        typename Kind::Sum sums[sizeof...(I)] = {};
+        auto step = [&](size_t k, int count) __attribute__((always_inline)) {
+            typename Kind::Vector rows[TOGETHER], inputs[TOKENS];
+            for (int row = 0; row < TOGETHER; row++) {
+                rows[row] = Kind::weights(weight + (first + row) * width + k, count);
+                if (TOGETHER > 1 && k * BYTES % 64 == 0)  // of the next tile: to L2, for few tokens to L1
+                    __builtin_prefetch(next + (row * width + k) * BYTES, 0, TOKENS > 2 ? 2 : 3);
             }
+            for (int token = 0; token < TOKENS; token++)
+                inputs[token] = Kind::inputs(input + token * stride + k * Kind::INPUT_BYTES);
+            (Kind::multiply(sums[I], inputs[I / TOGETHER], rows[I % TOGETHER]), ...);
         };
         size_t whole = width / Kind::WIDTH * Kind::WIDTH;
         for (size_t k = 0; k < whole; k += Kind::WIDTH) step(k, Kind::WIDTH);
         if (whole < width) step(whole, width - whole);
+        for (int i = 0; i < TOKENS * TOGETHER; i++) folded[first + i] = Kind::folded(sums[i]);
     }
-    Floats folded[TOKENS * ROWS];
-    for (int i = 0; i < TOKENS * ROWS; i++) folded[i] = Kind::folded(sums[i]);
-    return totals<TOKENS * ROWS>(folded);
+    return totals<sizeof folded / sizeof *folded>(folded);
 }
 
 template <int ROWS, int TOKENS> inline Floats repeated(const float *from) {  // lane token * ROWS + row: from[row]
@@ -164,20 +167,21 @@ int stripe(const Matrix &m, int first, size_t width, const Inputs &x, int token,
     const auto *weight = (const typename Kind::Weight *)m.weight + first * width;
     Floats scale = m.scale ? repeated<ROWS, TOKENS>(m.scale + first) : Floats{};
     Floats bias = m.bias ? repeated<ROWS, TOKENS>(m.bias + first) : Floats{};
+    constexpr auto together = std::make_index_sequence<TOKENS == 1 ? 1 : TOKENS * ROWS>{};
     for (; token + TOKENS <= tokens; token += TOKENS) {
-        Floats sums = tile<Kind, ROWS, TOKENS>(weight, width, x.data + token * x.stride, x.stride);
+        Floats sums = tile<Kind, ROWS, TOKENS>(weight, width, x.data + token * x.stride, x.stride, together);
         if (m.scale) {
-            Floats inputs = {};
+            float inputs[LANES] = {};
             for (int i = 0; i < TOKENS * ROWS; i++) inputs[i] = x.scales[token + i / ROWS];
-            sums *= scale * inputs;
+            sums *= scale * read<Floats>(inputs);
         }
         sums += bias;
         for (int i = 0; i < TOKENS; i++) {
             float *to = out.data + (token + i) * out.stride + first;
-            if (out.adds)
-                for (int row = 0; row < ROWS; row++) to[row] += sums[i * ROWS + row];
-            else
-                for (int row = 0; row < ROWS; row++) to[row] = sums[i * ROWS + row];
+            float part[ROWS];
+            memcpy(part, (const float *)&sums + i * ROWS, sizeof part);
+            for (int row = 0; out.adds && row < ROWS; row++) part[row] += to[row];
+            memcpy(to, part, sizeof part);
         }
     }
     return token;
@@ -192,6 +196,7 @@ void product(const Team &team, const Matrix &m, int rows, size_t width, const In
     for (; tokens == 1 && row + 8 <= end; row += 8) stripe<Kind, 8, 1>(m, row, width, x, 0, tokens, out);
     for (; row + 4 <= end; row += 4) {
         int token = stripe<Kind, 4, 4>(m, row, width, x, 0, tokens, out);
+        token = stripe<Kind, 4, 3>(m, row, width, x, token, tokens, out);
         token = stripe<Kind, 4, 2>(m, row, width, x, token, tokens, out);
         stripe<Kind, 4, 1>(m, row, width, x, token, tokens, out);
     }
