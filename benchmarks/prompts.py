@@ -3,10 +3,12 @@
     python benchmarks/prompts.py --work /tmp/bench --json prompts.json
     python benchmarks/prompts.py --work /tmp/bench --prompts 100 --dtype bf16
 
-Both ways use the same model, back end and number of rows and must give the same texts. A fixed batch runs until its
-longest text is done; its rows that have finished wait."""
+All ways use the same model, back end and number of rows and must give the same texts. A fixed batch runs until its
+longest text is done; its rows that have finished wait. Its prompts are read padded to the longest, as a batch in one
+tensor is; --unpadded adds fixed batches that read them as the refilled rows do."""
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -24,7 +26,7 @@ def main():
     generator = load(config)
     prompts, params = task(generator, weights.make_weights(config.work, config.model), config)
     tokens = sum(each.max_new_tokens for each in params)
-    ways = {"refilled": refilled, "fixed": fixed}
+    ways = {"refilled": refilled, "fixed": fixed} | ({"unpadded": unpadded} if config.unpadded else {})
     rounds = []
     warm = slice(0, config.rows)
     refilled(generator, prompts[warm], params[warm], config.rows)
@@ -35,7 +37,8 @@ def main():
             start = time.perf_counter()
             found[name] = way(generator, prompts, params, config.rows)
             seconds[name] = time.perf_counter() - start
-        assert found["refilled"] == found["fixed"], "the two ways gave different texts"
+        for name in ways:
+            assert found[name] == found["refilled"], f"{name}: other texts than refilled"
         rounds.append(seconds)
     report(config, tokens, rounds)
 
@@ -47,6 +50,7 @@ def parse(words):
     add("--prompts", type=int, default=1000, help="how many (default %(default)s)")
     add("--rows", type=int, default=8, help="texts side by side (default %(default)s)")
     add("--rounds", type=int, default=1, help="default %(default)s")
+    add("--unpadded", action="store_true", help="a third way: fixed batches without padding")
     add("--dtype", default="auto", help="default %(default)s")
     add("--quantize", default="none", help="none or int8 (default %(default)s)")
     add("--backend", default="auto", help="default %(default)s")
@@ -89,7 +93,17 @@ def refilled(generator, prompts, params, rows, first_id=1):
 
 
 def fixed(generator, prompts, params, rows):
-    """The same, batch by batch."""
+    """The same, batch by batch, the prompts of each padded to its longest."""
+    texts = {}
+    for start in range(0, len(prompts), rows):
+        batch = slice(start, start + rows)
+        longest = max(len(generator.tokenizer.encode(prompt)) for prompt in prompts[batch])
+        with padded_to(longest - 1):  # a prompt's last token is read by the first step
+            texts |= refilled(generator, prompts[batch], params[batch], rows, first_id=start + 1)
+    return texts
+
+
+def unpadded(generator, prompts, params, rows):
     texts = {}
     for start in range(0, len(prompts), rows):
         batch = slice(start, start + rows)
@@ -97,13 +111,34 @@ def fixed(generator, prompts, params, rows):
     return texts
 
 
+@contextlib.contextmanager
+def padded_to(tokens):
+    """Meanwhile a Decoder reads every prompt with padding behind it, and forgets the padding."""
+    import torch
+
+    from gpt.decode import Decoder
+
+    plain = Decoder.prefill
+
+    def prefill(decoder, slot, ids):
+        plain(decoder, slot, torch.nn.functional.pad(ids, (0, tokens - len(ids))))
+        decoder.cache.keep(slot, len(ids))
+
+    Decoder.prefill = prefill
+    try:
+        yield
+    finally:
+        Decoder.prefill = plain
+
+
 def report(config, tokens, rounds):
-    ratios = [seconds["fixed"] / seconds["refilled"] for seconds in rounds]
+    ratios = {name: [each[name] / each["refilled"] for each in rounds] for name in rounds[0] if name != "refilled"}
     speeds = {name: tokens / statistics.median(seconds[name] for seconds in rounds) for name in rounds[0]}
     print(f"{config.prompts} prompts, {tokens} new tokens, {config.rows} rows, {config.model}")
     for name, speed in speeds.items():
         print(f"  {name:8} {speed:8.1f} tok/s")
-    print(f"  ratio    {statistics.median(ratios):8.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
+    for name, found in ratios.items():
+        print(f"  refilled / {name}: {statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})")
     if config.json:
         record = {"settings": vars(config) | {"work": str(config.work)}, "tokens": tokens, "rounds": rounds}
         Path(config.json).write_text(json.dumps(record | {"ratios": ratios}, indent=1) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -258,6 +259,20 @@ def test_the_cache_of_the_last_texts_is_used_again_but_never_by_two_at_once(eage
     decoders = fresh.decoders.copy()
     fresh.generate("abc", max_new_tokens=3)
     assert fresh.decoders == decoders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["eager", "native"])
+def test_fault_094_the_memory_of_20000_tokens_past_the_context_is_flat(kernels, name):
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs Linux's /proc")
+    generator = generator_of(random_model(ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=128)), name)
+    params, used = generator.params(max_new_tokens=20_000, ignore_eot=True, seed=1), []
+    for number, _ in enumerate(generator.run(["abc"], params)):
+        if number % 1000 == 999:
+            used.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    assert len(used) == 20
+    assert max(used) <= used[0] * 1.05
 
 
 # ---- settings of each prompt, and what is reported

@@ -65,7 +65,7 @@ def test_a_program_that_computes_another_model_does_not_agree(benchmarks, tiny):
 
 
 def test_refilled_rows_and_fixed_batches_are_compared(benchmarks, tiny, monkeypatch, capsys, one_thread):
-    words = "--device cpu --model tiny --prompts 7 --rows 2 --dtype fp32 --backend eager --threads 1 --work"
+    words = "--device cpu --model tiny --prompts 7 --rows 2 --unpadded --dtype fp32 --backend eager --threads 1 --work"
     run(benchmarks("prompts"), monkeypatch, words, tiny.parent)
     assert "ratio" in capsys.readouterr().out
 
