@@ -1,45 +1,67 @@
 // Logits -> next ids on a CPU: what `choose` of gpt/sampling.py does, its plain-torch twin, without sorting the
-// vocabulary. Given equal weights the ids are equal; the weights may differ by the rounding of `exponential`.
+// vocabulary. Given equal weights the ids are equal; the weights may differ by the rounding of `exp`.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
+
+#include "vectors.h"
 
 namespace {
 
 constexpr int64_t NOT_FINITE = -1, DRAW_BITS = 30, DRAWS = 1 << DRAW_BITS, BLOCK = 64;
-constexpr double UNITS = 0x1p32;                                // what probability 1 is in whole numbers
-constexpr double NO_FRACTION = 0x1p52;                          // a number to add: the sum is rounded to a whole one
-constexpr float NO_FRACTION32 = 0x1.8p23f;
+constexpr double UNITS = 0x1p32;        // what probability 1 is in whole numbers
+constexpr double NO_FRACTION = 0x1p52;  // a number to add: the sum is rounded to a whole one, its lowest bits
+constexpr uint64_t NO_FRACTION_BITS = 0x433ull << 52;
 constexpr uint32_t INFINITE = 0x7F800000, MAGNITUDE = 0x7FFFFFFF, WORD = 0xFFFFFFFF;
+constexpr uint64_t LAST_PLACE = uint64_t(INFINITE) << 32 | WORD;
+constexpr float NO_WEIGHT = -24;  // e^-24 UNITS is rounded to 0: tokens of lower values are never drawn
+constexpr float FEW = 256;        // tokens that are quickly put in order
+constexpr int TURNS = 12;         // to narrow a band down to FEW tokens; it may have more of one value
 
-// A token's place, as the twin's `ranking`: the magnitude of its value (<= 0), then its id. Buckets are runs of places,
-// 256 to a power of two, from values of -2^-12 (closer to 0: the first) to -2^7 (whose weight is 0: the last).
-constexpr int BUCKET_SHIFT = 15, FIRST_BUCKET = (127 - 12) << 8, BUCKETS = 19 << 8;
-constexpr int COUNT_SHIFT = 40;  // a bucket's number: the count of its tokens above the sum of their weights
-constexpr uint64_t MASS = (1ull << COUNT_SHIFT) - 1;
+typedef float Eight __attribute__((vector_size(32)));
+typedef double Doubles __attribute__((vector_size(64)));
+typedef uint64_t Wholes __attribute__((vector_size(64)));
 
-template <class To, class From> inline To bits(From value) {
-    To result;
-    static_assert(sizeof(To) == sizeof(From));
-    std::memcpy(&result, &value, sizeof result);
-    return result;
+inline uint32_t magnitude(float value) { return read<uint32_t>(&value) & MAGNITUDE; }
+
+// A token's place, as the twin's `ranking`: the magnitude of its value (<= 0), then its id.
+inline uint64_t place(float value, uint64_t id) { return uint64_t(magnitude(value)) << 32 | id; }
+
+inline float maximum(const float *logits, int64_t count) {  // by whole numbers in their order, which are vectorised
+    int32_t best = std::numeric_limits<int32_t>::min();
+    for (int64_t i = 0; i < count; i++) {
+        int32_t bits = read<int32_t>(logits + i);
+        best = std::max(best, bits ^ ((bits >> 31) & int32_t(MAGNITUDE)));
+    }
+    best ^= (best >> 31) & int32_t(MAGNITUDE);
+    return read<float>(&best);
 }
 
-inline uint32_t magnitude(float value) { return bits<uint32_t>(value) & MAGNITUDE; }
+inline uint64_t bits_of(Ints mask) {  // one for each lane
+#ifdef __AVX512DQ__
+    return _mm512_movepi32_mask((__m512i)mask);
+#else
+    uint64_t bits = 0;
+    for (int i = 0; i < LANES; i++) bits |= (mask[i] & 1u) << i;
+    return bits;
+#endif
+}
 
-// e^x of x <= 0, never below e^-87.
-inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float shifted = x * 1.44269504f + NO_FRACTION32, power = shifted - NO_FRACTION32;
-    float rest = (x - power * 0.693359375f) + power * 2.12194440e-4f;  // less ln 2 * power, in two parts
-    float sum = 1.9875691500e-4f;  // the polynomial of Cephes' expf
+// e^x of x <= 0, bit for bit that of `exp`, for several vectors step by step: their waits overlap.
+template <int COUNT> inline void exponentials(Floats (&x)[COUNT]) {
+    Floats power[COUNT], scale[COUNT], sum[COUNT];
+    auto each = [](auto step) { for (int i = 0; i < COUNT; i++) step(i); };
+    each([&](int i) { x[i] = x[i] < -87.0f ? Floats{} - 87.0f : x[i]; });
+    each([&](int i) { power[i] = x[i] * 1.44269504f + 12582912.0f; });  // 1.5 * 2^23: its lowest bits are an integer
+    each([&](int i) { scale[i] = (Floats)(((Ints)power[i] - (0x4B400000 - 127)) << 23); });
+    each([&](int i) { power[i] -= 12582912.0f; });
+    each([&](int i) { x[i] = (x[i] - power[i] * 0.693359375f) + power[i] * 2.12194440e-4f; });
+    each([&](int i) { sum[i] = Floats{} + 1.9875691500e-4f; });
     for (float factor : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        sum = sum * rest + factor;
-    sum = sum * rest * rest + rest + 1.0f;
-    return sum * bits<float>((bits<int32_t>(shifted) - bits<int32_t>(NO_FRACTION32) + 127) << 23);
+        each([&](int i) { sum[i] = sum[i] * x[i] + factor; });
+    each([&](int i) { x[i] = (sum[i] * x[i] * x[i] + x[i] + 1.0f) * scale[i]; });
 }
 
 struct Settings {
@@ -48,161 +70,215 @@ struct Settings {
     float min_p, penalty;
 };
 
-struct Row {
-    std::vector<float> values;      // logits, then those over the temperature, 0 for the likeliest
-    std::vector<int64_t> weights;   // probabilities in units of 1 / UNITS
-    std::vector<float> powers;      // of e, to `values`
-    std::vector<uint16_t> bucket_of;
-    std::vector<uint64_t> buckets;
-    std::vector<uint64_t> places;   // of one bucket, sorted
-    std::vector<int64_t> masses;    // sums of the kept weights of BLOCK ids each
+struct alignas(64) Block {
+    float values[BLOCK];  // logits over the temperature, 0 for the likeliest; -inf after the last
+    float powers[BLOCK];  // of e, to `values`
 
-    // Takes a row's logits; whether all are finite.
-    bool load(const float *logits, int64_t count) {
-        values.resize(count);
+    // The sum of the weights, powers times `scale`, up to the place `last`; `start` is the first id.
+    uint64_t mass_until(uint64_t last, uint64_t start, double scale) const {
+        if (last == LAST_PLACE) return mass(powers, scale);
+        alignas(64) float kept[BLOCK];
+        uint32_t border = last >> 32, border_id = last;
+        int ids = border_id < start ? 0 : std::min<uint64_t>(border_id - start + 1, BLOCK);  // up to the last's
+        int32_t limit = border + (ids == BLOCK);
+        for (int i = 0; i < BLOCK; i += LANES)
+            store(kept + i, (read<Ints>(values + i) & int32_t(MAGNITUDE)) < limit ? load(powers + i) : 0.0f);
+        for (int i = 0; i < ids && ids < BLOCK; i++)
+            if (magnitude(values[i]) == border) kept[i] = powers[i];
+        return mass(kept, scale);
+    }
+
+    static uint64_t mass(const float *powers, double scale) {
+        Wholes sums = {};
+        for (int i = 0; i < BLOCK; i += 8)
+            sums += (Wholes)(__builtin_convertvector(read<Eight>(powers + i), Doubles) * scale + NO_FRACTION);
+        uint64_t four[4];  // two steps: GCC 12 adds eight one by one
+        for (int i = 0; i < 4; i++) four[i] = sums[i] + sums[i + 4];
+        return (four[0] + four[1]) + (four[2] + four[3]) - BLOCK * NO_FRACTION_BITS;
+    }
+};
+
+struct Sum {
+    float count, mass;  // of tokens, exact below 2^24; of their powers, but for rounding
+};
+
+struct Row {
+    std::vector<float> changed;    // logits with the penalty and without those banned, if there are any
+    std::vector<float> maxima;     // of each block's logits, then of its values
+    std::vector<Block> blocks;
+    std::vector<uint64_t> masses;  // sums of the kept weights of each block
+    std::vector<uint64_t> places;  // of the tokens in a band of values
+    double scale;                  // from powers to weights: probabilities in units of 1 / UNITS
+
+    // The maximum of each block; whether all logits are finite.
+    bool scan(const float *logits, int64_t count) {
+        maxima.clear();
+        for (int64_t start = 0; start < count; start += BLOCK)
+            maxima.push_back(maximum(logits + start, std::min(BLOCK, count - start)));
         uint32_t largest = 0;
-        for (int64_t i = 0; i < count; i++) {
-            largest = std::max(largest, magnitude(logits[i]));
-            values[i] = logits[i];
-        }
+        for (int64_t i = 0; i < count; i++) largest = std::max(largest, magnitude(logits[i]));
         return largest < INFINITE;
     }
 
     void penalize(const uint8_t *seen, float penalty) {
         constexpr float huge = std::numeric_limits<float>::max();
-        for (size_t i = 0; i < values.size(); i++) {
-            float changed = values[i] < 0 ? values[i] * penalty : values[i] / penalty;
-            values[i] = seen[i] ? std::min(std::max(changed, -huge), huge) : values[i];
+        for (size_t i = 0; i < changed.size(); i++) {
+            float other = changed[i] < 0 ? changed[i] * penalty : changed[i] / penalty;
+            changed[i] = seen[i] ? std::min(std::max(other, -huge), huge) : changed[i];
         }
     }
 
-    float maximum() const {  // by whole numbers in the floats' order, whose maximum compilers vectorise
-        int32_t best = std::numeric_limits<int32_t>::min();
-        for (float value : values) {
-            int32_t whole = bits<int32_t>(value);
-            best = std::max(best, whole ^ ((whole >> 31) & int32_t(MAGNITUDE)));
+    // Logits -> blocks.
+    void weigh(const float *logits, int64_t count, float temperature) {
+        float top = maximum(maxima.data(), maxima.size()), total = 0;
+        for (float &maximum : maxima) maximum = (maximum - top) / temperature;
+        blocks.resize(maxima.size());
+        Floats sums = {};
+        for (int64_t start = 0; start < count; start += BLOCK) {
+            Block &block = blocks[start / BLOCK];
+            Floats x[BLOCK / LANES];
+            for (int i = 0; i < BLOCK / LANES; i++) {
+                int64_t left = std::max<int64_t>(count - start - i * LANES, 0);
+                x[i] = (load(logits + start + i * LANES, left) - top) / temperature;
+                for (int64_t lane = left; lane < LANES; lane++) x[i][lane] = -INFINITY;
+                store(block.values + i * LANES, x[i]);
+            }
+            exponentials(x);
+            for (int i = 0; i < BLOCK / LANES; i++) {
+                store(block.powers + i * LANES, x[i]);
+                sums += x[i];
+            }
         }
-        return bits<float>(best ^ ((best >> 31) & int32_t(MAGNITUDE)));
+        for (int lane = 0; lane < LANES; lane++) total += sums[lane];
+        scale = UNITS / total;
     }
 
-    // Logits -> values and weights.
-    void weigh(float temperature) {
-        float top = maximum(), total = 0;
-        int64_t count = values.size();
-        powers.resize(count);
-        weights.resize(count);
-        float *value = values.data(), *power = powers.data();
-#pragma omp simd reduction(+ : total)
-        for (int64_t i = 0; i < count; i++) {
-            value[i] = (value[i] - top) / temperature;
-            power[i] = exponential(value[i]);
-            total += power[i];
-        }
-        double scale = UNITS / total;
-        for (int64_t i = 0; i < count; i++)
-            weights[i] = bits<int64_t>(power[i] * scale + NO_FRACTION) - bits<int64_t>(NO_FRACTION);
+    uint64_t place_of(uint64_t id) const { return place(blocks[id / BLOCK].values[id % BLOCK], id); }
+    uint64_t weight(uint64_t id) const { return std::nearbyint(blocks[id / BLOCK].powers[id % BLOCK] * scale); }
+
+    // The sum of the weights up to the place `last`; of each block in `masses`.
+    uint64_t mass_until(uint64_t last) {
+        uint64_t total = 0;
+        masses.assign(maxima.size(), 0);
+        for (size_t i = 0; i < maxima.size(); i++)
+            if (magnitude(maxima[i]) <= last >> 32) total += masses[i] = blocks[i].mass_until(last, i * BLOCK, scale);
+        return total;
     }
 
-    void fill_buckets() {
-        size_t count = values.size();
-        bucket_of.resize(count);
-        for (size_t i = 0; i < count; i++) {
-            int bucket = int(magnitude(values[i]) >> BUCKET_SHIFT) - FIRST_BUCKET;
-            bucket_of[i] = std::min(std::max(bucket, 0), BUCKETS - 1);
-        }
-        buckets.assign(BUCKETS, 0);
-        for (size_t i = 0; i < count; i++) buckets[bucket_of[i]] += weights[i] | 1ull << COUNT_SHIFT;
+    // Of the tokens of values from `least` up.
+    Sum sum_from(float least) const {
+        Floats count = {}, mass = {};
+        for (size_t block = 0; block < maxima.size(); block++)
+            for (int i = 0; i < BLOCK && maxima[block] >= least; i += LANES) {
+                Ints from = load(blocks[block].values + i) >= least;
+                mass += from ? load(blocks[block].powers + i) : 0.0f;
+                count += from ? Floats{} + 1.0f : 0.0f;
+            }
+        return {::total(count), ::total(mass)};
     }
 
-    void sort_bucket(int bucket) {
+    // Fills `places` with a narrow band of values: the tokens likelier than those in it are not `enough` yet, with them
+    // they are, or all are that have a weight. Returns the value that the band is below.
+    float find_band(float Sum::*measure, float enough) {
+        float low = -1, high = 1;
+        Sum from_low = sum_from(low), from_high = {};
+        for (; from_low.*measure < enough && low > NO_WEIGHT; from_low = sum_from(low)) {
+            high = low, from_high = from_low;
+            low = std::max(2 * low, NO_WEIGHT);
+        }
+        for (int turn = 0; turn < TURNS && from_low.count - from_high.count > FEW; turn++) {
+            float middle = (low + high) / 2;
+            Sum sum = sum_from(middle);
+            if (sum.*measure < enough)
+                high = middle, from_high = sum;
+            else
+                low = middle, from_low = sum;
+        }
+        collect(low, high);
+        return high;
+    }
+
+    // Fills `places` with the tokens of values from `low` up and below `high`, in the order of the ids.
+    void collect(float low, float high) {
         places.clear();
-        for (size_t start = 0; start < values.size(); start += BLOCK) {
-            size_t end = std::min<size_t>(start + BLOCK, values.size());
-            uint16_t any = 0;
-            for (size_t i = start; i < end; i++) any |= bucket_of[i] == bucket;
-            for (size_t i = start; any && i < end; i++)
-                if (bucket_of[i] == bucket) places.push_back(uint64_t(magnitude(values[i])) << 32 | i);
+        for (size_t block = 0; block < maxima.size(); block++) {
+            uint64_t band = 0;
+            for (int i = 0; i < BLOCK && maxima[block] >= low; i += LANES) {
+                Floats values = load(blocks[block].values + i);
+                band |= bits_of((values >= low) & (values < high)) << i;
+            }
+            for (; band; band &= band - 1) places.push_back(place_of(block * BLOCK + __builtin_ctzll(band)));
         }
-        std::sort(places.begin(), places.end());
     }
 
-    // The place of the last token that top-k, top-p and min-p keep.
-    uint64_t last_kept(const Settings &settings) {
-        uint64_t last = uint64_t(magnitude(settings.min_p)) << 32 | WORD, total = 0;
-        bool limited = settings.top_k > 0 && settings.top_k < int64_t(values.size());
-        if (!limited && settings.top_p == DRAWS) return last;
-        fill_buckets();
-        if (limited) {
-            int64_t count = 0;
-            int bucket = 0;
-            for (; count + int64_t(buckets[bucket] >> COUNT_SHIFT) < settings.top_k; bucket++) {
-                count += buckets[bucket] >> COUNT_SHIFT;
-                total += buckets[bucket] & MASS;
-            }
-            if (buckets[bucket] & MASS) {  // else it does not matter where the border is
-                sort_bucket(bucket);
-                uint64_t border = places[settings.top_k - count - 1] | WORD;  // with ties
-                for (uint64_t place : places)
-                    if (place <= border) total += weights[place & WORD];
-                last = std::min(last, border);
-            }
-        } else {
-            for (uint64_t packed : buckets) total += packed & MASS;
-        }
-        if (settings.top_p == DRAWS) return last;
-        return std::min(last, nucleus(total * settings.top_p));
+    // The place of the last token that top-k keeps: the k-th one's, or after it that of one as likely.
+    uint64_t last_of(int64_t top_k) {
+        float high = find_band(&Sum::count, top_k);
+        int64_t index = top_k - 1 - int64_t(sum_from(high).count);
+        if (index >= int64_t(places.size())) return LAST_PLACE;  // fewer have a weight
+        std::nth_element(places.begin(), places.begin() + index, places.end());
+        return places[index] | WORD;
     }
 
     // The place of the last token before which there is less than `enough`, in units of 1 / (UNITS * DRAWS).
     uint64_t nucleus(uint64_t enough) {
-        uint64_t mass = 0;
-        int bucket = 0;
-        for (; bucket < BUCKETS - 1 && (mass + (buckets[bucket] & MASS)) << DRAW_BITS < enough; bucket++)
-            mass += buckets[bucket] & MASS;
-        sort_bucket(bucket);
-        uint64_t last = places[0];
-        for (uint64_t place : places) {
-            if (mass << DRAW_BITS >= enough) break;
-            last = place;
-            mass += weights[place & WORD];
+        float high = find_band(&Sum::mass, enough / (scale * DRAWS));
+        uint64_t mass = high > 0 ? 0 : mass_until(place(high, WORD)), inside = 0;
+        for (uint64_t place : places) inside += weight(place & WORD);
+        if (mass << DRAW_BITS >= enough || (mass + inside) << DRAW_BITS < enough) {  // rounding misled the search
+            collect(NO_WEIGHT, 1);
+            mass = 0;
         }
-        return last;
+        auto first = places.begin(), end = places.end();
+        while (end - first > 1) {
+            auto middle = first + (end - first) / 2;
+            std::nth_element(first, middle, end);
+            uint64_t more = mass;
+            for (auto place = first; place < middle; place++) more += weight(*place & WORD);
+            if (more << DRAW_BITS >= enough)
+                end = middle;
+            else
+                first = middle, mass = more;
+        }
+        return *first;
+    }
+
+    // The place of the last token that top-k, top-p and min-p keep.
+    uint64_t last_kept(const Settings &settings, int64_t count) {
+        bool limited = settings.top_k > 0 && settings.top_k < count;
+        uint64_t last = limited ? last_of(settings.top_k) : LAST_PLACE;
+        if (settings.top_p < DRAWS)
+            last = std::min(last, nucleus(std::max<uint64_t>(mass_until(last) * settings.top_p, 1)));
+        return std::min(last, place(settings.min_p, WORD));
     }
 
     // The id at the share `number` / DRAWS of the weights up to the place `last`, in the order of the ids.
-    int64_t draw(uint64_t last, int64_t number) {
-        uint32_t border = last >> 32, border_id = last;
-        int64_t count = values.size(), total = 0;
-        masses.clear();
-        for (int64_t start = 0; start < count; start += BLOCK) {
-            int64_t mass = 0, end = std::min(start + BLOCK, count);
-            for (int64_t i = start; i < end; i++) {
-                uint32_t own = magnitude(values[i]);
-                bool keep = own < border || (own == border && uint32_t(i) <= border_id);
-                weights[i] = keep ? weights[i] : 0;
-                mass += weights[i];
-            }
-            masses.push_back(mass);
-            total += mass;
+    int64_t draw(uint64_t last, uint64_t number) {
+        uint64_t left = mass_until(last) * number >> DRAW_BITS, block = 0;
+        for (; left >= masses[block]; block++) left -= masses[block];
+        for (uint64_t id = block * BLOCK;; id++) {
+            uint64_t own = place_of(id) <= last ? weight(id) : 0;
+            if (left < own) return id;
+            left -= own;
         }
-        int64_t left = int64_t(uint64_t(total) * number >> DRAW_BITS), id = 0;
-        for (int64_t mass : masses) {
-            if (left < mass) break;
-            left -= mass;
-            id += BLOCK;
-        }
-        while (left >= weights[id]) left -= weights[id++];
-        return id;
     }
 
     int64_t choose(const float *logits, int64_t count, const Settings &settings, const uint8_t *seen,
                    const int64_t *banned, int64_t banned_count, int64_t number) {
-        if (!load(logits, count)) return NOT_FINITE;
-        if (seen && settings.penalty != 1) penalize(seen, settings.penalty);
-        for (int64_t i = 0; i < banned_count; i++) values[banned[i]] = -INFINITY;
-        if (settings.temperature == 0) return std::find(values.begin(), values.end(), maximum()) - values.begin();
-        weigh(settings.temperature);
-        return draw(last_kept(settings), number);
+        if (!scan(logits, count)) return NOT_FINITE;
+        bool penalized = seen && settings.penalty != 1;
+        if (penalized || banned_count) {
+            changed.assign(logits, logits + count);
+            if (penalized) penalize(seen, settings.penalty);
+            for (int64_t i = 0; i < banned_count; i++) changed[banned[i]] = -INFINITY;
+            scan(logits = changed.data(), count);
+        }
+        if (settings.temperature == 0) {
+            auto best = std::find(maxima.begin(), maxima.end(), maximum(maxima.data(), maxima.size()));
+            return std::find(logits + (best - maxima.begin()) * BLOCK, logits + count, *best) - logits;
+        }
+        weigh(logits, count, settings.temperature);
+        return draw(last_kept(settings, count), number);
     }
 };
 
@@ -210,7 +286,7 @@ struct Row {
 
 // Logits of `rows` rows of `vocabulary`, each `stride` floats after the last -> ids. The settings are those of Filters,
 // one per row; `seen` is null or one byte per row and token, `seen_stride` bytes from row to row; `banned` are N ids
-// below `vocabulary`; `draws` are at least 0 and below DRAWS.
+// below `vocabulary`, not all of them; `draws` are at least 0 and below DRAWS.
 extern "C" void gpt_choose(const float *logits, int64_t rows, int64_t vocabulary, int64_t stride,
                            const float *temperature, const int64_t *top_k, const int64_t *top_p, const float *min_p,
                            const float *penalty, const uint8_t *seen, int64_t seen_stride, const int64_t *banned,
