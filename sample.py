@@ -41,7 +41,7 @@ class Source:
 class Destination:
     out: str = ""
     """file for JSONL {id, prompt, text, tokens, logprobs, finish_reason}; without it, texts or JSONL go to stdout. With
-    --prompts, answers that are in it stay and only what is missing is generated"""
+    --prompts, answers that are in it stay, whatever their settings were, and only what is missing is generated"""
     stream: Literal["auto", "on", "off"] = "auto"
     """show text while it is generated; auto: on a terminal"""
     raw: bool = False
@@ -58,7 +58,8 @@ class Machine:
     """int8: the weights of the large matrices in 8 bits, a scale for each output"""
     backend: Literal["auto", "eager", "compiled", "native", "captured"] = "auto"
     """what runs the model: auto chooses by device and amount of work; eager: plain torch; compiled: torch.compile;
-    native: own C++ kernels on a CPU; captured: a CUDA graph"""
+    native: own C++ kernels on a CPU, which auto builds in the background when it first misses them; captured: a CUDA
+    graph. They round differently: the same text again needs the same one"""
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch"""
 
@@ -159,7 +160,7 @@ def answers_so_far(config, prompts):
     samples = {prompt.id: prompt.settings.get("num_samples", config.generation.num_samples) for prompt in prompts}
     answers = Answers(out, prompts, samples)
     if answers.finished:
-        rest = "going on" if len(answers.finished) < len(prompts) else "nothing is left to do"
+        rest = "going on" if len(answers.finished) < len(prompts) else "delete it to make them again"
         note("info", f"{out}: {len(answers.finished)} of {len(prompts)} prompts are answered; {rest}")
     return answers
 

@@ -1,11 +1,12 @@
 """How fast texts are generated: this project against other programs, by turns, on the same random weights.
 
-    python benchmarks/decode.py --work /tmp/bench --json decode.json
+    python benchmarks/decode.py --json decode.json
     python benchmarks/decode.py --impl ours:int8,openvino:int8,llamacpp:f16,nanogpt=../nanoGPT --batch 1
     python benchmarks/decode.py --ablation
 
 Each program runs in a process of its own that is stopped while others run; first its greedy text is checked, then in
-each round every program generates once. On a GPU, the default is our own back ends on four sizes and batch 1, 8, 64."""
+each round every program generates once, each round beginning with another program. On a GPU, the default is our own
+back ends on four sizes and batch 1, 8, 64."""
 
 import argparse
 import dataclasses
@@ -49,8 +50,9 @@ def main():
         tell(f"warning: load average {record['machine']['load']:.1f}, other work is running; times will be uneven")
     for model in config.model:
         folder = weights.make_weights(config.work, model)
-        programs = start_all(config, folder, record)
+        programs = []
         try:
+            start_all(config, folder, record, programs)
             for batch in config.batch:
                 measure(config, folder, batch, programs, record, deadline)
         finally:
@@ -73,7 +75,7 @@ def parse(words):
     add("--model", help=f"sizes, with commas, out of {', '.join(weights.SIZES)}; on a CPU gpt2")
     add("--batch", help="texts side by side, with commas; on a CPU 1,8")
     add("--prompt", type=int, default=32, help="tokens of each prompt (default %(default)s)")
-    add("--new_tokens", type=int, default=128, help="tokens to generate after each (default %(default)s)")
+    add("--new_tokens", type=int, default=128, help="tokens to generate after each, 2 or more (default %(default)s)")
     add("--pairs", type=int, default=5, help="rounds, in each of which every program runs once (default %(default)s)")
     add("--minutes", type=float, default=0, help="begin no round after this time; 0 is no limit")
     add("--threads", type=int, default=default_threads(), help="CPU threads (default %(default)s)")
@@ -82,6 +84,8 @@ def parse(words):
     add("--optimum_cli", default="optimum-cli", help="the program that converts for OpenVINO (default %(default)s)")
     add("--json", help="file for all figures")
     config = parser.parse_args(words)
+    if config.new_tokens < 2:
+        parser.error(f"--new_tokens {config.new_tokens}: the time of a decode step needs 2 or more")
     config.device = config.device or default_device()
     impl, ladder, batch, model = DEFAULTS[config.device]
     config.impl = (ladder if config.ablation else config.impl or impl).split(",")
@@ -125,17 +129,16 @@ def cpu_lines():
 # ---- measuring
 
 
-def start_all(config, folder, record):
-    """A Worker for each program that loads; the others' reasons go into the record."""
-    programs = []
+def start_all(config, folder, record, programs):
+    """Add a Worker for each program to `programs`, before it loads: whatever is raised here, the caller can close them
+    all. Of those that do not load, the reasons go into the record; what is absent there already is not tried again."""
     for name in config.impl:
+        if name in record["absent"]:
+            continue
         spec = f"{name}:{config.optimum_cli}" if name.startswith("openvino") else name
         tell(f"loading {name}")
-        try:
-            programs.append(Worker(name, spec, folder, config.threads, config.device))
-        except Absent as error:
-            record["absent"][name] = str(error)
-    return programs
+        programs.append(Worker(name, spec, folder, config.threads, config.device))
+        guarded(record, programs[-1], lambda program: program.wait_loaded())
 
 
 def measure(config, folder, batch, programs, record, deadline):
@@ -145,7 +148,7 @@ def measure(config, folder, batch, programs, record, deadline):
         if time.monotonic() > deadline:
             break
         tell(f"{folder.name}, batch {batch}: round {number + 1} of {config.pairs}")
-        for program in programs:
+        for program in in_turn(programs, number):
             if program.name == "bandwidth":
                 guarded(record, program, read_memory, record["bandwidth"])
             elif program.name in results:
@@ -155,12 +158,19 @@ def measure(config, folder, batch, programs, record, deadline):
     record["results"] += results.values()
 
 
+def in_turn(items, number):
+    """`items` in the order of round `number`: each round begins with the next, so that drift and heat do not always
+    fall on the same one."""
+    first = number % len(items) if items else 0
+    return [*items[first:], *items[:first]]
+
+
 def checked(config, folder, batch, programs, record):
     """Results, as yet without figures, of the programs that compute this model."""
     prompts = weights.prompts_of(folder, batch, config.prompt)
     reference, results = Reference(folder, config.device), {}
     for program in programs:
-        if program.name != "bandwidth":
+        if program.name != "bandwidth" and program.name not in record["absent"]:
             result = {"model": folder.name, "batch": batch, "program": program.name, "version": program.version}
             result |= {"load_seconds": program.load_seconds, "rounds": []}
             if guarded(record, program, check, prompts, reference, result):
@@ -185,9 +195,14 @@ def check(program, prompts, reference, result):
     seconds, texts = program.ask("generate", prompts, CHECKED_TOKENS, True)
     found = reference.agreement(prompts, texts)
     result |= {"first_call_seconds": seconds, "agreement": dataclasses.asdict(found)}
-    if not found.fine(exact=bool(EXACT & set(program.name.split(":")))):
+    if not found.fine(is_exact(program.name)):
         raise Absent(f"its greedy text is not this model's: {found}")
     program.ask("generate", prompts, 2 * CHECKED_TOKENS, False)  # warm up
+
+
+def is_exact(name):
+    """Whether a program computes in fp32 throughout."""
+    return name.startswith("nanogpt=") or bool(EXACT & set(name.split(":")))
 
 
 def one_round(program, folder, batch, config, rounds):

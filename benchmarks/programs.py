@@ -29,7 +29,9 @@ class Ours:
         texts = [self.generator.tokenizer.decode(prompt) for prompt in prompts]
         sampling = {"temperature": TEMPERATURE, "top_k": TOP_K, "top_p": TOP_P, "seed": 1}
         sampling = {"temperature": 0.0} if greedy else sampling
-        found = self.generator.generate(texts, max_new_tokens=new_tokens, ignore_eot=True, **sampling)
+        found = self.generator.generate(
+            texts, max_new_tokens=new_tokens, ignore_eot=True, rows=len(prompts), **sampling
+        )
         return [completion.ids for [completion] in found]
 
 
@@ -173,12 +175,15 @@ class LlamaCpp:
             return
         if self.context:
             self.api.llama_free(self.context)
+            self.api.llama_batch_free(self.batch)
+        self.context, self.rows = None, 0
         settings = self.api.llama_context_default_params()
         settings.n_ctx = settings.n_batch = self.CONTEXT * rows
         settings.n_seq_max = rows
         settings.n_threads = settings.n_threads_batch = self.threads
-        self.context, self.rows = self.api.llama_init_from_model(self.model, settings), rows
-        self.batch = self.api.llama_batch_init(self.CONTEXT * rows, 0, 1)
+        self.context = self.api.llama_init_from_model(self.model, settings)
+        assert self.context, f"llama.cpp gives no context for {rows} texts; too little memory?"
+        self.batch, self.rows = self.api.llama_batch_init(self.CONTEXT * rows, 0, 1), rows
 
     def sampler(self, greedy, seed):
         api = self.api

@@ -1,11 +1,15 @@
 """Many prompts of unequal length: rows that are refilled as texts end, against fixed batches in the order of the file.
 
-    python benchmarks/prompts.py --work /tmp/bench --json prompts.json
-    python benchmarks/prompts.py --work /tmp/bench --prompts 100 --dtype bf16
+    python benchmarks/prompts.py --json prompts.json
+    python benchmarks/prompts.py --prompts 100 --dtype bf16
 
-All ways use the same model, back end and number of rows and must give the same texts. A fixed batch runs until its
-longest text is done; its rows that have finished wait. Its prompts are read padded to the longest, as a batch in one
-tensor is; --unpadded adds fixed batches that read them as the refilled rows do."""
+All ways use the same model, back end and number of rows. A fixed batch runs until its longest text is done; its rows
+that have finished wait. "fixed" reads each prompt padded to the batch's longest: a batch in one tensor has to, and that
+is how batches are usually run. "unpadded" saves that work, as the refilled rows do, and is the harder comparison: what
+refilling gains over it, it gains by rows that do not wait.
+
+On the native back end all ways must give the same texts. On others padding changes the shape of products, and with it
+their rounding; the share of equal texts is reported."""
 
 import argparse
 import contextlib
@@ -16,31 +20,29 @@ import time
 from pathlib import Path
 
 import weights
-from decode import default_threads, tell
+from decode import default_threads, in_turn, tell
 
 PROMPT_TOKENS, NEW_TOKENS = (5, 400), (10, 200)  # from, to
 
 
 def main():
     config = parse(sys.argv[1:])
-    generator = load(config)
-    prompts, params = task(generator, weights.make_weights(config.work, config.model), config)
-    tokens = sum(each.max_new_tokens for each in params)
-    ways = {"refilled": refilled, "fixed": fixed} | ({"unpadded": unpadded} if config.unpadded else {})
-    rounds = []
-    warm = slice(0, config.rows)
-    refilled(generator, prompts[warm], params[warm], config.rows)
+    folder = weights.make_weights(config.work, config.model)
+    generator = load(config, folder)
+    prompts, lengths, params = task(generator, folder, config)
+    ways = {
+        "refilled": lambda: refilled(generator, prompts, params),
+        "fixed": lambda: fixed(generator, prompts, lengths, params, padded=True),
+        "unpadded": lambda: fixed(generator, prompts, lengths, params, padded=False),
+    }
+    refilled(generator, prompts[: config.rows], params[: config.rows])  # warm up
+    record = {"settings": vars(config) | {"work": str(config.work)}, "backend": generator.backend}
+    record |= {"tokens": sum(each.max_new_tokens for each in params), "rounds": [], "equal": []}
     for number in range(config.rounds):
-        found, seconds = {}, {}
-        for name, way in ways.items():
-            tell(f"round {number + 1} of {config.rounds}: {name}")
-            start = time.perf_counter()
-            found[name] = way(generator, prompts, params, config.rows)
-            seconds[name] = time.perf_counter() - start
-        for name in ways:
-            assert found[name] == found["refilled"], f"{name}: other texts than refilled"
-        rounds.append(seconds)
-    report(config, tokens, rounds)
+        seconds, equal = one_round(ways, number, params, exact=generator.backend == "native")
+        record["rounds"].append(seconds)
+        record["equal"].append(equal)
+    report(config, record)
 
 
 def parse(words):
@@ -49,8 +51,7 @@ def parse(words):
     add("--model", default="gpt2", choices=weights.SIZES, help="default %(default)s")
     add("--prompts", type=int, default=1000, help="how many (default %(default)s)")
     add("--rows", type=int, default=8, help="texts side by side (default %(default)s)")
-    add("--rounds", type=int, default=1, help="default %(default)s")
-    add("--unpadded", action="store_true", help="a third way: fixed batches without padding")
+    add("--rounds", type=int, default=1, help="each begins with another way (default %(default)s)")
     add("--dtype", default="auto", help="default %(default)s")
     add("--quantize", default="none", help="none or int8 (default %(default)s)")
     add("--backend", default="auto", help="default %(default)s")
@@ -61,17 +62,21 @@ def parse(words):
     return parser.parse_args(words)
 
 
-def load(config):
+def load(config, folder):
+    """A TextGenerator whose back end does not depend on how many prompts it is given at once."""
+    from gpt.backend import pick_backend
     from gpt.generate import TextGenerator
     from gpt.runtime import set_threads
 
     set_threads(config.threads)
-    folder = weights.make_weights(config.work, config.model)
-    return TextGenerator.load(folder, config.device, config.dtype, config.quantize, config.backend)
+    generator = TextGenerator.load(folder, config.device, config.dtype, config.quantize, config.backend)
+    steps = config.prompts * sum(NEW_TOKENS) // 2 // config.rows
+    generator.backend = pick_backend(config.backend, generator.model, steps)
+    return generator
 
 
 def task(generator, folder, config):
-    """Texts and the GenerationParams of each; lengths are drawn from a fixed seed."""
+    """Texts, their lengths in tokens and the GenerationParams of each; all is drawn from a fixed seed."""
     import numpy as np
 
     draw = np.random.default_rng(1)
@@ -79,11 +84,30 @@ def task(generator, folder, config):
     limits = draw.integers(NEW_TOKENS[0], NEW_TOKENS[1] + 1, config.prompts)
     words = weights.prompts_of(folder, config.prompts, PROMPT_TOKENS[1])
     texts = [generator.tokenizer.decode(row[:length]) for row, length in zip(words, lengths, strict=True)]
+    encoded = [len(generator.tokenizer.encode(text)) for text in texts]
     settings = {"ignore_eot": True, "seed": 1, "rows": config.rows, "temperature": 1.0, "top_k": 50, "top_p": 0.95}
-    return texts, [generator.params(max_new_tokens=int(limit), **settings) for limit in limits]
+    return texts, encoded, [generator.params(max_new_tokens=int(limit), **settings) for limit in limits]
 
 
-def refilled(generator, prompts, params, rows, first_id=1):
+def one_round(ways, number, params, exact):
+    """Run each way once: (seconds by way, share of texts that are those of the refilled rows by way). All texts must
+    have the length asked for, and if `exact` be the same."""
+    seconds, found = {}, {}
+    for name in in_turn(list(ways), number):
+        tell(f"round {number + 1}: {name}")
+        start = time.perf_counter()
+        found[name] = ways[name]()
+        seconds[name] = time.perf_counter() - start
+    expected, equal = found["refilled"], {}
+    for name, texts in found.items():
+        lengths = [len(texts[prompt_id]) for prompt_id in range(1, len(params) + 1)]
+        assert lengths == [each.max_new_tokens for each in params], f"{name}: texts of other lengths than asked for"
+        equal[name] = sum(texts[prompt_id] == expected[prompt_id] for prompt_id in expected) / len(expected)
+        assert equal[name] == 1 or not exact, f"{name}: {equal[name]:.1%} of the texts are those of refilled rows"
+    return seconds, equal
+
+
+def refilled(generator, prompts, params, first_id=1):
     """The ids of each prompt's text, by the number of the prompt."""
     texts = {}
     for sequence, _ in generator.run(prompts, params, range(first_id, first_id + len(prompts))):
@@ -92,22 +116,14 @@ def refilled(generator, prompts, params, rows, first_id=1):
     return texts
 
 
-def fixed(generator, prompts, params, rows):
-    """The same, batch by batch, the prompts of each padded to its longest."""
-    texts = {}
+def fixed(generator, prompts, lengths, params, padded):
+    """The same, batch by batch; if `padded`, the prompts of each are padded to its longest."""
+    texts, rows = {}, params[0].rows
     for start in range(0, len(prompts), rows):
         batch = slice(start, start + rows)
-        longest = max(len(generator.tokenizer.encode(prompt)) for prompt in prompts[batch])
-        with padded_to(longest - 1):  # a prompt's last token is read by the first step
-            texts |= refilled(generator, prompts[batch], params[batch], rows, first_id=start + 1)
-    return texts
-
-
-def unpadded(generator, prompts, params, rows):
-    texts = {}
-    for start in range(0, len(prompts), rows):
-        batch = slice(start, start + rows)
-        texts |= refilled(generator, prompts[batch], params[batch], rows, first_id=start + 1)
+        longest = max(lengths[batch]) - 1  # a prompt's last token is read by the first step
+        with padded_to(longest) if padded else contextlib.nullcontext():
+            texts |= refilled(generator, prompts[batch], params[batch], first_id=start + 1)
     return texts
 
 
@@ -131,17 +147,20 @@ def padded_to(tokens):
         Decoder.prefill = plain
 
 
-def report(config, tokens, rounds):
-    ratios = {name: [each[name] / each["refilled"] for each in rounds] for name in rounds[0] if name != "refilled"}
-    speeds = {name: tokens / statistics.median(seconds[name] for seconds in rounds) for name in rounds[0]}
-    print(f"{config.prompts} prompts, {tokens} new tokens, {config.rows} rows, {config.model}")
+def report(config, record):
+    rounds, tokens = record["rounds"], record["tokens"]
+    others = [name for name in rounds[0] if name != "refilled"]
+    record["ratios"] = {name: [each[name] / each["refilled"] for each in rounds] for name in others}
+    speeds = {name: tokens / statistics.median(each[name] for each in rounds) for name in rounds[0]}
+    print(f"{config.prompts} prompts, {tokens} new tokens, {config.rows} rows, {config.model}, {record['backend']}")
     for name, speed in speeds.items():
         print(f"  {name:8} {speed:8.1f} tok/s")
-    for name, found in ratios.items():
-        print(f"  refilled / {name}: {statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})")
+    for name, found in record["ratios"].items():
+        same = min(each[name] for each in record["equal"])
+        ratio = f"{statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})"
+        print(f"  refilled / {name}: {ratio}; {same:.1%} of the texts equal")
     if config.json:
-        record = {"settings": vars(config) | {"work": str(config.work)}, "tokens": tokens, "rounds": rounds}
-        Path(config.json).write_text(json.dumps(record | {"ratios": ratios}, indent=1) + "\n", encoding="utf-8")
+        Path(config.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def check_greedy(folder):
                 worst = max(worst, largest_gap(text, prompt, completion.ids))
         found[name] = worst
         print(f"      {name}: largest gap {worst:.1e}", flush=True)
-    bad = [name for name, worst in found.items() if worst >= (1e-4 if name.endswith("fp32") else 0.5)]
+    bad = [name for name, worst in found.items() if worst >= (1e-4 if " fp32" in name else 0.5)]
     expect(not bad, f"a chosen logit is too far below the maximum: {', '.join(bad)}")
     return f"{len(found)} back ends and forms"
 
@@ -158,7 +158,8 @@ def check_neighbours(folder):
 def check_same_texts(folder):
     """In fp32 all back ends draw the same texts, but for draws at the border of two tokens."""
     prompts = [f"def f{n}(x):\n" for n in range(20)]
-    for settings in ({"top_k": 50}, {"top_p": 0.99, "temperature": 1.5}, {"min_p": 0.02, "repetition_penalty": 1.2}):
+    penalized = {"min_p": 0.02, "repetition_penalty": 1.2}
+    for settings in ({}, {"top_k": 50}, {"top_p": 0.99, "temperature": 1.5}, penalized):
         texts = {
             name: text.generate(prompts, seed=3, max_new_tokens=100, rows=8, num_samples=2, **settings)
             for name, text in generators(folder, FORMS[:1])
@@ -167,7 +168,7 @@ def check_same_texts(folder):
         for name, found in texts.items():
             same = sum(c.ids == ids for c, ids in zip((c for cs in found for c in cs), reference, strict=True))
             expect(same >= 36, f"{name}, {settings}: only {same} of 40 texts are the eager back end's")
-    return "at least 36 of 40 texts in each of three settings"
+    return "at least 36 of 40 texts in each of four settings"
 
 
 def check_undecided(folder):
@@ -224,9 +225,9 @@ def main():
     ):
         try:
             print(f"pass  {check.__name__}: {check(*arguments)}")
-        except (CheckFailed, gpt.Error, RuntimeError) as error:
+        except Exception as error:  # compilers raise what they like, and the other checks are to run
             failed += 1
-            print(f"FAIL  {check.__name__}: {error}")
+            print(f"FAIL  {check.__name__}: {type(error).__name__}: {error}")
     sys.exit(failed > 0)
 
 

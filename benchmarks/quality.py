@@ -33,7 +33,12 @@ def parse(words):
     add("checkpoint", help="checkpoint, run folder or hub name")
     add("text", type=Path, help="file of UTF-8 text; its end is used")
     add("--forms", default="fp32,bf16,int8", help="dtype, int8 and back end, as in decode.py (default %(default)s)")
-    add("--tokens", type=int, default=4096, help="tokens that are predicted (default %(default)s)")
+    add(
+        "--tokens",
+        type=int,
+        default=4096,
+        help="tokens to read; all but the first of each window are predicted (default %(default)s)",
+    )
     add("--rows", type=int, default=8, help="windows read side by side (default %(default)s)")
     add("--device", default="auto", help="default %(default)s")
     add("--threads", type=int, default=default_threads(), help="default %(default)s")
@@ -42,7 +47,7 @@ def parse(words):
 
 
 def run_form(config, form):
-    """(perplexity, logits (tokens, V) of all positions, in fp16 to save memory)."""
+    """(perplexity, logits (predicted tokens, V))."""
     import torch
     from programs import form_settings
 
@@ -57,7 +62,7 @@ def run_form(config, form):
 
 
 def windows(generator, config):
-    """Ids (windows, T + 1) of the end of the text, T as long as the context allows."""
+    """Ids (windows, T) of the end of the text, `tokens` of them at most; T is below the context."""
     import torch
 
     text = config.text.read_text(encoding="utf-8")
@@ -69,23 +74,24 @@ def windows(generator, config):
 
 
 def read(generator, ids, rows):
-    """Perplexity and logits of ids (windows, T), `rows` windows at a time, each token through a decode step."""
+    """Perplexity of ids (windows, T) and logits (windows * (T - 1), V), `rows` windows at a time, each token through a
+    decode step. The logits are in fp32, although 4096 tokens of GPT-2 fill 0.8 GB: fp16 would round a large one by more
+    than some forms err."""
     import torch
 
     from gpt.backend import make_backend, pick_backend
 
     backend = make_backend(pick_backend(generator.backend, generator.model, 1_000_000), generator.model)
-    logits, nats = [], 0.0
-    for batch in ids.to(generator.model.device).split(rows):
+    predicted = ids.shape[1] - 1
+    logits, nats = torch.empty(len(ids), predicted, generator.model.vocab_size), 0.0
+    for batch, kept in zip(ids.to(generator.model.device).split(rows), logits.split(rows), strict=True):
         cache = new_cache(generator.model, len(batch), backend)
-        steps = []
-        for column, target in zip(batch[:, :-1].t(), batch[:, 1:].t(), strict=True):
+        for place, (column, target) in enumerate(zip(batch[:, :-1].t(), batch[:, 1:].t(), strict=True)):
             found = backend.decode(column.contiguous(), cache)
             cache.counts += 1
             nats -= found.log_softmax(-1).gather(1, target[:, None]).sum().item()
-            steps.append(found.half().cpu())
-        logits.append(torch.stack(steps, 1).flatten(0, 1))
-    return math.exp(nats / (ids.shape[0] * (ids.shape[1] - 1))), torch.cat(logits)
+            kept[:, place] = found
+    return math.exp(nats / (len(ids) * predicted)), logits.flatten(0, 1)
 
 
 def new_cache(model, rows, backend):
@@ -97,8 +103,8 @@ def new_cache(model, rows, backend):
 def summary(form, found, reference):
     """What one form's perplexity and logits are against the reference's."""
     (perplexity, logits), (expected, correct) = found, reference
-    squares = sum((a.float() - b.float()).square().sum().item() for a, b in zip(logits, correct, strict=True))
-    spread = sum(row.float().var().item() for row in correct)
+    squares = sum((a - b).square().sum().item() for a, b in zip(logits, correct, strict=True))
+    spread = sum(row.var().item() for row in correct)
     return {
         "form": form,
         "perplexity": perplexity,

@@ -27,14 +27,15 @@ def rates(result, config, record, folder):
 def bytes_per_step(program, folder, batch, context):
     """Bytes of weights and cache that a step must read, or None where the precision is not in the program's name. The
     position table is left out, the token table counts once, as the head. The cache is in fp32 in fp32, else in 16
-    bits."""
+    bits; llama.cpp's is always in F16."""
     width = next((BYTES[word] for word in program.split(":") if word in BYTES), None)
     if width is None:
         return None
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     layers, channels = config["n_layer"], config["n_embd"]
+    cache_width = 4 if width == 4 and not program.startswith("llamacpp") else 2
     weights = 12 * layers * channels**2 + config["vocab_size"] * channels
-    return weights * width + batch * 2 * layers * channels * context * (4 if width == 4 else 2)
+    return weights * width + batch * 2 * layers * channels * context * cache_width
 
 
 def nearest_bandwidth(bandwidth, size):

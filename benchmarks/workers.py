@@ -18,7 +18,8 @@ class Absent(Exception):
 
 
 class Worker:
-    """A program in its own process, stopped unless it is being asked something."""
+    """A program in its own process, stopped unless it is being asked something. Whoever makes one must `close` it,
+    whatever happens: at exit Python waits for the process, and one that is stopped never ends."""
 
     def __init__(self, name, spec, folder, threads, device):
         self.name = name
@@ -29,6 +30,9 @@ class Worker:
         self.process = context.Process(target=serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
+
+    def wait_loaded(self):
+        """Wait until the program is ready to be asked. Raises Absent."""
         self.load_seconds, self.version = self.answer()
         self.signal("SIGSTOP")
 

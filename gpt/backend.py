@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gpt.errors import InputError
+from gpt.errors import InputError, note
 from gpt.kernels import build
 from gpt.kernels.choosing import native_choose
 from gpt.kernels.native import NativeModel, supports
@@ -19,7 +19,7 @@ NAMES = ("auto", "eager", "compiled", "native", "captured")
 BUILD_PAYS = 4e10  # steps times parameters from which it pays to wait the seconds that building the kernels takes
 COMPILE_PAYS = 200_000  # steps from which compiling for a GPU, a minute or so, costs less than it saves
 TOKENS_PER_LAUNCH = 16  # over all rows: more are lost at the end of every text, with fewer a GPU waits for the host
-MOST_SHAPES = 64  # numbers of rows for which one process compiles
+MOST_SHAPES = 64  # for which one process compiles a function: numbers of rows, kinds of settings
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Backend:
     """as sampling.choose"""
     attention: Any = None
     """as model.masked_attention, for one new token a row; None is that"""
+    reads_beyond: bool = True
+    """whether `decode` reads the cache beyond a row's length too, if with the weight 0"""
     narrow: bool = False
     """handed to `choose`: whether it may leave a row undecided"""
 
@@ -79,7 +81,9 @@ def eager(model):
 
 
 def captured(model):
-    return Backend("captured", model, model.prefill, model.decode, choose, triton_attention(), narrow=True)
+    attention = triton_attention()
+    reads_beyond = attention is None
+    return Backend("captured", model, model.prefill, model.decode, choose, attention, reads_beyond, narrow=True)
 
 
 def compiled(model):
@@ -87,7 +91,8 @@ def compiled(model):
     on_gpu = model.device.type == "cuda"
     # On a CPU `choose` decides on the host how much to sort.
     chooser, attention = (compile_static(choose), triton_attention()) if on_gpu else (choose, None)
-    return Backend("compiled", model, model.prefill, compile_static(model.decode), chooser, attention, narrow=on_gpu)
+    decode, reads_beyond = compile_static(model.decode), attention is None
+    return Backend("compiled", model, model.prefill, decode, chooser, attention, reads_beyond, narrow=on_gpu)
 
 
 def triton_attention():
@@ -113,13 +118,14 @@ def compile_static(function):
 
 def native(model):
     kernels = NativeModel(model, build.load())
-    return Backend("native", model, kernels.prefill, kernels.decode, native_choose(build.load()))
+    choose = native_choose(build.load())
+    return Backend("native", model, kernels.prefill, kernels.decode, choose, reads_beyond=False)
 
 
 def library(wait):
     """The compiled kernels; None where they are not there. Unless it pays to wait for them, they are then built in the
     background for the next program."""
     found = build.build() if wait else build.load()
-    if found is None and not wait:
-        build.start_build()
+    if found is None and not wait and build.start_build():
+        note("info", "the C++ kernels are being built in the background; until then --backend eager runs the model")
     return found

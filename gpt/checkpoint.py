@@ -2,7 +2,6 @@
 `step-000001000` plus `training/` with what an exact continuation needs. `training/manifest.json`, written last, names
 every file with size and sha256; the folder gets its name only when all of it is on the disk."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -292,23 +291,13 @@ def load_pretrained(path, dtype=torch.float32, device="cpu"):
     likely = likely_folder(path)
     if likely is None:
         return load_folder(find_model(path), dtype, device)
-    with ThreadPoolExecutor(1) as pool, one_thread():
+    with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(load_folder, likely, dtype, device)
         folder = find_model(path)  # what is wrong with the folder is said before what reading it ran into
         if folder == likely:
             return ahead.result()
+        del ahead  # the damaged folder's model
     return load_folder(folder, dtype, device)
-
-
-@contextlib.contextmanager
-def one_thread():
-    """Meanwhile torch computes with one thread: a second would wait for the core that hashes files."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def likely_folder(path):

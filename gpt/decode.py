@@ -3,6 +3,7 @@
 Shapes: R row slots, S cache positions (block_size). Each text under way (a Sequence) holds one slot; all slots advance
 together by one token a step, and a slot whose text is finished takes the next one that waits."""
 
+import re
 from collections import deque
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from gpt.errors import NonFiniteError
 from gpt.sampling import UNDECIDED
 from gpt.step import Rows, out_of_memory
+
+NO_MEMORY = "out of memory|can't allocate memory|not enough memory"  # what torch says, on GPUs and on CPUs
 
 
 class Launch:
@@ -48,7 +51,9 @@ class Decoder:
                 self.launch()
                 while self.under_way and (len(self.under_way) > self.launcher.lag or self.must_wait()):
                     yield from self.deliver(self.under_way.popleft())
-        except (torch.OutOfMemoryError, MemoryError):
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+                raise
             raise out_of_memory(self.model, len(self.rows)) from None
         finally:
             self.model.train(training)
@@ -59,8 +64,10 @@ class Decoder:
         self.begins_with = [None] * len(self.rows)
         self.under_way.clear()
         self.rows.reports = reports
+        self.launcher.backend = self.backend  # perhaps few candidates decide again
         for row in range(len(self.rows)):
             self.rows.filters.set(row, None)
+            self.cache.keep(row, 0)  # an interrupt may have come between a step and the host's count of it
 
     def must_wait(self):
         """Whether the next launch needs the results of all before it: a row is to slide, or none has work."""
@@ -87,6 +94,7 @@ class Decoder:
             if source != slot:
                 self.cache.copy_row(source, slot)
             self.cache.keep(slot, len(ids) - 1)
+            self.clear_beyond(slot)
         self.slots[slot], self.begins_with[slot] = sequence, sequence.prompt
         self.rows.next[slot] = ids[-1]
         self.rows.begin(slot, sequence.params.sampling, sequence.params.ignore_eot)
@@ -95,8 +103,13 @@ class Decoder:
     def prefill(self, slot, ids):
         """Empty the row and read `ids` (T,) into it."""
         self.cache.keep(slot, 0)
+        self.clear_beyond(slot)
         if len(ids):
             self.backend.prefill(ids[None], self.cache.row(slot))
+
+    def clear_beyond(self, slot):
+        if self.backend.reads_beyond:
+            self.cache.clear_beyond(slot)
 
     def on_device(self, ids):
         """A list of ids as a tensor; the copy to a GPU waits its turn there, and nobody waits for it."""

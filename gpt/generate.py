@@ -5,11 +5,12 @@ import secrets
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from gpt.backend import make_backend, pick_backend
 from gpt.config import GROUP, defaults, fields, refuse, suggestion, unflatten
 from gpt.decode import Decoder
-from gpt.errors import InputError, NonFiniteError
+from gpt.errors import InputError
 from gpt.memory import free_memory
 from gpt.sampling import SamplingParams
 from gpt.score import score_text
@@ -34,7 +35,7 @@ class GenerationParams:
     num_samples: int = 1
     """texts for each prompt"""
     seed: int | None = None
-    """the same seed and settings, --rows and precision among them, give the same text; None draws one"""
+    """the same seed and settings, --rows, precision and back end among them, give the same text; None draws one"""
     rows: int = 0
     """texts generated side by side, each with its own key-value cache; 0 goes by their number, the device and its free
     memory. Another number may round differently: the same text again needs the same --rows, precision and back end"""
@@ -70,6 +71,7 @@ class TextGenerator:
         usable = {name: value for name, value in (defaults or {}).items() if name in known}
         self.defaults = {name: value for name, value in usable.items() if type(value) in (int, known[name].type)}
         self.made = {}  # the Backends that were used, by name
+        self.weights = None  # those that `made` and `decoders` are for, as weights_now tells them
         self.decoders = {}  # the last Decoder, unless it is in use, by its back end's name and number of rows
 
     @classmethod
@@ -148,19 +150,24 @@ class TextGenerator:
         rows = (params[0].rows if params else 0) or self.fitting_rows(texts)
         steps = sum(each.num_samples * each.max_new_tokens for each in params) // rows
         name = pick_backend(self.backend, self.model, steps)
-        if name not in self.made:
-            self.made[name] = make_backend(name, self.model)
-        decoder = self.decoders.pop((name, rows), None)
-        self.decoders.clear()  # the cache of another would take memory from the new one's
-        decoder = decoder or Decoder(self.made[name], rows, self.tokenizer.eot, self.unused_ids())
+        decoder = self.decoder(name, rows)
         try:
             yield from decoder.run(sequences, reports)
-        except NonFiniteError:
-            decoder = None  # its cache holds what is not finite either
-            raise
         finally:
-            if decoder:
-                self.decoders[name, rows] = decoder
+            self.decoders[name, rows] = decoder
+
+    @torch.inference_mode(False)  # what is made now is also for callers who are not in that mode
+    def decoder(self, name, rows):
+        """A Decoder that is not in use: the last one, or a new one."""
+        if weights_now(self.model) != self.weights:  # what was made keeps addresses and copies of the weights before
+            self.made.clear()
+            self.decoders.clear()
+        if name not in self.made:
+            self.made[name] = make_backend(name, self.model)
+        self.weights = weights_now(self.model)
+        decoder = self.decoders.pop((name, rows), None)
+        self.decoders.clear()  # the cache of another would take memory from the new one's
+        return decoder or Decoder(self.made[name], rows, self.tokenizer.eot, self.unused_ids())
 
     def fitting_rows(self, texts):
         """Row slots for so many texts: as many as are of use on this device, and as their caches may take memory."""
@@ -185,3 +192,9 @@ class TextGenerator:
         """Ids that stand for no text and must never be chosen."""
         special = set(self.tokenizer.encoding._special_tokens.values())
         return [i for i in np.flatnonzero(self.tokenizer.byte_lengths() == 0).tolist() if i not in special]
+
+
+def weights_now(model):
+    """What tells a model's weights from later ones: where they lie, and how often they were changed there."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return [(tensor.data_ptr(), tensor.dtype, tensor._version) for tensor in tensors]

@@ -203,6 +203,7 @@ class Session:
             raise InputError(f"/set {name}: no value; write one after it, as in /set temperature 0.7")
         if name == "seed" and text in ("none", "None", "null"):
             self.settings.pop("seed", None)
+            self.seed = secrets.randbelow(1 << 32)
         else:
             value, problems = checked(name, value_in(name, text))
             if problems:

@@ -61,7 +61,8 @@ def keeps_scores(config, device):
 def free_memory(device):
     """Bytes that can still be taken on `device`."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, for later
+        return torch.cuda.mem_get_info(device)[0] + unused
     room = [limit - used for limit, used in group_limits()]
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         room.append(available_memory() or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -45,9 +45,8 @@ class KVCache:
     """Keys and values of all layers for `rows` rows of up to block_size positions each, and how many each row holds.
 
     A forward pass appends T positions to every row. Rows are independent, and attention gives positions beyond a row's
-    length the weight 0, so what they hold does not matter as long as it is finite: a cache that a model with damaged
-    weights wrote to is not to be used again. `attention` is masked_attention, or another of its meaning for one new
-    token a row."""
+    length the weight 0, so what they hold does not matter as long as it is finite: see `clear_beyond`. `attention` is
+    masked_attention, or another of its meaning for one new token a row."""
 
     def __init__(self, config, rows, dtype=torch.float32, device=None, attention=None):
         self.attention = attention or masked_attention
@@ -76,6 +75,11 @@ class KVCache:
         """Let a row hold only its first `tokens` positions."""
         self.lengths[index] = tokens
         self.counts[index] = tokens
+
+    def clear_beyond(self, index):
+        """Make 0 what a row's values are beyond its length. masked_attention gives them the weight 0, and 0 times a nan
+        or infinity that was left there would be nan."""
+        self.values[:, index, :, int(self.counts[index]) :] = 0
 
     def append(self, layer, k, v, positions):
         """Store k and v (B, H, T, D) at `positions` (B, T) of `layer`."""

@@ -133,9 +133,13 @@ class GraphLauncher(Launcher):
     def __init__(self, rows, backend, steps, lag=1):
         super().__init__(rows, backend, steps, lag)
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(rows.device)  # one for all: libraries keep a workspace for each
 
-    @torch.inference_mode()
     def launch(self, steps):
+        with torch.inference_mode(), torch.cuda.device(self.rows.device):  # streams and events are the current device's
+            return self.replay(steps)
+
+    def replay(self, steps):
         rows = self.rows
         kind = (steps, rows.reports, rows.filters.kind, rows.seen is None, self.backend.narrow)
         if kind not in self.graphs:
@@ -155,15 +159,14 @@ class GraphLauncher(Launcher):
     def capture(self, steps):
         """(graph, its results): `steps` steps recorded, not run."""
         with Unchanged(self.rows):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 for _ in range(WARM_UPS):
                     self.rows.cache.lengths.zero_()  # at the first position, wherever the rows are: there is room
                     self.rows.step(self.backend)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             results = [self.rows.step(self.backend) for _ in range(steps)]
         return graph, results
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -29,12 +30,72 @@ def run(module, monkeypatch, words, *more):
     module.main()
 
 
-@pytest.mark.parametrize("name", ["decode", "prompts", "quality"])
-def test_help_names_every_flag_with_its_default(benchmarks, name, monkeypatch, capsys):
+@pytest.mark.parametrize(("name", "words"), [("decode", "--device cpu"), ("prompts", ""), ("quality", "folder text")])
+def test_help_names_every_flag_with_its_default(benchmarks, name, words, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")  # nothing is wrapped
     with pytest.raises(SystemExit) as exit_of:
         run(benchmarks(name), monkeypatch, "--help")
     assert exit_of.value.code == 0
-    assert "--json" in capsys.readouterr().out
+    entries = re.split(r"\n  (?=-)", capsys.readouterr().out)[1:]
+    help_of = {re.search(r"--(\w+)", entry)[1]: entry for entry in entries}
+    config = vars(benchmarks(name).parse(words.split()))
+    for flag in config.keys() - {"checkpoint", "text"}:
+        value = config[flag]
+        assert flag in help_of
+        if value is not None and value is not False:
+            assert (",".join(map(str, value)) if isinstance(value, list) else str(value)) in help_of[flag]
+
+
+def test_decode_refuses_texts_of_one_token(benchmarks, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit_of:
+        run(benchmarks("decode"), monkeypatch, "--new_tokens 1")
+    assert exit_of.value.code == 2
+    assert "--new_tokens 1" in capsys.readouterr().err
+
+
+def test_an_interruption_while_programs_load_ends_those_that_wait(benchmarks, tiny, monkeypatch):
+    decode, Worker, started = benchmarks("decode"), benchmarks("workers").Worker, []
+
+    class Interrupted(Worker):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            started.append(self)
+
+        def wait_loaded(self):
+            if len(started) == 2:
+                assert started[0].process.is_alive()
+                raise KeyboardInterrupt
+            super().wait_loaded()
+
+    monkeypatch.setattr(decode, "Worker", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(decode, monkeypatch, "--device cpu --model tiny --impl bandwidth,bandwidth --threads 1 --work", tiny.parent)
+    assert [worker.process.is_alive() for worker in started] == [False, False]
+
+
+def test_every_program_begins_some_round(benchmarks):
+    in_turn = benchmarks("decode").in_turn
+    rounds = [in_turn(["a", "b", "c"], number) for number in range(4)]
+    assert rounds == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+
+
+def test_programs_in_fp32_are_held_to_its_rounding(benchmarks):
+    names = ["nanogpt=../nanoGPT", "ours:fp32:eager", "llamacpp:f32", "ours:int8", "transformers:bf16", "llamacpp:f16"]
+    assert [benchmarks("decode").is_exact(name) for name in names] == [True] * 3 + [False] * 3
+
+
+def test_a_step_reads_the_weights_and_a_cache_of_the_width_that_the_program_keeps(benchmarks, tiny):
+    bytes_per_step = benchmarks("report").bytes_per_step
+    numbers = 2 * (64 * 192 + 64 * 64 + 2 * 64 * 256) + 257 * 64  # matrices of both layers and the head
+    cached = 2 * 2 * 64 * 100 * 3  # keys and values of two layers, 100 tokens, 3 texts
+    for program, weight, cache in (
+        ("ours:fp32", 4, 4),
+        ("ours:bf16", 2, 2),
+        ("ours:int8", 1, 2),
+        ("llamacpp:f32", 4, 2),
+    ):
+        assert bytes_per_step(program, tiny, 3, 100) == numbers * weight + cached * cache
+    assert bytes_per_step("nanogpt=../nanoGPT", tiny, 3, 100) is None
 
 
 def test_decode_checks_and_compares_and_names_what_is_absent(tiny, tmp_path):
@@ -64,10 +125,22 @@ def test_a_program_that_computes_another_model_does_not_agree(benchmarks, tiny):
     assert not reference.agreement(prompts, texts).fine(exact=False)
 
 
-def test_refilled_rows_and_fixed_batches_are_compared(benchmarks, tiny, monkeypatch, capsys, one_thread):
-    words = "--device cpu --model tiny --prompts 7 --rows 2 --unpadded --dtype fp32 --backend eager --threads 1 --work"
-    run(benchmarks("prompts"), monkeypatch, words, tiny.parent)
-    assert "ratio" in capsys.readouterr().out
+def test_refilled_rows_and_fixed_batches_are_compared(benchmarks, tiny, monkeypatch, capsys, tmp_path, one_thread):
+    out = tmp_path / "prompts.json"
+    words = "--device cpu --model tiny --prompts 5 --rows 2 --rounds 2 --dtype fp32 --backend eager --threads 1 --work"
+    run(benchmarks("prompts"), monkeypatch, words, tiny.parent, "--json", out)
+    record, lines = json.loads(out.read_text()), capsys.readouterr().out
+    assert [list(seconds) for seconds in record["rounds"]] == [
+        ["refilled", "fixed", "unpadded"],
+        ["fixed", "unpadded", "refilled"],
+    ]
+    for name in ("fixed", "unpadded"):
+        assert re.search(rf"refilled / {name}: \d+\.\d\d \(.+\); \d+\.\d% of the texts equal", lines)
+        assert record["ratios"][name] == [each[name] / each["refilled"] for each in record["rounds"]]
+    assert record["ratios"].keys() == {"fixed", "unpadded"}
+    assert record["backend"] == "eager"
+    assert [each["unpadded"] for each in record["equal"]] == [1, 1]  # the same products, whichever rows they are in
+    assert 0 <= record["equal"][0]["fixed"] <= 1
 
 
 def test_quality_finds_no_change_in_fp32_and_a_small_one_in_bf16(benchmarks, tiny, monkeypatch, tmp_path, one_thread):

@@ -264,12 +264,6 @@ def test_a_damaged_file_is_said_to_be_damaged_whatever_reading_it_runs_into(run)
         load_pretrained(without_manifest(folder))
 
 
-def test_loading_leaves_torchs_number_of_threads_alone(run_folder, one_thread):
-    torch.set_num_threads(3)
-    load_pretrained(run_folder / "step-000000008")
-    assert torch.get_num_threads() == 3
-
-
 def test_loading_a_model_does_not_import_the_compiler(run_folder):
     code = "import sys; from gpt.checkpoint import load_pretrained; load_pretrained(sys.argv[1]); print(*sys.modules)"
     done = subprocess.run(

@@ -173,6 +173,23 @@ def test_fault_087_what_damaged_weights_left_in_the_cache_does_not_reach_a_later
     assert greedy(generator, "abc") == expected
 
 
+def test_an_interrupt_within_a_step_spoils_no_later_text(monkeypatch):
+    generator, decode, interrupts = TextGenerator(random_model(), load_tokenizer("byte")), GPT.decode, []
+
+    def interrupted(self, ids, cache):
+        logits = decode(self, ids, cache)
+        if interrupts:
+            raise interrupts.pop()
+        return logits
+
+    monkeypatch.setattr(GPT, "decode", interrupted)
+    expected = [greedy(generator, prompts, rows=4) for prompts in (["ab"] * 5, ["abc"])]
+    interrupts.append(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        greedy(generator, ["ab"] * 5, rows=4)
+    assert [greedy(generator, prompts, rows=4) for prompts in (["abc"], ["ab"] * 5)] == expected[::-1]
+
+
 # ---- randomness
 
 

@@ -360,7 +360,7 @@ def test_wherever_the_file_of_answers_is_cut_off_the_same_command_makes_it_whole
         code, _, err = run("--seed", "1")
         finished = [0, 1, 2, 2, 2, 3, 3, 4, 5][whole[:cut].count(b"\n")]
         assert (code, out.read_bytes()) == (0, whole), cut
-        rest = "going on" if finished < 5 else "nothing is left to do"
+        rest = "going on" if finished < 5 else "delete it to make them again"
         note = f"info: {out}: {finished} of 5 prompts are answered; {rest}\n"
         assert err == (note if finished else "")
 
@@ -399,7 +399,7 @@ def test_with_all_prompts_answered_nothing_is_loaded(job, no_load, generator, mo
         patch.setattr(sample.TextGenerator, "load", lambda *_: generator)
         run()
     before = out.read_bytes()
-    assert run() == (0, "", f"info: {out}: 5 of 5 prompts are answered; nothing is left to do\n")
+    assert run() == (0, "", f"info: {out}: 5 of 5 prompts are answered; delete it to make them again\n")
     assert out.read_bytes() == before
 
 

@@ -49,6 +49,6 @@ def decode_attention(q, keys, values, positions):
     out = torch.empty(rows, heads, 1, width, dtype=q.dtype, device=q.device)
     attend[(rows, heads)](
         q, keys, values, positions, out, q.stride(0), q.stride(1), heads, keys.shape[2], width**-0.5,
-        D=width, WIDTH=triton.next_power_of_2(width), BLOCK=BLOCK,
+        D=width, WIDTH=1 << (width - 1).bit_length(), BLOCK=BLOCK,
     )  # fmt: skip
     return out

@@ -57,14 +57,16 @@ def build():
 
 def start_build():
     """Let a process of its own build the library, which goes on when this one ends. Does nothing where it is built,
-    has failed before, or cannot be."""
+    has failed before, or cannot be. Whether it began."""
     path = library_path()
     if path is None or whole(path) or not may_build(path):
-        return
+        return False
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with contextlib.suppress(OSError):
         process = subprocess.Popen([sys.executable, "-P", __file__], **quiet, start_new_session=True)
         threading.Thread(target=process.wait, daemon=True).start()  # or a dead process stays in the system's list
+        return True
+    return False
 
 
 # ---- where

@@ -2,9 +2,9 @@
 
 Shapes: R rows of the cache, T new tokens, V vocabulary."""
 
-import contextlib
 import ctypes
 import mmap
+import weakref
 
 import torch
 
@@ -81,9 +81,11 @@ def move_to_huge_pages(tensors):
     if not hasattr(mmap, "MADV_HUGEPAGE") or len(pieces) == 1:  # no such system, or moved before
         return
     sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
-    memory = mmap.mmap(-1, sum(sizes) + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
+    try:
+        memory = mmap.mmap(-1, sum(sizes) + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # no memory, or a kernel without such pages
+        return
     piece = torch.frombuffer(memory, dtype=torch.uint8)
     start = -piece.data_ptr() % HUGE_PAGE
     for tensor, size in zip(tensors, sizes, strict=True):
@@ -99,7 +101,7 @@ class NativeModel:
     def __init__(self, model, library):
         move_to_huge_pages(matrices(model))
         self.kept = []  # the tensors that the library reads
-        self.begun = None  # the tensors of the last decode step
+        self.steps = weakref.WeakKeyDictionary()  # cache -> the ids of its last step, the call, its logits
         self.config, self.vocab_size = model.config, model.vocab_size
         self.layers = (Layer * len(model.blocks))(*map(self.layer, model.blocks))
         sizes = KINDS[model.token.weight.dtype], len(model.blocks), model.config.n_head, model.config.n_embd
@@ -115,14 +117,14 @@ class NativeModel:
         """As GPT.decode, but the next call overwrites the logits. Raises ValueError for an id or a position that does
         not exist."""
         ids, places = ids.contiguous(), cache.lengths
-        begun = len(ids), ids.data_ptr(), places.data_ptr(), cache.keys.data_ptr()
-        if begun != self.begun:  # the same tensors at every step: what describes them is made once
-            rows = torch.arange(len(ids))
-            self.logits = torch.empty(len(ids), self.vocab_size)
-            self.begun, self.step = begun, self.call(ids, rows, places, cache, self.logits, rows)
-        self.step()
+        begun, step, logits = self.steps.get(cache, (None, None, None))
+        if begun != (len(ids), ids.data_ptr()):  # the same tensors at every step: what describes them is made once
+            rows, logits = torch.arange(len(ids)), torch.empty(len(ids), self.vocab_size)
+            begun, step = (len(ids), ids.data_ptr()), self.call(ids, rows, places, cache, logits, rows)
+            self.steps[cache] = begun, step, logits
+        step()
         cache.lengths += 1
-        return self.logits
+        return logits
 
     def prefill(self, ids, cache):
         """As GPT.prefill. Raises ValueError for an id or a position that does not exist."""

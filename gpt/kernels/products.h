@@ -12,8 +12,8 @@ struct Matrix {  // scale, one per row, only of int8; no bias: null
     const void *weight;
     const float *scale, *bias;
 };
-// ---- kinds of weights: how inputs are prepared for a product, and how one vector of weights is multiplied. In place of
-// their intrinsics two instructions stand as such: GCC 12 would move every sum to another register and back.
+// ---- kinds of weights: how inputs are prepared for a product, and how one vector of weights is multiplied. Two
+// instructions stand as such, not as intrinsics: of those GCC 12 would move every sum to another register and back.
 
 template <class T> struct Plain {  // float and bf16, and int8 where there is no better way: 16 weights at a time
     using Weight = T;
@@ -85,7 +85,9 @@ struct Int8 {  // the inputs are integers times a scale per token, as large as s
         return _mm512_cvtepi8_epi16(count >= WIDTH ? read<__m256i>(from) : read<__m256i>(from, count));
     }
     static Vector inputs(const uint8_t *from) { return read<Vector>(from); }
-    static void multiply(Sum &sum, Vector input, Vector weight) { asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(input), "v"(weight)); }
+    static void multiply(Sum &sum, Vector input, Vector weight) {
+        asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(input), "v"(weight));
+    }
     static Floats folded(Sum sum) { return __builtin_convertvector((Ints)sum, Floats); }
 };
 #else

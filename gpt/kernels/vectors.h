@@ -1,5 +1,5 @@
-// Vectors of 16 floats: reading, writing, bf16, sums in a fixed order, exp, GELU. GCC and clang make of them what the CPU
-// has.
+// Vectors of 16 floats: reading, writing, bf16, sums in a fixed order, exp, GELU. GCC and clang make of them what
+// the CPU has.
 #pragma once
 #include <algorithm>
 #include <cstdint>
