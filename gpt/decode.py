@@ -42,7 +42,8 @@ class Decoder:
         NonFiniteError, and ResourceError where memory runs out."""
         waiting, training = iter(waiting), self.model.training
         self.empty(reports)
-        self.model.eval()
+        if training:  # to visit all modules takes milliseconds
+            self.model.eval()
         try:
             while True:
                 yield from self.fill_slots(waiting)
@@ -56,7 +57,8 @@ class Decoder:
                 raise
             raise out_of_memory(self.model, len(self.rows)) from None
         finally:
-            self.model.train(training)
+            if training:
+                self.model.train()
 
     def empty(self, reports):
         """Forget what an earlier run, perhaps an interrupted one, left here."""

@@ -164,7 +164,7 @@ class TextGenerator:
             self.decoders.clear()
         if name not in self.made:
             self.made[name] = make_backend(name, self.model)
-        self.weights = weights_now(self.model)
+            self.weights = weights_now(self.model)
         decoder = self.decoders.pop((name, rows), None)
         self.decoders.clear()  # the cache of another would take memory from the new one's
         return decoder or Decoder(self.made[name], rows, self.tokenizer.eot, self.unused_ids())

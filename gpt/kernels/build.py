@@ -118,6 +118,7 @@ def cpu():
     return platform.machine(), platform.processor(), named
 
 
+@functools.cache
 def torch_version():
     try:
         return importlib.metadata.version("torch")
