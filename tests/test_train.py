@@ -374,12 +374,9 @@ def test_fault_070_a_signal_ends_with_75_and_the_same_command_continues_to_the_s
     assert fingerprint(out, LENGTH) == fingerprint(plain, LENGTH)
 
 
-@pytest.mark.parametrize("when", [1, 2, 3], ids=["before_the_first_step", "in_the_middle", "after_the_last_step"])
-def test_fault_071_a_signal_during_an_evaluation_ends_it_and_it_is_made_up_for(
-    when, data, plain, tmp_path, monkeypatch
-):
-    out = tmp_path / "out"
-    original, calls = train.evaluate, iter(range(1, when))
+def stop_in_evaluation(number, data, out, monkeypatch):
+    """A run that SIGTERM ends while it evaluates for the `number`-th time."""
+    original, calls = train.evaluate, iter(range(1, number))
 
     def evaluate(*args):
         if next(calls, None) is None:
@@ -389,22 +386,21 @@ def test_fault_071_a_signal_during_an_evaluation_ends_it_and_it_is_made_up_for(
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate", evaluate)
         assert tiny(data, out).code == 75
+
+
+@pytest.mark.parametrize("when", [1, 2, 3], ids=["before_the_first_step", "in_the_middle", "after_the_last_step"])
+def test_fault_071_a_signal_during_an_evaluation_ends_it_and_it_is_made_up_for(
+    when, data, plain, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    stop_in_evaluation(when, data, out, monkeypatch)
     assert tiny(data, out).code == 0
     assert fingerprint(out, LENGTH) == fingerprint(plain, LENGTH)
 
 
 def test_a_finished_run_whose_last_evaluation_was_made_up_for_has_nothing_to_do(data, plain, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    original, calls = train.evaluate, iter(range(1, 3))
-
-    def evaluate(*args):
-        if next(calls, None) is None:
-            signal.raise_signal(signal.SIGTERM)
-        return original(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", evaluate)
-        assert tiny(data, out).code == 75
+    stop_in_evaluation(3, data, out, monkeypatch)
     assert tiny(data, out).code == 0
     assert (out / "best.txt").read_text() == (plain / "best.txt").read_text()
     before = metrics(out)
