@@ -2,11 +2,13 @@
 `step-000001000` plus `training/` with what an exact continuation needs. `training/manifest.json`, written last, names
 every file with size and sha256; the folder gets its name only when all of it is on the disk."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ STEP_FOLDER = re.compile(r"^step-\d{9}$")
 MANIFEST = "training/manifest.json"
 OPTIMIZER = "training/optimizer.safetensors"
 STATE = "training/state.json"
+ONE_AT_A_TIME = threading.Lock()  # for one_thread
 HASHERS = 2  # threads: the two large files of a checkpoint are hashed side by side
 GPT2_VOCABULARIES = range(50257, 50305)  # as released, up to padded to a multiple of 64
 
@@ -291,13 +294,26 @@ def load_pretrained(path, dtype=torch.float32, device="cpu"):
     likely = likely_folder(path)
     if likely is None:
         return load_folder(find_model(path), dtype, device)
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, one_thread():
         ahead = pool.submit(load_folder, likely, dtype, device)
         folder = find_model(path)  # what is wrong with the folder is said before what reading it ran into
         if folder == likely:
             return ahead.result()
         del ahead  # the damaged folder's model
     return load_folder(folder, dtype, device)
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Meanwhile torch computes with one thread: a second would wait for the core that hashes files. The number is the
+    process's, so that two loads at once take turns."""
+    with ONE_AT_A_TIME:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def likely_folder(path):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +263,14 @@ def test_a_damaged_file_is_said_to_be_damaged_whatever_reading_it_runs_into(run)
         load_pretrained(folder)
     with pytest.raises(IntegrityError, match=r"non-finite values in ln_f\.bias"):
         load_pretrained(without_manifest(folder))
+
+
+def test_loading_leaves_torchs_number_of_threads_alone_even_two_at_once(run_folder, one_thread):
+    torch.set_num_threads(3)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(load_pretrained, [run_folder / "step-000000008"] * 4))
+    load_pretrained(run_folder / "step-000000008")
+    assert torch.get_num_threads() == 3
 
 
 def test_loading_a_model_does_not_import_the_compiler(run_folder):
