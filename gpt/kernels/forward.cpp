@@ -125,8 +125,7 @@ template <class Kind, class T> struct Run {
     }
     void prepare(int token, int width) const {  // the padding is 0: it meets weights of the next row
         std::fill(wide + token * WIDE + width, wide + token * WIDE + padded(width), 0.0f);
-        inputs.scales[token] =
-            Kind::prepare(wide + token * WIDE, padded(width), inputs.data + token * inputs.stride);
+        Kind::prepare(wide + token * WIDE, padded(width), inputs.data + token * inputs.stride);
     }
     void embed(int token) const {
         const auto *weight = (const typename Kind::Weight *)model.token.weight + batch.ids[token] * C;
@@ -208,15 +207,14 @@ template <class Kind, class T> struct Run {
 
 template <class Kind, class T> int run(const Model &model, const Cache &cache, const Batch &batch) {
     size_t N = batch.tokens, C = model.width, wide = padded(4 * C), threads = batch.threads;
-    size_t bytes = wide * Kind::INPUT_BYTES;
-    size_t count = N * (C + 2 * wide + 1) + N * bytes / 4 + threads * GROUP * padded(cache.positions) + 5 * PADDING;
+    size_t bytes = Kind::bytes(wide);
+    size_t count = N * (C + 2 * wide) + N * bytes / 4 + threads * GROUP * padded(cache.positions) + 5 * PADDING;
     std::unique_ptr<float[]> memory(new (std::nothrow) float[count]);
     if (!memory) return -1;
     float *at = (float *)((uintptr_t(memory.get()) + 63) / 64 * 64);
     Run<Kind, T> run{model, cache, batch, at + N * 2 * wide, at, at + N * wide, nullptr, {}};
-    run.inputs = {(uint8_t *)(run.x + padded(N * C)), nullptr, bytes};
+    run.inputs = {(uint8_t *)(run.x + padded(N * C)), bytes};
     run.scores = (float *)(run.inputs.data + N * bytes);
-    run.inputs.scales = run.scores + threads * GROUP * padded(cache.positions);
     std::atomic<int> arrived{0}, round{0};
 #pragma omp parallel num_threads(threads)
     {

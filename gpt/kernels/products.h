@@ -8,6 +8,8 @@
 
 namespace {
 
+constexpr int TILES_AHEAD = 2;  // that weights are fetched from memory: with one, they come late
+
 struct Matrix {  // scale, one per row, only of int8; no bias: null
     const void *weight;
     const float *scale, *bias;
@@ -19,38 +21,37 @@ template <class T> struct Plain {  // float and bf16, and int8 where there is no
     using Weight = T;
     using Vector = Floats;
     using Sum = Floats;
-    static constexpr int WIDTH = LANES, INPUT_BYTES = 4;
-    static float prepare(const float *x, int width, uint8_t *to) {
-        memcpy(to, x, 4 * width);
-        return 1.0f;
-    }
-    static Vector weights(const T *from, int count = WIDTH) {
+    static constexpr size_t WIDTH = LANES, SPAN = SIZE_MAX;  // SPAN: inputs that are summed before they are folded
+    static size_t bytes(size_t width) { return 4 * width; }
+    static void prepare(const float *x, size_t width, uint8_t *to) { memcpy(to, x, 4 * width); }
+    static Vector weights(const T *from, size_t count = WIDTH) {
         if constexpr (sizeof(T) == 1)
             return __builtin_convertvector(count >= WIDTH ? read<Bytes>(from) : read<Bytes>(from, count), Floats);
         else
             return load(from, count);
     }
-    static Vector inputs(const uint8_t *from) { return read<Vector>(from); }
+    static Vector inputs(const uint8_t *row, size_t k) { return read<Vector>(row + 4 * k); }
+    static Sum begin(const uint8_t *, size_t) { return Sum{}; }
     static void multiply(Sum &sum, Vector input, Vector weight) { sum = multiply_add(input, weight, sum); }
-    static Floats folded(Sum sum) { return sum; }
+    static Floats folded(Floats, Sum sum, const uint8_t *, size_t) { return sum; }
 };
 
 using Fp32 = Plain<float>;
 #ifdef __AVX512BF16__
 struct Bf16 : Plain<uint16_t> {  // the inputs are rounded to bf16 too: twice as many products per instruction
     using Vector = __m512bh;
-    static constexpr int WIDTH = 32, INPUT_BYTES = 2;
-    static float prepare(const float *x, int width, uint8_t *to) {
-        for (int k = 0; k < width; k += LANES) {
+    static constexpr size_t WIDTH = 32;
+    static size_t bytes(size_t width) { return 2 * width; }
+    static void prepare(const float *x, size_t width, uint8_t *to) {
+        for (size_t k = 0; k < width; k += LANES) {
             Halves half = halve(load(x + k));
             memcpy(to + 2 * k, &half, 32);
         }
-        return 1.0f;
     }
-    static Vector weights(const uint16_t *from, int count = WIDTH) {
+    static Vector weights(const uint16_t *from, size_t count = WIDTH) {
         return count >= WIDTH ? read<Vector>(from) : read<Vector>(from, 2 * count);
     }
-    static Vector inputs(const uint8_t *from) { return read<Vector>(from); }
+    static Vector inputs(const uint8_t *row, size_t k) { return read<Vector>(row + 2 * k); }
     static void multiply(Sum &sum, Vector input, Vector weight) {
         asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(input), "v"(weight));
     }
@@ -59,36 +60,52 @@ struct Bf16 : Plain<uint16_t> {  // the inputs are rounded to bf16 too: twice as
 using Bf16 = Plain<uint16_t>;
 #endif
 #ifdef __AVX512VNNI__
-struct Int8 {  // the inputs are integers times a scale per token, as large as sums of `int` allow, 16 bits at most
+struct Int8 {  // the inputs are 8-bit integers too, with one scale for SPAN of them
     using Weight = int8_t;
     using Vector = __m512i;
     using Sum = __m512i;
-    static constexpr int WIDTH = 32, INPUT_BYTES = 2;
-    static float prepare(const float *x, int width, uint8_t *to) {
-        Ints most = {};  // as integers, so that inf and nan are the largest
-        for (int k = 0; k < width; k += LANES) {
-            Ints bits = (Ints)load(x + k) & 0x7fffffff;
-            most = bits > most ? bits : most;
+    static constexpr size_t WIDTH = 64, SPAN = 256;
+    struct Span {
+        int8_t inputs[SPAN];
+        __m512i offset;  // takes back what follows from weights being 128 too large, which makes them unsigned
+        __m512 scale;
+    };
+    static size_t bytes(size_t width) { return (width + SPAN - 1) / SPAN * sizeof(Span); }
+    static void prepare(const float *x, size_t width, uint8_t *to) {
+        for (auto *span = (Span *)to; width; span++) {
+            size_t count = std::min(width, SPAN);
+            Ints most = {};  // as integers, so that inf and nan are the largest
+            for (size_t k = 0; k < count; k += LANES) {
+                Ints bits = (Ints)load(x + k) & 0x7fffffff;
+                most = bits > most ? bits : most;
+            }
+            int32_t bits = _mm512_reduce_max_epi32((__m512i)most);
+            float scale = read<float>(&bits) / 127, inverse = scale > 0 ? 1.0f / scale : 0.0f;
+            span->scale = _mm512_set1_ps(scale);
+            for (size_t k = 0; k < count; k += LANES) {
+                __m512i nearest = _mm512_cvtps_epi32((__m512)(load(x + k) * inverse));
+                _mm_storeu_si128((__m128i *)(span->inputs + k), _mm512_cvtepi32_epi8(nearest));
+            }
+            __m512i sums = {};
+            for (size_t k = 0; k < count; k += WIDTH)
+                sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(-128), read<__m512i>(span->inputs + k));
+            span->offset = _mm512_sub_epi32(__m512i{}, sums);
+            x += count, width -= count;
         }
-        int32_t bits = 0;
-        for (int i = 0; i < LANES; i++) bits = most[i] > bits ? most[i] : bits;
-        int64_t levels = std::min<int64_t>(32767, int64_t(INT32_MAX) * LANES / 127 / width);
-        float scale = read<float>(&bits) / levels, inverse = scale > 0 ? 1.0f / scale : 0.0f;
-        for (int k = 0; k < width; k += LANES) {
-            Ints level = __builtin_convertvector(load(x + k) * inverse + 32768.5f, Ints) - 32768;  // to the nearest
-            Shorts narrow = __builtin_convertvector(level, Shorts);
-            memcpy(to + 2 * k, &narrow, 32);
-        }
-        return scale;
     }
-    static Vector weights(const int8_t *from, int count = WIDTH) {
-        return _mm512_cvtepi8_epi16(count >= WIDTH ? read<__m256i>(from) : read<__m256i>(from, count));
+    static Vector weights(const int8_t *from, size_t count = WIDTH) {
+        Vector read = count >= WIDTH ? ::read<Vector>(from) : ::read<Vector>(from, count);
+        return _mm512_xor_si512(read, _mm512_set1_epi8(-128));  // 128 more, unsigned
     }
-    static Vector inputs(const uint8_t *from) { return read<Vector>(from); }
+    static const Span &span(const uint8_t *row, size_t k) { return ((const Span *)row)[k / SPAN]; }
+    static Vector inputs(const uint8_t *row, size_t k) { return read<Vector>(span(row, k).inputs + k % SPAN); }
+    static Sum begin(const uint8_t *row, size_t k) { return span(row, k).offset; }
     static void multiply(Sum &sum, Vector input, Vector weight) {
-        asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(input), "v"(weight));
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(input));
     }
-    static Floats folded(Sum sum) { return __builtin_convertvector((Ints)sum, Floats); }
+    static Floats folded(Floats before, Sum sum, const uint8_t *row, size_t k) {
+        return (Floats)_mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), span(row, k).scale, (__m512)before);
+    }
 };
 #else
 using Int8 = Plain<int8_t>;
@@ -98,8 +115,7 @@ using Int8 = Plain<int8_t>;
 
 struct Inputs {  // N prepared rows
     uint8_t *data;
-    float *scales;
-    size_t stride;
+    size_t stride;  // bytes
 };
 struct Output {  // (N, rows): written or added to
     float *data;
@@ -134,26 +150,30 @@ __attribute__((noinline)) Floats tile(const typename Kind::Weight *weight, size_
                                       size_t stride, std::index_sequence<I...>) {
     constexpr int TOGETHER = TOKENS == 1 ? 1 : ROWS, BYTES = sizeof(typename Kind::Weight);
     Floats folded[TOKENS * ROWS + (TOKENS == 3 ? ROWS : 0)] = {};  // a power of two
-    const char *next = (const char *)(weight + ROWS * width);
+    const char *ahead = (const char *)(weight + TILES_AHEAD * ROWS * width);
     for (int first = 0; first < ROWS; first += TOGETHER) {
-        typename Kind::Sum sums[sizeof...(I)] = {};
-        auto step = [&](size_t k, int count) __attribute__((always_inline)) {
-            typename Kind::Vector rows[TOGETHER], inputs[TOKENS];
-            for (int row = 0; row < TOGETHER; row++) {
-                rows[row] = Kind::weights(weight + (first + row) * width + k, count);
-                if (TOGETHER > 1 && k * BYTES % 64 == 0)  // of the next tile: to L2, for few tokens to L1
-                    __builtin_prefetch(next + (row * width + k) * BYTES, 0, TOKENS > 2 ? 2 : 3);
-            }
-            for (int token = 0; token < TOKENS; token++)
-                inputs[token] = Kind::inputs(input + token * stride + k * Kind::INPUT_BYTES);
-            (Kind::multiply(sums[I], inputs[I / TOGETHER], rows[I % TOGETHER]), ...);
-        };
-        size_t whole = width / Kind::WIDTH * Kind::WIDTH;
-        for (size_t k = 0; k < whole; k += Kind::WIDTH) step(k, Kind::WIDTH);
-        if (whole < width) step(whole, width - whole);
-        for (int i = 0; i < TOKENS * TOGETHER; i++) folded[first + i] = Kind::folded(sums[i]);
+        Floats totals[sizeof...(I)] = {};
+        for (size_t begin = 0, end; begin < width; begin = end) {
+            end = begin + std::min(Kind::SPAN, width - begin);
+            typename Kind::Sum sums[] = {Kind::begin(input + I / TOGETHER * stride, begin)...};
+            auto step = [&](size_t k, size_t count) __attribute__((always_inline)) {
+                typename Kind::Vector rows[TOGETHER], inputs[TOKENS];
+                for (int row = 0; row < TOGETHER; row++) {
+                    rows[row] = Kind::weights(weight + (first + row) * width + k, count);
+                    if (TOGETHER > 1 && k * BYTES % 64 == 0)
+                        __builtin_prefetch(ahead + (row * width + k) * BYTES, 0, 2);
+                }
+                for (int token = 0; token < TOKENS; token++) inputs[token] = Kind::inputs(input + token * stride, k);
+                (Kind::multiply(sums[I], inputs[I / TOGETHER], rows[I % TOGETHER]), ...);
+            };
+            size_t k = begin;
+            for (; k + Kind::WIDTH <= end; k += Kind::WIDTH) step(k, Kind::WIDTH);
+            if (k < end) step(k, end - k);
+            ((totals[I] = Kind::folded(totals[I], sums[I], input + I / TOGETHER * stride, begin)), ...);
+        }
+        ((folded[first + I] = totals[I]), ...);
     }
-    return totals<sizeof folded / sizeof *folded>(folded);
+    return ::totals<sizeof folded / sizeof *folded>(folded);
 }
 
 template <int ROWS, int TOKENS> inline Floats repeated(const float *from) {  // lane token * ROWS + row: from[row]
@@ -172,12 +192,7 @@ int stripe(const Matrix &m, int first, size_t width, const Inputs &x, int token,
     constexpr auto together = std::make_index_sequence<TOKENS == 1 ? 1 : TOKENS * ROWS>{};
     for (; token + TOKENS <= tokens; token += TOKENS) {
         Floats sums = tile<Kind, ROWS, TOKENS>(weight, width, x.data + token * x.stride, x.stride, together);
-        if (m.scale) {
-            float inputs[LANES] = {};
-            for (int i = 0; i < TOKENS * ROWS; i++) inputs[i] = x.scales[token + i / ROWS];
-            sums *= scale * read<Floats>(inputs);
-        }
-        sums += bias;
+        sums = (m.scale ? sums * scale : sums) + bias;
         for (int i = 0; i < TOKENS; i++) {
             float *to = out.data + (token + i) * out.stride + first;
             float part[ROWS];
