@@ -8,7 +8,7 @@ import torch
 
 from gpt.errors import InputError, note
 from gpt.kernels import build
-from gpt.kernels.choosing import native_choose
+from gpt.kernels.choosing import NativeChoice
 from gpt.kernels.native import NativeModel, supports
 from gpt.memory import count_parameters
 from gpt.runtime import has_compiler
@@ -33,6 +33,8 @@ class Backend:
     """(ids (R,), cache) -> logits (R, V): as GPT.decode"""
     choose: Any
     """as sampling.choose"""
+    take: Any = None
+    """(Rows, logits (R, V)): in place of Rows.take, of the same meaning; None is that"""
     attention: Any = None
     """as model.masked_attention, for one new token a row; None is that"""
     reads_beyond: bool = True
@@ -83,7 +85,8 @@ def eager(model):
 def captured(model):
     attention = triton_attention()
     reads_beyond = attention is None
-    return Backend("captured", model, model.prefill, model.decode, choose, attention, reads_beyond, narrow=True)
+    decode = model.decode
+    return Backend("captured", model, model.prefill, decode, choose, None, attention, reads_beyond, narrow=True)
 
 
 def compiled(model):
@@ -92,7 +95,7 @@ def compiled(model):
     # On a CPU `choose` decides on the host how much to sort.
     chooser, attention = (compile_static(choose), triton_attention()) if on_gpu else (choose, None)
     decode, reads_beyond = compile_static(model.decode), attention is None
-    return Backend("compiled", model, model.prefill, decode, chooser, attention, reads_beyond, narrow=on_gpu)
+    return Backend("compiled", model, model.prefill, decode, chooser, None, attention, reads_beyond, narrow=on_gpu)
 
 
 def triton_attention():
@@ -118,8 +121,9 @@ def compile_static(function):
 
 def native(model):
     kernels = NativeModel(model, build.load())
-    choose = native_choose(build.load())
-    return Backend("native", model, kernels.prefill, kernels.decode, choose, reads_beyond=False)
+    choice = NativeChoice(build.load())
+    decode = kernels.decode
+    return Backend("native", model, kernels.prefill, decode, choice.choose, choice.take, reads_beyond=False)
 
 
 def library(wait):

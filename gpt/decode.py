@@ -121,8 +121,10 @@ class Decoder:
     def launch(self):
         """Begin the next steps: as many as the launcher takes at once, or one where a row comes to the end of its
         cache."""
-        self.make_room()
-        room = self.model.config.block_size - self.cache.counts.max()
+        capacity = self.model.config.block_size
+        if self.cache.counts.max() == capacity:
+            self.make_room()
+        room = capacity - self.cache.counts.max()
         steps = self.launcher.steps if room >= self.launcher.steps else 1
         for slot, sequence in enumerate(self.slots):
             if sequence is not None and sequence.params.sampling.temperature:

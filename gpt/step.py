@@ -47,15 +47,20 @@ class Rows:
         logprobs = logits.log_softmax(-1) if wants_logprobs else None
         if self.seen is not None:
             self.seen.scatter_(1, self.next[:, None], True)
+        ids = backend.take(self, logits) if backend.take else self.take(logits, backend)
+        if wants_logprobs:
+            report[0] = logprobs.gather(1, self.next[:, None])[:, 0]
+        return ids, *report
+
+    def take(self, logits, backend):
+        """Choose `next` from logits (R, V), which it changes: ids (R,), or what stands for none."""
         # Not -inf, which would look like damaged weights.
         logits[:, self.eot].masked_fill_(self.goes_on, torch.finfo(torch.float32).min)
         draws = self.draws.gather(1, self.turns[:, None] % self.draws.shape[1])[:, 0]
         ids = backend.choose(logits, self.filters, draws, self.seen, self.banned, backend.narrow)
         self.turns += 1
         self.next.copy_(ids.clamp(min=0))
-        if wants_logprobs:
-            report[0] = logprobs.gather(1, self.next[:, None])[:, 0]
-        return ids, *report
+        return ids
 
     def begin(self, row, params, eot_is_ignored):
         """Give a row its settings; its draws begin anew."""

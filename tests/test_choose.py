@@ -14,7 +14,7 @@ from sampling_helpers import (
     same_for_all,
 )
 
-from gpt.kernels.choosing import native_choose
+from gpt.kernels.choosing import NativeChoice
 from gpt.sampling import DRAWS, NOT_FINITE, UNITS, SamplingParams, choose, draw, kept_weights, random_draws
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,7 +30,7 @@ LOGITS = {
 
 @pytest.fixture
 def native(kernels):
-    return native_choose(kernels)
+    return NativeChoice(kernels).choose
 
 
 @pytest.mark.parametrize("kind", LOGITS)

@@ -24,6 +24,16 @@ typedef float Eight __attribute__((vector_size(32)));
 typedef double Doubles __attribute__((vector_size(64)));
 typedef uint64_t Wholes __attribute__((vector_size(64)));
 
+struct Choice {  // as gpt/kernels/choosing.py declares it; from `turns` on, null unless a step is to be ended
+    int64_t rows, vocabulary, stride, banned_count, draws_ahead, eot, threads;  // stride: floats from row to row
+    float *logits;
+    const float *temperature, *min_p, *penalty;
+    const int64_t *top_k, *top_p, *banned, *draws;  // draws: draws_ahead for each row, of which the turn's is used
+    const uint8_t *seen;
+    int64_t *ids, *turns, *next;
+    const bool *goes_on;  // where `eot` is never chosen
+};
+
 inline uint32_t magnitude(float value) { return read<uint32_t>(&value) & MAGNITUDE; }
 
 // A token's place, as the twin's `ranking`: the magnitude of its value (<= 0), then its id.
@@ -284,19 +294,22 @@ struct Row {
 
 }  // namespace
 
-// Logits of `rows` rows of `vocabulary`, each `stride` floats after the last -> ids. The settings are those of Filters,
-// one per row; `seen` is null or one byte per row and token, `seen_stride` bytes from row to row; `banned` are N ids
-// below `vocabulary`, not all of them; `draws` are at least 0 and below DRAWS.
-extern "C" void gpt_choose(const float *logits, int64_t rows, int64_t vocabulary, int64_t stride,
-                           const float *temperature, const int64_t *top_k, const int64_t *top_p, const float *min_p,
-                           const float *penalty, const uint8_t *seen, int64_t seen_stride, const int64_t *banned,
-                           int64_t banned_count, const int64_t *draws, int64_t *ids, int threads) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (rows > 1 && threads > 1)
-    for (int64_t row = 0; row < rows; row++) {
+// Logits of `rows` rows -> ids, which it writes. The settings are those of Filters, one per row; `seen` is null or one
+// byte per row and token; `banned` are ids below `vocabulary`, not all of them; draws are at least 0 and below DRAWS.
+extern "C" void gpt_choose(const Choice *all) {
+    const Choice &choice = *all;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(choice.threads) if (choice.rows > 1 && choice.threads > 1)
+    for (int64_t row = 0; row < choice.rows; row++) {
         static thread_local Row scratch;
-        Settings settings{temperature[row], top_k[row], top_p[row], min_p[row], penalty[row]};
-        const uint8_t *row_seen = seen ? seen + row * seen_stride : nullptr;
-        const float *own = logits + row * stride;
-        ids[row] = scratch.choose(own, vocabulary, settings, row_seen, banned, banned_count, draws[row]);
+        Settings settings{choice.temperature[row], choice.top_k[row], choice.top_p[row], choice.min_p[row],
+                          choice.penalty[row]};
+        const uint8_t *seen = choice.seen ? choice.seen + row * choice.vocabulary : nullptr;
+        float *logits = choice.logits + row * choice.stride;
+        int64_t turn = choice.turns ? choice.turns[row]++ % choice.draws_ahead : 0;
+        if (choice.goes_on && choice.goes_on[row]) logits[choice.eot] = -std::numeric_limits<float>::max();
+        int64_t id = scratch.choose(logits, choice.vocabulary, settings, seen, choice.banned, choice.banned_count,
+                                    choice.draws[row * choice.draws_ahead + turn]);
+        choice.ids[row] = id;
+        if (choice.next) choice.next[row] = std::max<int64_t>(id, 0);
     }
 }
