@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from gpt.errors import InputError, IntegrityError, ResourceError
 from gpt.files import inside, read_json, sha256_of
 from gpt.model import GPT, ModelConfig
+from gpt.pages import empty_together
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -97,21 +98,19 @@ def check_weights(model, stored):
         raise IntegrityError(f"weights do not fit: {stored.folder}: {'; '.join(problems[:5])}{more}")
 
 
-def read_weight(stored, ours, shape, dtype, device):
-    """The stored tensor for our parameter of that name and shape, converted as it is read, without a whole model in
-    another type. Raises IntegrityError for values that are not finite."""
+def read_weight(stored, ours, made):
+    """Fill `made` with the stored tensor for our parameter of that name, converted as it is read, without a whole model
+    in another type. Raises IntegrityError for values that are not finite."""
     name = their_name(ours)
     value = checked = stored.read(name)
-    made = torch.empty(shape, dtype=dtype, device=device)
     if ours.endswith(TRANSPOSED):
-        checked = value.to(dtype)  # first: torch transposes fast only within one type
-        made.copy_(checked.to(device).t())
+        checked = value.to(made.dtype)  # first: torch transposes fast only within one type
+        made.copy_(checked.to(made.device).t())
     else:
         made[: len(value)] = value
         made[len(value) :] = 0
     if not (all_finite(checked) or all_finite(value)):  # a value too large for `dtype` is no fault of the file
         raise IntegrityError(f"non-finite values in {name}: {stored.folder}; use another checkpoint")
-    return made
 
 
 def all_finite(value):
@@ -251,7 +250,13 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
     check_weights(model, stored)
     stored.check_head()
     shapes = {ours: tuple(parameter.shape) for ours, parameter in model.named_parameters()}
-    weights = {ours: read_weight(stored, ours, shape, dtype, device) for ours, shape in shapes.items()}
+    if torch.device(device).type == "cpu":
+        places = empty_together(shapes.values(), dtype)
+    else:
+        places = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes.values()]
+    weights = dict(zip(shapes, places, strict=True))
+    for ours, made in weights.items():
+        read_weight(stored, ours, made)
     model.load_state_dict(weights, assign=True)  # Module.to_empty would import sympy, which takes half a second
     return model.eval()
 

@@ -69,5 +69,5 @@ def to_int8(model, dtype=None):
         block.mlp.fc, block.mlp.proj = Int8Linear(block.mlp.fc), Int8Linear(block.mlp.proj)
     model.token = Int8Embedding(model.token, dtype)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(dtype, copy=True)  # what lay beside it is given back
     return model

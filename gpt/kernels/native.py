@@ -3,16 +3,14 @@
 Shapes: R rows of the cache, T new tokens, V vocabulary."""
 
 import ctypes
-import mmap
 import weakref
 
 import torch
 
+from gpt.pages import empty_together, lie_together
+
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 CHUNK = 64  # tokens of a prompt that go through the model at once: what lies between layers stays in the CPU's cache
-
-HUGE_PAGE = 2 << 20  # bytes
-ALIGNMENT = 64  # bytes
 
 Number, Pointer = ctypes.c_int64, ctypes.c_void_p
 
@@ -75,31 +73,21 @@ def matrices(model):
     return weights
 
 
-def move_to_huge_pages(tensors):
-    """Let tensors lie in one piece of memory with pages of 2 MiB, where the system has them: a third faster to read."""
-    pieces = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-    if not hasattr(mmap, "MADV_HUGEPAGE") or len(pieces) == 1:  # no such system, or moved before
+def move_together(tensors):
+    """Move tensors of one type to a piece of memory that is fast to read, unless they lie in one already."""
+    if lie_together(tensors):
         return
-    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
-    try:
-        memory = mmap.mmap(-1, sum(sizes) + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # no memory, or a kernel without such pages
-        return
-    piece = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -piece.data_ptr() % HUGE_PAGE
-    for tensor, size in zip(tensors, sizes, strict=True):
-        place = piece[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    places = empty_together([tensor.shape for tensor in tensors], tensors[0].dtype)
+    for tensor, place in zip(tensors, places, strict=True):
         tensor.data = place.copy_(tensor)
-        start += size
 
 
 class NativeModel:
-    """A GPT that `supports` accepts, run by the library that build.load gave. Moves the model's matrices."""
+    """A GPT that `supports` accepts, run by the library that build.load gave. May move the model's matrices."""
 
     @torch.no_grad()
     def __init__(self, model, library):
-        move_to_huge_pages(matrices(model))
+        move_together(matrices(model))
         self.kept = []  # the tensors that the library reads
         self.steps = weakref.WeakKeyDictionary()  # cache -> the ids of its last step, the call, its logits
         self.config, self.vocab_size = model.config, model.vocab_size
