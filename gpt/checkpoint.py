@@ -287,20 +287,20 @@ def best_or_newest(out):
     return checkpoint.path
 
 
-def load_pretrained(path, dtype=torch.float32, device="cpu"):
+def load_pretrained(path, dtype=torch.float32, device="cpu", together=False):
     """(GPT, Tokenizer, generation defaults) of a checkpoint folder, run folder or hub name; the weights are of type
-    `dtype` on `device`. A folder with a manifest of ours is read while it is verified, and returned when it has
-    passed."""
+    `dtype` on `device`, `together` as in interop.load_model. A folder with a manifest of ours is read
+    while it is verified, and returned when it has passed."""
     likely = likely_folder(path)
     if likely is None:
-        return load_folder(find_model(path), dtype, device)
+        return load_folder(find_model(path), dtype, device, together)
     with ThreadPoolExecutor(1) as pool, one_thread():
-        ahead = pool.submit(load_folder, likely, dtype, device)
+        ahead = pool.submit(load_folder, likely, dtype, device, together)
         folder = find_model(path)  # what is wrong with the folder is said before what reading it ran into
         if folder == likely:
             return ahead.result()
         del ahead  # the damaged folder's model
-    return load_folder(folder, dtype, device)
+    return load_folder(folder, dtype, device, together)
 
 
 @contextlib.contextmanager
@@ -328,9 +328,9 @@ def likely_folder(path):
     return found if found and (found / MANIFEST).exists() else None
 
 
-def load_folder(folder, dtype=torch.float32, device="cpu"):
+def load_folder(folder, dtype=torch.float32, device="cpu", together=False):
     """The same of a folder that find_model gave."""
-    model = interop.load_model(folder, dtype, device)
+    model = interop.load_model(folder, dtype, device, together)
     tokenizer = tokenizer_of(folder, model.vocab_size)
     if model.vocab_size < tokenizer.vocab_size:
         raise IntegrityError(
