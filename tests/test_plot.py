@@ -306,7 +306,7 @@ def test_the_running_mean_stands_at_the_middle_of_what_it_is_taken_from():
     assert running_mean([1, 2, 4, 8, 9], [6.0, 0.0, 3.0, 9.0, 0.0], 3) == ([2, 4, 8], [3.0, 4.0, 4.0])
 
 
-def test_fault_041_a_picture_that_cannot_be_written_leaves_the_one_before(two, monkeypatch):
+def test_fault_041_a_picture_that_cannot_be_written_leaves_the_one_before(two, drawn, monkeypatch):
     assert plot_here(two[0]).code == 0
     before = (two[0] / "loss.png").read_bytes()
     (two[0] / "metrics.jsonl").write_text(json.dumps(FAST[1]) + "\n")
