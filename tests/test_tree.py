@@ -78,7 +78,10 @@ def test_gpt_never_imports_the_scripts(path):
         ("gpt.shards", {"gpt.errors", "gpt.files"}),
         ("gpt.reader", {"gpt.errors", "gpt.files", "gpt.shards"}),
         ("gpt.runtime", {"gpt.data", "gpt.errors"}),
-        ("gpt.log", {"gpt.errors", "gpt.files", "gpt.model", "gpt.runtime"}),
+        ("gpt.log", {"gpt.errors", "gpt.files", "gpt.metrics", "gpt.model", "gpt.picture", "gpt.runtime"}),
+        ("gpt.metrics", {"gpt.errors", "gpt.files"}),
+        ("gpt.picture", {"gpt.errors"}),
+        ("gpt.plot", {"gpt.config", "gpt.errors", "gpt.files", "gpt.metrics", "gpt.picture"}),
         ("gpt.sampling", {"gpt.errors"}),
     ],
 )

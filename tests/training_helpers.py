@@ -21,12 +21,14 @@ from gpt.checkpoint import save_checkpoint, sealed
 from gpt.errors import run_main
 from gpt.model import GPT, ModelConfig
 from gpt.optim import OptimConfig, make_adamw
+from gpt.picture import Picture
 from gpt.shards import ShardWriter, write_manifest
 from gpt.tokenizer import load_tokenizer, save_tokenizer
 
 ROOT = Path(train.__file__).parent
 # Pins what decides bits. One thread: two that wait for each other on a busy machine take ten times as long.
 QUICK = ("--dtype", "fp32", "--threads", "1", "--compile", "off", "--device", "cpu")
+DRAW, Picture.start = Picture.start, lambda self: None  # it would cost each of the many small runs a second
 
 
 @dataclass(frozen=True)
