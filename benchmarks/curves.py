@@ -1,5 +1,6 @@
 """The curves of learn.py: the loss of every snapshot over the whole validation split, figures, table and plot."""
 
+import contextlib
 import json
 import math
 import statistics
@@ -25,8 +26,9 @@ def score(config, one, stream, vocabulary):
     with torch.no_grad():
         for point in one["points"]:
             losses, context = load(config, Path(one["folder"]) / f"{point['step']:06d}")
-            point["loss"] = mean_loss(losses, ids, WINDOW)
-        one["own_context"], one["own_loss"] = context, mean_loss(losses, ids, context)
+            point["loss"] = mean_loss(losses, ids, min(WINDOW, context))
+        last = one["points"][-1]["loss"]
+        one["own_context"], one["own_loss"] = context, last if context <= WINDOW else mean_loss(losses, ids, context)
 
 
 def ids_of(vocabulary):
@@ -48,7 +50,8 @@ def nanogpt_losses(config, path):
 
     kept = torch.load(path.with_suffix(".pt"), weights_only=True)
     module = nanogpt_module(config.nanogpt)
-    model = module.GPT(module.GPTConfig(**kept["model_args"])).eval()
+    with contextlib.redirect_stdout(None):  # it prints its size
+        model = module.GPT(module.GPTConfig(**kept["model_args"])).eval()
     model.load_state_dict(kept["model"])
 
     def losses(ids, targets):
@@ -79,7 +82,7 @@ def summary(runs, program, target):
     for one in (one for one in runs if one["program"] == program):
         figures = {"wall": one["wall"], "final": one["points"][-1]["loss"], "own_loss": one["own_loss"]}
         figures |= {"kept_seconds": one["kept_seconds"], "to_target": first_at(one["points"], target)}
-        if one["seed"] in peers:
+        if program != NANOGPT and one["seed"] in peers:
             peer = peers[one["seed"]]
             figures["to_peer_final"] = first_at(one["points"], peer["points"][-1]["loss"])
             figures["at_peer_wall"] = loss_at(one["points"], peer["wall"])
@@ -136,7 +139,7 @@ def plot(config, record):
     except ImportError:
         tell("no plot: matplotlib is not installed")
         return
-    figure = Figure(figsize=(8, 5), dpi=120)
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="wall time, s", ylabel="validation loss, nats per byte")
     for number, program in enumerate(record["summary"]):
         for one in (one for one in record["runs"] if one["program"] == program):

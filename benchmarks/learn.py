@@ -6,8 +6,8 @@
 The text is read as bytes, its last tenth is for validation. Every run is a process of its own on the same cores, one
 after the other, and its time is that of the whole command: start-up, its own evaluations and its checkpoints included,
 preparing the data not. On the way weights are kept; afterwards one scorer reads the whole validation split with all of
-them, in windows of 64 bytes that do not overlap, whatever the context of the model. A loss counts as reached at the
-first weights kept that have it or a lower one; nothing is interpolated.
+them, in windows of 64 bytes that do not overlap, whatever the context of the model is (in windows of that, if it is
+shorter). A loss counts as reached at the first weights kept that have it or a lower one; nothing is interpolated.
 
 nanoGPT runs from a copy of its files, with the command line of its README, the vocabulary that its own prepare.py would
 make of the text, and two hooks: the seed is added to the one it sets, and the weights that it saves at its evaluations
@@ -46,7 +46,7 @@ def main():
     prepare_ours(config)
     vocabulary = prepare_nanogpt(config, text) if config.nanogpt else None
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(config).items()}
-    record = {"machine": machine(config), "settings": settings, "runs": []}
+    record = {"machine": machine(argparse.Namespace(device="cpu")), "settings": settings, "runs": []}
     programs = [*config.presets, *([NANOGPT] if config.nanogpt else [])]
     for seed in range(config.seeds):
         for program in in_turn(programs, seed):
@@ -83,7 +83,7 @@ def parse(words):
     add("--json", help="file for all figures")
     add("--plot", help="PNG file for the curves; needs matplotlib")
     config = parser.parse_args(words)
-    config.presets, config.device = config.presets.split(","), "cpu"
+    config.presets = config.presets.split(",")
     return config
 
 

@@ -11,6 +11,7 @@ other. Reading the data is not timed."""
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -204,7 +205,8 @@ def compare(program, expected, result):
     """Note the largest difference of losses. Raises Absent where it is too large."""
     if expected is None:
         raise Absent("there is no reference to compare it with")
-    result["difference"] = max(abs(a - b) for a, b in zip(result["losses"], expected, strict=True))
+    differences = [abs(a - b) for a, b in zip(result["losses"], expected, strict=True)]
+    result["difference"] = max(differences, key=lambda found: (math.isnan(found), found))
     difference, last = result["difference"], result["losses"][-1]
     tell(f"  {program.name}: losses differ by {difference:.4f} at most, the last is {last:.4f}")
     if not difference <= TOLERANCE:
