@@ -46,7 +46,7 @@ def main():
             break
         absent = {}  # at this size
         folder = weights.fresh_weights(config.work, size, config.block_size)
-        for names in together(config, folder):
+        for names in together(config, folder, record):
             programs = []
             try:
                 start_all(config, folder, names, absent, programs, deadline)
@@ -98,13 +98,14 @@ def parse(words):
     return config
 
 
-def together(config, folder):
-    """Lists of the programs that are loaded at once: all of them, unless a GPU has no room for their states."""
-    names = [*config.impl, "peak"]
+def together(config, folder, record):
+    """Lists of the programs that are loaded at once: all of them, unless a GPU has no room for their states. What a GPU
+    can do is in a table, and is asked for only once."""
     if config.device == "cpu":
-        return [names]
+        return [["peak", *config.impl]]
     import torch
 
+    names = config.impl if record["peaks"] else ["peak", *config.impl]
     state = STATE_BYTES * parameters(folder)
     enough = len(config.impl) * state < 0.4 * torch.cuda.get_device_properties(0).total_memory
     return [names] if enough else [[name] for name in names]
