@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -105,8 +106,10 @@ class Ours(Trainer):
 
     def build(self, model, batch):
         script, options = self.script, set(self.options)
-        named = options & {"adamw", "muon"}
-        optimizer = {"optimizer": next(iter(named))} if named else {}
+        optimizer = {"optimizer": "muon" if "muon" in options else "adamw"}
+        if not hasattr(script.OptimConfig, "optimizer"):
+            assert "muon" not in options, "train.py knows no other optimizer than AdamW"
+            optimizer = {}
         length = script.LengthConfig(max_steps=1_000_000)
         machine = script.MachineConfig(
             device=self.device,
@@ -289,4 +292,5 @@ def parts_of(name):
 def load(name, folder, threads, device, grad_clip=1.0):
     """The program that `name` stands for: "ours:bf16:compile", "transformers:fp32", "nanogpt=PATH:bf16"."""
     kind, options = parts_of(name)
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # else an earlier run would have compiled for this one
     return TRAINERS[kind](folder, options, threads, device, grad_clip)
