@@ -107,9 +107,6 @@ class Ours(Trainer):
     def build(self, model, batch):
         script, options = self.script, set(self.options)
         optimizer = {"optimizer": "muon" if "muon" in options else "adamw"}
-        if not hasattr(script.OptimConfig, "optimizer"):
-            assert "muon" not in options, "train.py knows no other optimizer than AdamW"
-            optimizer = {}
         length = script.LengthConfig(max_steps=1_000_000)
         machine = script.MachineConfig(
             device=self.device,

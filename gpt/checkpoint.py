@@ -22,7 +22,7 @@ from gpt.budget import Progress
 from gpt.errors import InputError, IntegrityError, NonFiniteError, ResourceError, note
 from gpt.files import inside, is_folder, read_json, remove_tree, sha256_of, sync_folder
 from gpt.model import GPT
-from gpt.optim import LossScaler
+from gpt.optim import LossScaler, state_names
 from gpt.sampling import SamplingParams
 from gpt.tokenizer import load_tokenizer, save_tokenizer
 
@@ -115,7 +115,7 @@ def writing_failed(target, error, needs):
 
 
 def optimizer_tensors(model, optimizer):
-    """AdamW's state as name -> CPU tensor, the padding of the vocabulary left out: "exp_avg.blocks.0.ln_1.bias"."""
+    """An optimizer's state as name -> CPU tensor, the padding of the vocabulary left out: "exp_avg.blocks.0.ln_1.bias"."""
     found = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
@@ -357,13 +357,13 @@ def crop_vocabulary(model, vocab_size):
 
 
 def load_optimizer(optimizer, model, checkpoint):
-    """Fill AdamW's state from a Checkpoint. Raises IntegrityError if a tensor is missing, unknown or mis-shaped."""
+    """Fill an optimizer's state from a Checkpoint. Raises IntegrityError if a tensor is missing, unknown or mis-shaped."""
     path = checkpoint.path / OPTIMIZER
     with interop.opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     for name, parameter in model.named_parameters():
         state = {}
-        for key in ("step", "exp_avg", "exp_avg_sq"):
+        for key in state_names(optimizer, parameter):
             value = tensors.pop(f"{key}.{name}", None)
             if value is None:
                 raise IntegrityError(f"{path}: {key}.{name} is missing; use another checkpoint")

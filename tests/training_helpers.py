@@ -20,7 +20,7 @@ import train
 from gpt.checkpoint import save_checkpoint, sealed
 from gpt.errors import run_main
 from gpt.model import GPT, ModelConfig
-from gpt.optim import OptimConfig, make_adamw
+from gpt.optim import OptimConfig, make_optimizer
 from gpt.picture import Picture
 from gpt.shards import ShardWriter, write_manifest
 from gpt.tokenizer import load_tokenizer, save_tokenizer
@@ -89,7 +89,7 @@ def tiny_model(vocab_size=257, n_layer=2, n_head=2, n_embd=16, block_size=32, se
 def optimizer_of(model, seed=0):
     """AdamW for `model` after one step on random gradients, so that its state is there."""
     torch.manual_seed(seed)
-    optimizer = make_adamw(model, OptimConfig())
+    optimizer = make_optimizer(model, OptimConfig())
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-3
     optimizer.found_inf = torch.zeros(())
