@@ -169,7 +169,7 @@ def train_step(state, batch, lr, grad_clip, run):
         group["lr"] = lr
     gated_step(state.optimizer, finite)
     state.scaler.update(finite)
-    state.optimizer.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad()
     return torch.stack([loss, norm, finite.float()])
 
 
@@ -288,6 +288,7 @@ def build(config, model, budget, progress, run, checkpoint):
     note("info", f"{model.num_parameters():,} parameters on {record['device']}, {record['precision']}")
     note("info", memory.describe(needs))
     if compiled:
+        torch.use_deterministic_algorithms(run.deterministic)  # for the compiler too
         model.compile()
         warm_up(state, config.model.block_size, run)
     return state, record
@@ -311,7 +312,7 @@ def warm_up(state, block_size, run):
     """Compile before the clock of the first step starts."""
     batch = torch.zeros(state.progress.micro_batch_size, block_size + 1, dtype=torch.int64, device=run.device)
     accumulate(state, batch, run)
-    state.optimizer.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad()
 
 
 @contextlib.contextmanager

@@ -160,9 +160,9 @@ class Peer(Trainer):
         while True:
             with contextlib.suppress(self.torch.OutOfMemoryError):
                 self.accumulate(ids)
-                self.optimizer.zero_grad(set_to_none=True)
+                self.optimizer.zero_grad()
                 return
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             assert self.micro_batch > 1, "out of memory with one sequence"
             self.micro_batch //= 2
             self.torch._dynamo.reset()
@@ -195,7 +195,7 @@ class Peer(Trainer):
         if self.grad_clip:
             self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return loss
 
 

@@ -18,10 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from gpt import interop
+from gpt.adamw import AdamW
 from gpt.budget import Progress
 from gpt.errors import InputError, IntegrityError, NonFiniteError, ResourceError, note
 from gpt.files import inside, is_folder, read_json, remove_tree, sha256_of, sync_folder
 from gpt.model import GPT
+from gpt.muon import MuonAdamW
 from gpt.optim import LossScaler, state_names
 from gpt.sampling import SamplingParams
 from gpt.tokenizer import load_tokenizer, save_tokenizer
@@ -41,7 +43,7 @@ class State:
     """What training changes, and a checkpoint holds."""
 
     model: GPT
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW | MuonAdamW
     scaler: LossScaler
     progress: Progress
 
@@ -115,7 +117,7 @@ def writing_failed(target, error, needs):
 
 
 def optimizer_tensors(model, optimizer):
-    """An optimizer's state as name -> CPU tensor, the padding of the vocabulary left out: "exp_avg.blocks.0.ln_1.bias"."""
+    """An optimizer's state as name -> CPU tensor, as "exp_avg.blocks.0.ln_1.bias", without the vocabulary's padding."""
     found = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
@@ -357,7 +359,7 @@ def crop_vocabulary(model, vocab_size):
 
 
 def load_optimizer(optimizer, model, checkpoint):
-    """Fill an optimizer's state from a Checkpoint. Raises IntegrityError if a tensor is missing, unknown or mis-shaped."""
+    """Fill an optimizer's state from a Checkpoint. IntegrityError for a tensor that is missing, unknown, mis-shaped."""
     path = checkpoint.path / OPTIMIZER
     with interop.opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)

@@ -16,15 +16,14 @@ SAFETY = 1.02  # the norm is made smaller than 1 by it, for what rounding adds
 ADAMW_RMS = 0.2  # root mean square of the elements of AdamW's steps, at lr 1
 
 
-class MuonAdamW(torch.optim.Optimizer):
+class MuonAdamW:
     """Muon for `matrices`, and `adamw`, an AdamW, for other parameters; one lr serves both. A weight (3 C, C) holds
     three matrices, of queries, keys and values, that are made orthogonal one by one. `dtype` is of the products in
-    there. As in torch's fused optimizers nothing changes where the device scalar `found_inf` is 1."""
+    there. Groups, state and gate as in AdamW; of a matrix `state` holds "momentum"."""
 
     def __init__(self, matrices, adamw, momentum, weight_decay, dtype):
-        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})
         self.adamw, self.momentum, self.dtype = adamw, momentum, dtype
-        self.param_groups += adamw.param_groups
+        self.param_groups = [{"params": matrices, "weight_decay": weight_decay}, *adamw.param_groups]
         self.state = adamw.state
         self.found_inf = None
 
@@ -50,6 +49,11 @@ class MuonAdamW(torch.optim.Optimizer):
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * goes)
             torch._foreach_add_(weights, list((steps * (-group["lr"] * size * goes)).unbind()))
 
+    def zero_grad(self):
+        self.adamw.zero_grad()
+        for matrix in self.param_groups[0]["params"]:
+            matrix.grad = None
+
     def direction(self, parameter, grad, goes):
         """The gradient, half-way looked ahead: Nesterov's momentum."""
         state = self.state[parameter]
@@ -66,8 +70,8 @@ def parts(weight):
 
 
 def orthogonalize(x, dtype):
-    """The nearest matrices with orthonormal rows, roughly: all singular values of x (K, rows, columns), rows <= columns,
-    become about 1. Computed in `dtype`; float32."""
+    """The nearest matrices with orthonormal rows, roughly: all singular values of x (K, rows, columns), where rows are
+    at most as many as columns, come near to 1. Computed in `dtype`; float32."""
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-6)).to(dtype)
     for a, b, c in POLYNOMIALS:
         square = x @ x.mT

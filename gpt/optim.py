@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from gpt.adamw import AdamW
 from gpt.errors import NonFiniteError
 from gpt.muon import MuonAdamW
 
@@ -90,16 +91,19 @@ def learning_rate(config, step, total_steps):
 
 
 def make_optimizer(model, config, dtype=torch.float32):
-    """Fused AdamW, or Muon with it, with weight decay on matrices and embeddings only; every parameter is in exactly
+    """AdamW, or Muon with it, with weight decay on matrices and embeddings only; every parameter is in exactly
     one group. `dtype` is of Muon's products."""
     hidden = [p for p in model.blocks.parameters() if p.dim() >= 2] if config.optimizer == "muon" else []
     others = set(model.parameters()) - set(hidden)
     matrices = [p for p in model.parameters() if p in others and p.dim() >= 2]
     vectors = [p for p in model.parameters() if p in others and p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    betas = (config.beta1, config.beta2)
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
-    return MuonAdamW(hidden, adamw, config.momentum, config.weight_decay, dtype) if hidden else adamw
+    decays = config.weight_decay
+    groups = [{"params": matrices, "weight_decay": decays}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = AdamW(groups, config.beta1, config.beta2, config.eps)
+    optimizer = MuonAdamW(hidden, adamw, config.momentum, decays, dtype) if hidden else adamw
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr
+    return optimizer
 
 
 def state_names(optimizer, parameter):

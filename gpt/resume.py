@@ -93,6 +93,9 @@ def check_settings(values, checkpoint, accept):
         if name in old and name not in FREE and old[name] != value
     }
     texts = [f"{name} {was!r} -> {now!r}" for name, (was, now) in changed.items()]
+    if "optimizer" in changed:
+        was, now = changed["optimizer"]
+        raise InputError(f"{checkpoint.path}: made with optimizer {was}, not {now}; use a new --out, and --init")
     if "seed" in changed:
         raise InputError(f"{checkpoint.path}: made with another seed ({texts[0]}); use a new --out")
     fixed = [text for text, name in zip(texts, changed, strict=True) if name in ARCHITECTURE]

@@ -157,7 +157,7 @@ def set_precision(dtype):
 
 def be_deterministic():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would import the compiler: a second
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would write NaN over every new tensor first
 
 

@@ -78,7 +78,7 @@ class Recording:
     def step(self):
         self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
 
-    def zero_grad(self, set_to_none):
+    def zero_grad(self):
         for parameter in self.model.parameters():
             parameter.grad = None
 

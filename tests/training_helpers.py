@@ -94,7 +94,7 @@ def optimizer_of(model, seed=0):
         parameter.grad = torch.randn_like(parameter) * 1e-3
     optimizer.found_inf = torch.zeros(())
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return optimizer
 
 

@@ -1,0 +1,47 @@
+"""AdamW by torch's fused kernel. torch.optim's own class imports the compiler, which takes a second or two.
+
+Source: Loshchilov and Hutter 2019, arXiv:1711.05101."""
+
+from collections import defaultdict
+
+import torch
+
+
+class AdamW:
+    """`groups` are dicts of "params" and "weight_decay"; "lr" is set before every step. Of each parameter `state` holds
+    "step", "exp_avg" and "exp_avg_sq". Nothing changes where the device scalar `found_inf` is 1; the host does not wait
+    to know."""
+
+    def __init__(self, groups, beta1, beta2, eps):
+        self.param_groups = [group for group in groups if group["params"]]
+        self.constant = {"beta1": beta1, "beta2": beta2, "eps": eps, "amsgrad": False, "maximize": False}
+        self.state = defaultdict(dict)
+        self.found_inf = None
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            states = [self.state_of(p) for p in parameters]
+            means, squares, steps = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                *(parameters, [p.grad for p in parameters], means, squares, [], steps),
+                **(self.constant | {name: group[name] for name in ("lr", "weight_decay")}),
+                grad_scale=None,
+                found_inf=self.found_inf,
+            )
+            if self.found_inf is not None:
+                torch._foreach_sub_(steps, [self.found_inf] * len(steps))
+
+    def state_of(self, parameter):
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        return state
+
+    def zero_grad(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
