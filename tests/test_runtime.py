@@ -68,6 +68,7 @@ def test_on_a_cpu_a_run_is_deterministic_and_its_record_says_what_bits_depend_on
         "compile": False,
         "micro_batch_size": 4,
         "deterministic": True,
+        "world_size": 1,
     }
 
 
