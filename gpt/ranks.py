@@ -97,7 +97,7 @@ class Ranks(Alone):
             self.store, _, _ = next(dist.rendezvous("env://", timeout=LONGEST_START))  # torchrun's
             dist.init_process_group(backend, timeout=LONGEST_STEP, store=self.store, rank=rank, world_size=size)
             self.hosts = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
-        except (dist.DistError, RuntimeError) as error:
+        except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ResourceError(f"rank {rank}: {size} processes did not meet ({reason}); see to the network") from None
         self.over = threading.Event()
@@ -183,6 +183,14 @@ class Ranks(Alone):
     def on_failure_elsewhere(self, last_words):
         self.last_words = last_words
 
+    def leave(self):
+        self.over.set()
+        self.watcher.join(
+            GRACE
+        )  # the last reference to a group must not be a thread's that the interpreter has stopped
+        if self.failure is None:  # else it would wait for the others
+            dist.destroy_process_group()
+
     def watch(self, store):
         """End this process when another one has failed and this one does not see it: whoever waits for the others on a
         GPU notices nothing, not even SIGTERM."""
@@ -210,15 +218,13 @@ def join(rank, size, local_rank, local_size):
             yield ranks
     except (Exception, KeyboardInterrupt) as error:
         cause = ranks.cause(error)
-        if isinstance(cause, Elsewhere):
+        if ranks.failure and cause is not error:
             time.sleep(FIRST_WORDS)
-            raise cause from None
-        raise
-    else:
-        dist.destroy_process_group()  # not after an error: it would wait for the others
+        if cause is error:
+            raise
+        raise cause from None
     finally:
-        ranks.over.set()
-        ranks.watcher.join(GRACE)  # torch's own threads and groups must not be cleared away from that one
+        ranks.leave()
 
 
 @contextlib.contextmanager
