@@ -14,7 +14,18 @@ import torch
 import torch.distributed as dist
 from test_train import Recording
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from training_helpers import QUICK, ROOT, Run, make_data, metrics, snapshot, step_names, tiny_model, train_here
+from training_helpers import (
+    QUICK,
+    ROOT,
+    Run,
+    fingerprint,
+    make_data,
+    metrics,
+    snapshot,
+    step_names,
+    tiny_model,
+    train_here,
+)
 
 import train
 from gpt import ranks as ranks_module
@@ -83,6 +94,7 @@ def with_flags(*flags):
 
 def disturbed(disturbance, *args):
     """`train.py ARGS` in this process, which the function of that name has prepared."""
+    ranks_module.LONGEST_STEP = ranks_module.LONGEST_WAIT = ranks_module.timedelta(seconds=60)  # not for hours
     globals()[disturbance](launched()[0])
     sys.argv = ["train.py", *args]
     return train.main()
@@ -273,6 +285,15 @@ def test_fault_057_a_run_that_was_killed_goes_on_with_another_number_of_ranks(
         expected = tmp_path / "expected"
         assert train_here("tiny", "--data", data, "--out", expected, *FLAGS, *same).code == 0
     assert_same_run(out, expected)
+
+
+def test_fault_055_on_the_same_number_of_ranks_a_killed_run_repeats_to_the_bit(train_ranks, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    flags = ("--dropout", 0.1, "--micro_batch_size", 2)
+    assert codes(train_ranks(whole, *flags)) == [0, 0]
+    train_ranks(out, *flags, kill_step=36)
+    assert codes(train_ranks(out, *flags)) == [0, 0]
+    assert fingerprint(out, LENGTH) == fingerprint(whole, LENGTH)
 
 
 # ---- one writer
