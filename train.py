@@ -40,7 +40,7 @@ from gpt.files import lock_folder, write_durably
 from gpt.generate import TextGenerator
 from gpt.log import Log, NoLog, Recorder, exit_record, logged_evaluation, start_wandb
 from gpt.model import GPT, IGNORED, ModelConfig
-from gpt.optim import LossScaler, OptimConfig, clip_gradients, gated_step, learning_rate, make_adamw
+from gpt.optim import LossScaler, OptimConfig, clip_gradients, gated_step, learning_rate, make_optimizer
 from gpt.ranks import join
 from gpt.runtime import MachineConfig, Runtime, StopFlag, launched, profiler, seed_step
 from gpt.saver import NoSaver, Saver, sweep
@@ -292,7 +292,8 @@ def build(config, model, budget, progress, run, checkpoint):
     """(State on the device, compiled if asked; record of the machine): new, or as the checkpoint left it."""
     model.to(run.device).train()
     progress.micro_batch_size = micro_batch_size(config, progress, model, run)
-    optimizer, scaler = make_adamw(model, config.optim), LossScaler(run.device, enabled=run.dtype == torch.float16)
+    optimizer = make_optimizer(model, config.optim, muon_dtype(run), run.ranks)
+    scaler = LossScaler(run.device, enabled=run.dtype == torch.float16)
     before = checkpoint.state["runtime"] if checkpoint else None
     compiled = run.compiles(config.machine.compile, budget.total_steps(progress), before)
     record = run.record(compiled, progress.micro_batch_size)
@@ -322,6 +323,10 @@ def micro_batch_size(config, progress, model, run):
         return progress.micro_batch_size
     fits = memory.choose_micro_batch(config.model, model.vocab_size, size, run.dtype, run.device, run.sharers())
     return run.ranks.least(fits)
+
+
+def muon_dtype(run):
+    return torch.bfloat16 if run.dtype == torch.bfloat16 else torch.float32
 
 
 def warm_up(state, block_size, run):

@@ -5,6 +5,7 @@ follow; end-of-text does not end a text. Not greedy is top-k 50, top-p 0.95, tem
 
 import importlib.util
 import json
+import math
 
 import weights
 
@@ -71,31 +72,42 @@ class NanoGPT:
         import torch
 
         torch.set_num_threads(threads)
-        spec = importlib.util.spec_from_file_location("nanogpt_model", f"{options[0]}/model.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
         self.torch, self.device, self.version = torch, device, "checkout"
-        self.model = self.load(module, folder).to(device).eval()
-
-    def load(self, module, folder):
-        from safetensors.torch import load_file
-
-        stored = json.loads((folder / "config.json").read_text())
-        sizes = {name: stored[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-        model = module.GPT(module.GPTConfig(block_size=stored["n_positions"], dropout=0.0, bias=True, **sizes))
-        transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-        state = load_file(folder / "model.safetensors")
-        state = {name: value.t() if name.endswith(transposed) else value for name, value in state.items()}
-        state["lm_head.weight"] = state["transformer.wte.weight"]
-        missing, unknown = model.load_state_dict(state, strict=False)
-        assert not unknown and all(name.endswith("attn.bias") for name in missing), (missing, unknown)
-        return model
+        self.model = nanogpt_model(nanogpt_module(options[0]), folder).to(device).eval()
 
     def generate(self, prompts, new_tokens, greedy):
         ids = self.torch.tensor(prompts, device=self.device)
         with self.torch.inference_mode():
             made = self.model.generate(ids, new_tokens, temperature=TEMPERATURE, top_k=1 if greedy else TOP_K)
         return made[:, ids.shape[1] :].tolist()
+
+
+def nanogpt_module(checkout):
+    """model.py of a checkout of nanoGPT."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", f"{checkout}/model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def nanogpt_model(module, folder, padded_to=1):
+    """nanoGPT's GPT with the weights of `folder`, in fp32; its vocabulary is filled up to a multiple of `padded_to`
+    with rows of zeros."""
+    from safetensors.torch import load_file
+    from torch.nn.functional import pad
+
+    stored = json.loads((folder / "config.json").read_text())
+    sizes = {name: stored[name] for name in ("n_layer", "n_head", "n_embd")}
+    sizes["vocab_size"] = math.ceil(stored["vocab_size"] / padded_to) * padded_to
+    model = module.GPT(module.GPTConfig(block_size=stored["n_positions"], dropout=0.0, bias=True, **sizes))
+    transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    state = load_file(folder / "model.safetensors")
+    state = {name: value.t() if name.endswith(transposed) else value for name, value in state.items()}
+    table = pad(state["transformer.wte.weight"], (0, 0, 0, sizes["vocab_size"] - stored["vocab_size"]))
+    state["lm_head.weight"] = state["transformer.wte.weight"] = table
+    missing, unknown = model.load_state_dict(state, strict=False)
+    assert not unknown and all(name.endswith("attn.bias") for name in missing), (missing, unknown)
+    return model
 
 
 class CTranslate2:

@@ -14,6 +14,7 @@ SIZES = {  # layers, heads, width
     "gpt2-xl": (48, 25, 1600),
 }
 LIVELY = 4  # see `enliven`
+VOCABULARY = 50257  # GPT-2's
 
 
 def make_weights(work, size, seed=0):
@@ -37,6 +38,36 @@ def make_weights(work, size, seed=0):
         unfinished.mkdir(parents=True)
         write_model(unfinished, weights_of(model), model, tokenizer)
     return folder
+
+
+def fresh_weights(work, size, block_size, seed=0):
+    """The folder `work/<size>-fresh-<block_size>` of a model as training begins with it, made if it is not there; of
+    GPT-2's vocabulary, but without tokenizer files."""
+    folder = Path(work) / f"{size}-fresh-{block_size}"
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+
+    from gpt.model import GPT, ModelConfig
+
+    layers, heads, width = SIZES[size]
+    torch.manual_seed(seed)
+    model = GPT(ModelConfig(n_layer=layers, n_head=heads, n_embd=width, block_size=block_size), VOCABULARY)
+    with MadeWhole(folder) as unfinished:
+        write_weights(unfinished, model)
+    return folder
+
+
+def write_weights(folder, model):
+    """Make `folder` of a model's weights and its config.json: all that gpt.interop.load_model needs."""
+    from safetensors.torch import save_file
+
+    from gpt.interop import WEIGHTS, config_json, weights_of
+
+    folder.mkdir(parents=True)
+    save_file(weights_of(model), folder / WEIGHTS, metadata={"format": "pt"})
+    config = config_json(model.config, model.vocab_size, model.vocab_size - 1)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def enliven(model):

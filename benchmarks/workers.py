@@ -3,6 +3,8 @@
 A library's idle threads may spin, and one library's threads disturb another's: so each program has a fresh process, and
 a stopped process uses no processor."""
 
+import importlib
+import math
 import multiprocessing
 import os
 import signal
@@ -18,15 +20,16 @@ class Absent(Exception):
 
 
 class Worker:
-    """A program in its own process, stopped unless it is being asked something. Whoever makes one must `close` it,
-    whatever happens: at exit Python waits for the process, and one that is stopped never ends."""
+    """A program of `module` in its own process, stopped unless it is being asked something. What it has not answered
+    by the monotonic time `until` counts as never. Whoever makes one must `close` it, whatever happens: at exit Python
+    waits for the process, and one that is stopped never ends."""
 
-    def __init__(self, name, spec, folder, threads, device):
-        self.name = name
+    def __init__(self, name, spec, folder, threads, device, *more, module="programs", until=math.inf):
+        self.name, self.until = name, until
         self.log = Path(folder).parent / f"{name.replace('/', '-').replace(':', '-')}.log"
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        arguments = (theirs, self.log, spec, folder, threads, device)
+        arguments = (theirs, self.log, module, spec, folder, threads, device, *more)
         self.process = context.Process(target=serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
@@ -46,9 +49,10 @@ class Worker:
 
     def answer(self):
         try:
-            if self.pipe.poll(LIMIT):
+            limit = max(0.0, min(LIMIT, self.until - time.monotonic()))
+            if self.pipe.poll(limit):
                 return self.pipe.recv()
-            reason = f"no answer in {LIMIT} s"
+            reason = f"no answer in {limit:.0f} s"
         except (EOFError, ConnectionError):
             self.process.join(5)  # for its exit code
             reason = self.last_words()
@@ -73,17 +77,16 @@ class Worker:
         self.process.join()
 
 
-def serve(pipe, log, name, folder, threads, device):
-    """The process: load the program `name`, then answer until the pipe is closed. What it prints goes to `log`."""
+def serve(pipe, log, module, name, folder, threads, device, *more):
+    """The process: load the program `name` of a module of this folder, then answer until the pipe is closed. What it
+    prints goes to `log`."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(file, stream)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     sys.path.insert(0, str(Path(__file__).parent))
-    import programs
-
     start = time.perf_counter()
-    program = programs.load(name, folder, threads, device)
+    program = importlib.import_module(module).load(name, folder, threads, device, *more)
     pipe.send((time.perf_counter() - start, program.version))
     while True:
         try:

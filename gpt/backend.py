@@ -33,14 +33,14 @@ class Backend:
     """(ids (R,), cache) -> logits (R, V): as GPT.decode"""
     choose: Any
     """as sampling.choose"""
-    take: Any = None
-    """(Rows, logits (R, V)): in place of Rows.take, of the same meaning; None is that"""
     attention: Any = None
     """as model.masked_attention, for one new token a row; None is that"""
     reads_beyond: bool = True
     """whether `decode` reads the cache beyond a row's length too, if with the weight 0"""
     narrow: bool = False
     """handed to `choose`: whether it may leave a row undecided"""
+    take: Any = None
+    """(Rows, logits (R, V)): in place of Rows.take, of the same meaning; None is that"""
 
     def slots(self, rows):
         """The number of row slots for `rows`. Above 4 a multiple of 4, but for native code: in the 5th to 7th row fp32
@@ -85,8 +85,7 @@ def eager(model):
 def captured(model):
     attention = triton_attention()
     reads_beyond = attention is None
-    decode = model.decode
-    return Backend("captured", model, model.prefill, decode, choose, None, attention, reads_beyond, narrow=True)
+    return Backend("captured", model, model.prefill, model.decode, choose, attention, reads_beyond, narrow=True)
 
 
 def compiled(model):
@@ -95,7 +94,7 @@ def compiled(model):
     # On a CPU `choose` decides on the host how much to sort.
     chooser, attention = (compile_static(choose), triton_attention()) if on_gpu else (choose, None)
     decode, reads_beyond = compile_static(model.decode), attention is None
-    return Backend("compiled", model, model.prefill, decode, chooser, None, attention, reads_beyond, narrow=on_gpu)
+    return Backend("compiled", model, model.prefill, decode, chooser, attention, reads_beyond, narrow=on_gpu)
 
 
 def triton_attention():
@@ -122,8 +121,8 @@ def compile_static(function):
 def native(model):
     kernels = NativeModel(model, build.load())
     choice = NativeChoice(build.load())
-    decode = kernels.decode
-    return Backend("native", model, kernels.prefill, decode, choice.choose, choice.take, reads_beyond=False)
+    made = kernels.prefill, kernels.decode, choice.choose
+    return Backend("native", model, *made, reads_beyond=False, take=choice.take)
 
 
 def library(wait):

@@ -22,7 +22,7 @@ from gpt.budget import Progress
 from gpt.errors import InputError, IntegrityError, NonFiniteError, ResourceError, note
 from gpt.files import inside, is_folder, read_json, remove_tree, sha256_of, sync_folder
 from gpt.model import GPT
-from gpt.optim import LossScaler
+from gpt.optim import LossScaler, state_names
 from gpt.sampling import SamplingParams
 from gpt.tokenizer import load_tokenizer, save_tokenizer
 
@@ -115,7 +115,7 @@ def writing_failed(target, error, needs):
 
 
 def optimizer_tensors(model, optimizer):
-    """AdamW's state as name -> CPU tensor, the padding of the vocabulary left out: "exp_avg.blocks.0.ln_1.bias"."""
+    """An optimizer's state as name -> CPU tensor, the padding of the vocabulary left out: "exp_avg.blocks.0.ln_1.bias"."""
     found = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
@@ -287,20 +287,20 @@ def best_or_newest(out):
     return checkpoint.path
 
 
-def load_pretrained(path, dtype=torch.float32, device="cpu"):
+def load_pretrained(path, dtype=torch.float32, device="cpu", together=False):
     """(GPT, Tokenizer, generation defaults) of a checkpoint folder, run folder or hub name; the weights are of type
-    `dtype` on `device`. A folder with a manifest of ours is read while it is verified, and returned when it has
-    passed."""
+    `dtype` on `device`, `together` as in interop.load_model. A folder with a manifest of ours is read
+    while it is verified, and returned when it has passed."""
     likely = likely_folder(path)
     if likely is None:
-        return load_folder(find_model(path), dtype, device)
+        return load_folder(find_model(path), dtype, device, together)
     with ThreadPoolExecutor(1) as pool, one_thread():
-        ahead = pool.submit(load_folder, likely, dtype, device)
+        ahead = pool.submit(load_folder, likely, dtype, device, together)
         folder = find_model(path)  # what is wrong with the folder is said before what reading it ran into
         if folder == likely:
             return ahead.result()
         del ahead  # the damaged folder's model
-    return load_folder(folder, dtype, device)
+    return load_folder(folder, dtype, device, together)
 
 
 @contextlib.contextmanager
@@ -328,9 +328,9 @@ def likely_folder(path):
     return found if found and (found / MANIFEST).exists() else None
 
 
-def load_folder(folder, dtype=torch.float32, device="cpu"):
+def load_folder(folder, dtype=torch.float32, device="cpu", together=False):
     """The same of a folder that find_model gave."""
-    model = interop.load_model(folder, dtype, device)
+    model = interop.load_model(folder, dtype, device, together)
     tokenizer = tokenizer_of(folder, model.vocab_size)
     if model.vocab_size < tokenizer.vocab_size:
         raise IntegrityError(
@@ -357,13 +357,13 @@ def crop_vocabulary(model, vocab_size):
 
 
 def load_optimizer(optimizer, model, checkpoint):
-    """Fill AdamW's state from a Checkpoint. Raises IntegrityError if a tensor is missing, unknown or mis-shaped."""
+    """Fill an optimizer's state from a Checkpoint. Raises IntegrityError if a tensor is missing, unknown or mis-shaped."""
     path = checkpoint.path / OPTIMIZER
     with interop.opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     for name, parameter in model.named_parameters():
         state = {}
-        for key in ("step", "exp_avg", "exp_avg_sq"):
+        for key in state_names(optimizer, parameter):
             value = tensors.pop(f"{key}.{name}", None)
             if value is None:
                 raise IntegrityError(f"{path}: {key}.{name} is missing; use another checkpoint")

@@ -122,7 +122,7 @@ class Decoder:
         """Begin the next steps: as many as the launcher takes at once, or one where a row comes to the end of its
         cache."""
         capacity = self.model.config.block_size
-        if self.cache.counts.max() == capacity:
+        if self.cache.counts.max() == capacity:  # seldom
             self.make_room()
         room = capacity - self.cache.counts.max()
         steps = self.launcher.steps if room >= self.launcher.steps else 1

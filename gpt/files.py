@@ -24,13 +24,14 @@ LOCKED_BYTE = 1 << 30  # where Windows locks: far behind the text, which must st
 # ---- writing
 
 
-def write_durably(path, text):
-    """Replace a small file so that a reader sees the old or the new text, whatever happens. Raises OSError, and leaves
-    nothing half done."""
+def write_durably(path, content):
+    """Replace a small file so that a reader sees the old or the new content, text or bytes, whatever happens. Raises
+    OSError, and leaves nothing half done."""
+    content = content if isinstance(content, bytes) else content.encode("utf-8")
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n", opener=no_link) as file:
-            file.write(text)
+        with open(temporary, "wb", opener=no_link) as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -89,7 +89,7 @@ class TextGenerator:
 
             model, tokenizer, defaults = load_pretrained(path, device=device)
             return cls(to_int8(model, dtype), tokenizer, defaults, backend)
-        model, tokenizer, defaults = load_pretrained(path, dtype, device)
+        model, tokenizer, defaults = load_pretrained(path, dtype, device, together=True)
         return cls(model, tokenizer, defaults, backend)
 
     def generate(self, prompts, prompt_ids=None, **settings):

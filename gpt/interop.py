@@ -99,8 +99,8 @@ def check_weights(model, stored):
 
 
 def read_weight(stored, ours, made):
-    """Fill `made` with the stored tensor for our parameter of that name, converted as it is read, without a whole model
-    in another type. Raises IntegrityError for values that are not finite."""
+    """`made`, filled with the stored tensor for our parameter of that name, converted as it is read: no whole model is
+    there in another type. Raises IntegrityError for values that are not finite."""
     name = their_name(ours)
     value = checked = stored.read(name)
     if ours.endswith(TRANSPOSED):
@@ -111,6 +111,7 @@ def read_weight(stored, ours, made):
         made[len(value) :] = 0
     if not (all_finite(checked) or all_finite(value)):  # a value too large for `dtype` is no fault of the file
         raise IntegrityError(f"non-finite values in {name}: {stored.folder}; use another checkpoint")
+    return made
 
 
 def all_finite(value):
@@ -239,8 +240,9 @@ def read_config(folder):
 
 
 @torch.no_grad()
-def load_model(folder, dtype=torch.float32, device="cpu"):
-    """The GPT of a Hugging Face GPT-2 folder, its weights of type `dtype` on `device`."""
+def load_model(folder, dtype=torch.float32, device="cpu", together=False):
+    """The GPT of a Hugging Face GPT-2 folder, its weights of type `dtype` on `device`; on a CPU `together` lays them
+    side by side in memory that is fast to read, and that is given back only as a whole."""
     config, vocab_size = read_config(folder)
     stored = StoredWeights(folder)
     if config.n_layer > len(stored.files):  # a number that would take hours to build
@@ -250,13 +252,9 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
     check_weights(model, stored)
     stored.check_head()
     shapes = {ours: tuple(parameter.shape) for ours, parameter in model.named_parameters()}
-    if torch.device(device).type == "cpu":
-        places = empty_together(shapes.values(), dtype)
-    else:
-        places = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes.values()]
-    weights = dict(zip(shapes, places, strict=True))
-    for ours, made in weights.items():
-        read_weight(stored, ours, made)
+    places = empty_together(shapes.values(), dtype) if together and torch.device(device).type == "cpu" else None
+    places = places or (torch.empty(shape, dtype=dtype, device=device) for shape in shapes.values())
+    weights = {ours: read_weight(stored, ours, made) for ours, made in zip(shapes, places, strict=True)}
     model.load_state_dict(weights, assign=True)  # Module.to_empty would import sympy, which takes half a second
     return model.eval()
 

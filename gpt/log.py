@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, a progress bar or plain lines, wandb when asked, and exit.json."""
+"""What a run tells: metrics.jsonl, a progress bar or plain lines, wandb when asked, loss.png, and exit.json."""
 
 import collections
 import contextlib
@@ -11,19 +11,22 @@ from tqdm import tqdm
 
 from gpt.errors import ResourceError, code_and_reason, note, tell, unheard
 from gpt.files import no_link, write_durably
+from gpt.metrics import METRICS, step_of
 from gpt.model import flops_per_token
+from gpt.picture import Picture
 from gpt.runtime import peak_flops
 
-METRICS = "metrics.jsonl"
 WANDB_PATIENCE = 8  # seconds that each stage of a missing wandb service may cost
 
 
 class Log:
-    """Writes one record per logged step to metrics.jsonl, the terminal and wandb; none of them ends the run by failing.
-    `step` is the last one whose record stays, -1 for none. Raises ResourceError if metrics.jsonl cannot be opened."""
+    """Writes one record per logged step to metrics.jsonl, the terminal and wandb, and has them drawn; nothing of it
+    ends the run by failing. `step` is the last one whose record stays, -1 for none. Raises ResourceError if
+    metrics.jsonl cannot be opened."""
 
     def __init__(self, out, step, total_steps, wandb_run=None):
         self.metrics, self.wandb_run = MetricsFile(out / METRICS, step), wandb_run
+        self.picture = Picture(out)
         self.is_terminal = sys.stderr is not None and sys.stderr.isatty()
         self.bar = tqdm(
             total=total_steps,
@@ -49,6 +52,7 @@ class Log:
             with unheard(sys.stderr):
                 self.bar.set_postfix_str(short(record))
         self.send(record)
+        self.picture.recorded("val_loss" in record, record["step"] >= total_steps)
 
     def send(self, record):
         if self.wandb_run is None:
@@ -71,6 +75,7 @@ class Log:
         with unheard(sys.stderr):
             self.bar.close()
         self.metrics.close()
+        self.picture.close()
         if self.wandb_run is not None:
             with contextlib.suppress(Exception):  # as in send
                 self.wandb_run.finish()
@@ -227,14 +232,6 @@ def cut_metrics(path, step):
     if kept != lines[:-1] or lines[-1]:
         write_durably(path, "".join(line + "\n" for line in kept))
     return kept[-1] if kept else ""
-
-
-def step_of(line):
-    """The step of a line of metrics.jsonl; infinity if it is none."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def finite_or_none(value):

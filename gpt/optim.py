@@ -1,5 +1,5 @@
-"""Weight updates: parameter groups and AdamW, the schedule of the learning rate, and the gate that keeps non-finite
-gradients out."""
+"""Weight updates: parameter groups, AdamW and Muon, the schedule of the learning rate, and the gate that keeps
+non-finite gradients out."""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 
 from gpt.errors import NonFiniteError
+from gpt.muon import MuonAdamW
+from gpt.ranks import ALONE
 
 WSD_DECAY = 0.2  # share of the run that wsd decays over when decay_steps is 0
 SCALE_GROWTH_STEPS = 2000  # finite fp16 steps before the loss scale doubles
@@ -15,6 +17,8 @@ SCALE_GROWTH_STEPS = 2000  # finite fp16 steps before the loss scale doubles
 
 @dataclass(frozen=True)
 class OptimConfig:
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalized steps for the matrices between embedding and head, AdamW for the rest"""
     lr: float = 6e-4
     """peak learning rate"""
     min_lr: float = 0.0
@@ -31,6 +35,8 @@ class OptimConfig:
     """AdamW: decay of the mean squared gradient"""
     eps: float = 1e-8
     """AdamW: added to the root of the mean squared gradient"""
+    momentum: float = 0.95
+    """Muon: decay of the mean gradient"""
     weight_decay: float = 0.1
     """decay of matrices per step, times the learning rate; biases and layer norms have none"""
     grad_clip: float = 1.0
@@ -48,7 +54,7 @@ class OptimConfig:
         ]
         found += [
             f"{name} {value} must be at least 0 and below 1"
-            for name, value in (("beta1", self.beta1), ("beta2", self.beta2))
+            for name, value in (("beta1", self.beta1), ("beta2", self.beta2), ("momentum", self.momentum))
             if not 0 <= value < 1
         ]
         if self.schedule == "constant" and (self.min_lr or self.decay_steps):
@@ -84,14 +90,24 @@ def learning_rate(config, step, total_steps):
     return config.min_lr + (config.lr - config.min_lr) * left
 
 
-def make_adamw(model, config):
-    """Fused AdamW with weight decay on matrices and embeddings only; every parameter is in exactly one group."""
-    parameters = list(model.parameters())
-    matrices = [p for p in parameters if p.dim() >= 2]
-    vectors = [p for p in parameters if p.dim() < 2]
+def make_optimizer(model, config, dtype=torch.float32, ranks=ALONE):
+    """Fused AdamW, or Muon with it, with weight decay on matrices and embeddings only; every parameter is in exactly
+    one group. `dtype` is of Muon's products, which `ranks` share."""
+    hidden = [p for p in model.blocks.parameters() if p.dim() >= 2] if config.optimizer == "muon" else []
+    others = set(model.parameters()) - set(hidden)
+    matrices = [p for p in model.parameters() if p in others and p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p in others and p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    return MuonAdamW(hidden, adamw, config.momentum, config.weight_decay, dtype, ranks) if hidden else adamw
+
+
+def state_names(optimizer, parameter):
+    """What `optimizer` keeps of a parameter; but "step" each is of the parameter's shape."""
+    if isinstance(optimizer, MuonAdamW) and any(parameter is matrix for matrix in optimizer.param_groups[0]["params"]):
+        return ("momentum",)
+    return ("step", "exp_avg", "exp_avg_sq")
 
 
 def clip_gradients(parameters, grad_clip):

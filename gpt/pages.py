@@ -10,15 +10,15 @@ ALIGNMENT = 64  # bytes
 
 
 def empty_together(shapes, dtype):
-    """Uninitialised CPU tensors of these shapes, side by side in one piece of such memory; elsewhere plain ones. The
-    piece is given back when the last of them is gone. Raises what torch.empty does where memory runs out."""
+    """Uninitialised CPU tensors of these shapes, side by side in one piece of such memory, which is given back when the
+    last of them is gone; None where there is none."""
     bytes_each = [math.prod(shape) * dtype.itemsize for shape in shapes]
     places = [-(-size // ALIGNMENT) * ALIGNMENT for size in bytes_each]
     try:
         memory = mmap.mmap(-1, sum(places) + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
     except (OSError, AttributeError):  # no memory, a kernel without such pages; a system without the flags
-        return [torch.empty(shape, dtype=dtype) for shape in shapes]
+        return None
     piece = torch.frombuffer(memory, dtype=torch.uint8)
     start, tensors = -piece.data_ptr() % HUGE_PAGE, []
     for shape, size, place in zip(shapes, bytes_each, places, strict=True):

@@ -19,6 +19,7 @@ class Rows:
     Everything is filled in place, so that a captured step finds it where it was."""
 
     def __init__(self, model, rows, eot, banned=(), attention=None):
+        assert 0 <= eot < model.vocab_size
         device = model.device
         self.model, self.device, self.eot = model, device, eot
         self.cache = new_cache(model, rows, attention)

@@ -1,6 +1,6 @@
 """The benchmark programs run from end to end, on a tiny model and with this project alone; times are not looked at."""
 
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -30,7 +30,19 @@ def run(module, monkeypatch, words, *more):
     module.main()
 
 
-@pytest.mark.parametrize(("name", "words"), [("decode", "--device cpu"), ("prompts", ""), ("quality", "folder text")])
+@pytest.fixture(scope="module")
+def training(benchmarks):
+    """benchmarks/train.py, by another name: `train` is the script that trains."""
+    spec = importlib.util.spec_from_file_location("benchmark_of_training", ROOT / "benchmarks/train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("decode", "--device cpu"), ("prompts", ""), ("quality", "folder text"), ("learn", "--text text")],
+)
 def test_help_names_every_flag_with_its_default(benchmarks, name, words, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "1000")  # nothing is wrapped
     with pytest.raises(SystemExit) as exit_of:
@@ -151,3 +163,136 @@ def test_quality_finds_no_change_in_fp32_and_a_small_one_in_bf16(benchmarks, tin
     _, fp32, bf16 = json.loads(out.read_text())
     assert fp32["change"] == 0
     assert 0 < bf16["rms_error"] < 0.05
+
+
+def test_all_programs_train_on_the_same_tokens_in_the_same_order(benchmarks):
+    tokens = benchmarks("trainers").tokens
+    first = tokens(257, 3, 4, 300)
+    assert first.shape == (4, 301)
+    assert (first == tokens(257, 3, 4, 300)).all()
+    assert (first != tokens(257, 4, 4, 300)).any()
+    assert first.min() >= 0
+    assert first.max() < 257
+    repeated = sum(first[0, place] in first[0, max(0, place - 8) : place] for place in range(301))
+    assert repeated > 100
+
+
+def test_a_program_is_named_by_its_kind_a_path_and_words(benchmarks, training):
+    parts_of = benchmarks("trainers").parts_of
+    assert parts_of("ours:bf16:compile") == ("ours", ["bf16", "compile"])
+    assert parts_of("nanogpt=../nanoGPT:bf16") == ("nanogpt", ["../nanoGPT", "bf16"])
+    assert parts_of("nanogpt=C:/nanoGPT") == ("nanogpt", ["C:/nanoGPT"])
+    assert parts_of("peak") == ("peak", [])
+    assert training.label("nanogpt=/some/folder:bf16") == "nanogpt:bf16"
+    assert training.reference_of("ours:bf16:compile:muon") == "ours:fp32:muon"
+
+
+def test_training_is_timed_only_where_the_losses_are_those_of_fp32(tiny, tmp_path):
+    out = tmp_path / "train.json"
+    words = "--device cpu --sizes tiny --block_size 16 --batch 2 --steps 1 --check 3 --pairs 2 --threads 1"
+    impl = "ours:bf16,nanogpt=/nowhere"
+    command = [sys.executable, ROOT / "benchmarks/train.py", *words.split(), "--impl", impl]
+    command += ["--work", tiny.parent, "--json", out]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    made = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    record = json.loads(out.read_text())
+    [result] = record["results"]
+    assert result["program"] == "ours:bf16"
+    assert 0 < result["difference"] < 0.02
+    assert len(result["losses"]) == 5
+    assert len(result["speeds"]) == 2
+    assert result["mfu"] > 0
+    assert "/nowhere/model.py" in record["absent"]["tiny: nanogpt=/nowhere"]
+
+
+def test_a_program_with_other_losses_is_not_timed(benchmarks, training):
+    class Program:
+        name = "transformers:bf16"
+
+    with pytest.raises(benchmarks("workers").Absent, match=r"0\.0300"):
+        training.compare(Program, [5.0, 4.0], {"losses": [5.0, 4.03]})
+    with pytest.raises(benchmarks("workers").Absent):
+        training.compare(Program, [5.0, 4.0], {"losses": [5.0, float("nan")]})
+    fine = {"losses": [5.0, 4.01]}
+    training.compare(Program, [5.0, 4.0], fine)
+    assert fine["difference"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("length", [2, 8, 9, 30, 33])
+def test_the_scorer_reads_every_target_once_in_windows_that_do_not_overlap(benchmarks, length):
+    import torch
+
+    seen = []
+
+    def losses(ids, targets):
+        seen.extend(targets.flatten().tolist())
+        assert ids.shape[1] <= 8
+        assert (targets - ids == 1).all()
+        return targets.float()
+
+    found = benchmarks("curves").mean_loss(losses, torch.arange(length), 8)
+    assert sorted(seen) == list(range(1, length))
+    assert found == pytest.approx(sum(range(1, length)) / (length - 1))
+
+
+def test_a_loss_counts_as_reached_at_the_first_snapshot_that_has_it(benchmarks):
+    curves = benchmarks("curves")
+    points = [{"seconds": second, "loss": loss} for second, loss in ((1, 3.0), (2, 1.9), (4, 1.8), (8, 1.85))]
+    assert curves.first_at(points, 1.886) == 4
+    assert curves.first_at(points, 1.7) == float("inf")
+    assert curves.loss_at(points, 5) == 1.8
+    assert curves.loss_at(points, 0.5) == float("inf")
+
+
+def test_learning_is_summed_up_by_medians_and_by_ratios_within_a_seed(benchmarks):
+    def run_of(program, seed, wall, *points):
+        points = [{"seconds": second, "loss": loss} for second, loss in points]
+        figures = {"wall": wall, "own_loss": points[-1]["loss"], "kept_seconds": 0.0}
+        return {"program": program, "seed": seed, "points": points} | figures
+
+    runs = [run_of("nanogpt", seed, wall, (wall - 1, 1.9)) for seed, wall in enumerate((100, 200, 100))]
+    runs += [run_of("mine", seed, 80, (20, 1.89), (70, last)) for seed, last in enumerate((1.7, 1.6, 1.8))]
+    found = benchmarks("curves").summary(runs, "mine", 1.886)
+    assert found["to_target"] == 70
+    assert found["target_share"] == 0.7
+    assert found["peer_final_share"] == 0.2
+    assert found["at_peer_wall"] == found["final"] == 1.7
+    assert benchmarks("curves").summary(runs, "nanogpt", 1.886)["to_target"] is None
+
+
+def test_nanogpt_gets_the_text_as_its_own_program_writes_it(benchmarks, tmp_path):
+    import pickle
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    learn, checkout = benchmarks("learn"), tmp_path / "checkout"
+    for name in learn.COPIED:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("")
+    text = b"To be, or not to be.\n" * 5
+    made = learn.prepare_nanogpt(SimpleNamespace(work=tmp_path, nanogpt=checkout), text)
+    folder = tmp_path / "nanogpt/data/shakespeare_char"
+    ids = [np.fromfile(folder / f"{split}.bin", dtype=np.uint16) for split in ("train", "val")]
+    characters = pickle.loads((folder / "meta.pkl").read_bytes())
+    assert "".join(characters["itos"][number] for number in np.concatenate(ids).tolist()) == text.decode()
+    assert characters["vocab_size"] == len(made) == len(set(text))
+    assert len(ids[0]) == int(0.9 * len(text))
+
+
+def test_a_preset_is_run_and_its_snapshots_are_scored(monkeypatch, benchmarks, tmp_path, capsys, one_thread):
+    text, out = tmp_path / "text.txt", tmp_path / "learn.json"
+    text.write_text("To be, or not to be, that is the question. " * 100)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    words = "--presets tiny --seeds 1 --threads 1 --target 4.5 --text"
+    run(benchmarks("learn"), monkeypatch, words, text, "--work", tmp_path / "work", "--json", out)
+    record = json.loads(out.read_text())
+    [one] = record["runs"]
+    assert one["points"][0]["step"] == 1
+    assert one["points"][-1]["step"] == 50
+    assert one["points"][-1]["loss"] < 4.5 < one["points"][0]["loss"]
+    assert one["wall"] > one["points"][-1]["seconds"] > one["points"][0]["seconds"] > 0
+    assert one["kept_seconds"] < one["wall"]
+    assert record["summary"]["tiny"]["to_target"] <= one["wall"]
+    assert "| tiny" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The C++ version of the sampler against its plain-torch twin, brute force and the distributions."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from sampling_helpers import (
 )
 
 from gpt.kernels.choosing import NativeChoice
+from gpt.model import GPT, ModelConfig
 from gpt.sampling import DRAWS, NOT_FINITE, UNITS, SamplingParams, choose, draw, kept_weights, random_draws
+from gpt.step import Rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,3 +133,39 @@ def test_vocabularies_of_any_size(native, vocabulary):
     equal = torch.zeros(20, vocabulary)
     filters = same_for_all(params(top_p=0.5), 20)
     assert native(equal, filters, draws).tolist() == choose(equal, filters, draws).tolist()
+
+
+def test_the_end_of_a_step_is_that_of_plain_torch_in_every_respect(kernels):
+    """Draws that go around, rows begun anew, a penalty that begins late, banned ids, end-of-text that is not chosen,
+    rows that are not finite."""
+    model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8), 300)
+    native, eot, other = NativeChoice(kernels), 299, 7
+    ours, theirs = (Rows(model, 3, eot, banned=[other, 9]) for _ in range(2))
+    backend = SimpleNamespace(choose=native.choose, narrow=False)
+    given = torch.empty(3, 300)  # in the same place at every step, as the native model's
+    generator = torch.Generator().manual_seed(0)
+    for turn in range(1200):
+        logits = torch.randn(3, 300, generator=generator) * 4
+        logits[:, other] = 50
+        logits[turn % 3, eot] = 40
+        if turn % 97 == 5:
+            logits[1, 3] = math.nan
+        for rows in (ours, theirs):
+            begin(rows, turn)
+            if rows.seen is not None:
+                rows.seen.scatter_(1, rows.next[:, None], True)
+        expected = theirs.take(logits.clone(), backend)
+        assert torch.equal(native.take(ours, given.copy_(logits)), expected)
+        assert torch.equal(ours.next, theirs.next)
+        assert torch.equal(ours.turns, theirs.turns)
+
+
+def begin(rows, turn):
+    """What is due before step `turn`: rows begin at 0, one of them anew at 500 and another, with a penalty, at 800."""
+    for row in range(3):
+        if turn == 0 or (turn, row) in ((500, 1), (800, 2)):
+            settings = SamplingParams(temperature=0.9, top_k=5 * row, repetition_penalty=1.3 if turn == 800 else 1.0)
+            rows.begin(row, settings, eot_is_ignored=row != 1)
+            rows.mark_seen(row, torch.tensor([row, 4]))
+        rows.draw_ahead(row, (1, 2, row), 1)
+    rows.launched += 1

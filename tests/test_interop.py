@@ -15,7 +15,7 @@ from gpt.errors import InputError, IntegrityError, NonFiniteError
 from gpt.interop import weights_of
 from gpt.interop_tokenizer import to_huggingface
 from gpt.model import GPT, ModelConfig
-from gpt.optim import OptimConfig, make_adamw
+from gpt.optim import OptimConfig, make_optimizer
 from gpt.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 
 transformers = pytest.importorskip("transformers")
@@ -38,7 +38,7 @@ def released_size(name):
 
 
 def save(model, tokenizer, out):
-    optimizer = make_adamw(model, OptimConfig())
+    optimizer = make_optimizer(model, OptimConfig())
     return save_checkpoint(out, 1, model, optimizer, tokenizer, {}, {"train": []}, "test")
 
 

@@ -109,17 +109,18 @@ def test_logits_of_unequal_rows_are_those_of_the_uncached_model_in_fp32(kernels,
     assert cache.counts.tolist() == lengths  # which a step leaves to its caller, as GPT.decode does
 
 
-@pytest.mark.parametrize(("kind", "bound"), [("bf16", 0.01), ("int8", 0.01), ("int8 in bf16", 0.03)])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int8 in bf16"])
 @pytest.mark.parametrize(("heads", "width"), [(2, 30), WIDE])
-def test_the_logit_error_of_small_weights_is_within_its_bound(kernels, heads, width, kind, bound):
+def test_the_logit_error_of_small_weights_is_within_its_bound(kernels, heads, width, kind):
+    bound = {"bf16": 0.01, "int8": 1e-5 if width == 30 else 0.01, "int8 in bf16": 0.03}[kind]
     original = make_model(heads, width)
     model, ids, lengths = as_kind(original, kind), random_ids(2, 60), [3, 40]
     rounded = dequantized(model, original) if "int8" in kind else copy.deepcopy(model).float()
     logits, _ = continued(NativeModel(model, kernels), ids, lengths, 8, model.dtype)
     error = share_of_deviation(logits, uncached(rounded, ids, lengths, 8))
-    if "int8" in kind and error > bound:  # where the CPU has the instructions, products round their inputs too
+    if "int8" in kind:  # where the CPU has the instructions, products round their inputs too
         assert error < 0.05
-        error = share_of_deviation(logits, uncached(with_rounded_inputs(rounded), ids, lengths, 8))
+        error = min(error, share_of_deviation(logits, uncached(with_rounded_inputs(rounded), ids, lengths, 8)))
     assert error < bound
 
 

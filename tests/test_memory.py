@@ -9,7 +9,7 @@ from training_helpers import tiny_model
 from gpt import memory
 from gpt.errors import InputError
 from gpt.model import GPT, ModelConfig
-from gpt.optim import OptimConfig, make_adamw
+from gpt.optim import OptimConfig, make_optimizer
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def test_the_estimate_of_weights_and_optimizer_is_what_they_take(vocab_size):
     config = ModelConfig(n_layer=3, n_head=4, n_embd=64, block_size=32)
     model = GPT(config, vocab_size)
-    optimizer = make_adamw(model, OptimConfig())
+    optimizer = make_optimizer(model, OptimConfig())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -8,7 +8,7 @@ import torch
 from training_helpers import tiny_model
 
 from gpt.errors import NonFiniteError
-from gpt.optim import LossScaler, OptimConfig, clip_gradients, gated_step, learning_rate, make_adamw
+from gpt.optim import LossScaler, OptimConfig, clip_gradients, gated_step, learning_rate, make_optimizer
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 
@@ -44,7 +44,7 @@ def same(a, b):
 def test_five_steps_equal_the_formula_of_adamw_with_decay_on_matrices_only():
     model = tiny_model()
     config = OptimConfig(lr=1e-2, weight_decay=0.3, beta1=0.8, beta2=0.95, eps=1e-6)
-    optimizer = make_adamw(model, config)
+    optimizer = make_optimizer(model, config)
     expected = {name: p.detach().double() for name, p in model.named_parameters()}
     mean = {name: torch.zeros_like(p) for name, p in expected.items()}
     square = {name: torch.zeros_like(p) for name, p in expected.items()}
@@ -67,7 +67,7 @@ def test_steps_equal_those_of_torchs_plain_adamw():
     model = tiny_model()
     twin = copy.deepcopy(model)
     config = OptimConfig(lr=1e-2, weight_decay=0.1)
-    optimizer = make_adamw(model, config)
+    optimizer = make_optimizer(model, config)
     decayed = [p for n, p in twin.named_parameters() if n.endswith("weight") and "ln_" not in n]
     others = [p for n, p in twin.named_parameters() if n.endswith("bias") or "ln_" in n]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -83,14 +83,14 @@ def test_steps_equal_those_of_torchs_plain_adamw():
 
 def test_every_parameter_is_in_exactly_one_group():
     model = tiny_model()
-    grouped = [id(p) for group in make_adamw(model, OptimConfig()).param_groups for p in group["params"]]
+    grouped = [id(p) for group in make_optimizer(model, OptimConfig()).param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
 
 
 def test_the_padding_of_the_vocabulary_stays_zero_and_gathers_no_moments():
     model = tiny_model(vocab_size=257)
     assert model.token.weight.shape[0] == 320
-    optimizer = make_adamw(model, OptimConfig(lr=0.1, weight_decay=0.5))
+    optimizer = make_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.5))
     for step in range(4):
         ids = torch.randint(257, (2, 16), generator=torch.Generator().manual_seed(step))
         model(ids[:, :-1], ids[:, 1:]).mean().backward()
@@ -123,7 +123,7 @@ def test_clipping_scales_all_gradients_to_one_norm_and_reports_the_norm_before(l
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1.0])
 def test_fault_028_a_closed_gate_leaves_weights_and_moments_as_they_were(bad):
     model = tiny_model()
-    optimizer = make_adamw(model, OptimConfig())
+    optimizer = make_optimizer(model, OptimConfig())
     gradients(model, 1)
     gated_step(optimizer, YES)
     before, moments_before = weights(model), moments(optimizer)
@@ -137,7 +137,7 @@ def test_fault_028_a_closed_gate_leaves_weights_and_moments_as_they_were(bad):
 def test_a_skipped_step_leaves_no_trace_in_later_ones():
     model = tiny_model()
     twin = copy.deepcopy(model)
-    one, two = make_adamw(model, OptimConfig()), make_adamw(twin, OptimConfig())
+    one, two = make_optimizer(model, OptimConfig()), make_optimizer(twin, OptimConfig())
     for step in range(3):
         gradients(model, step)
         gradients(twin, step)
@@ -151,7 +151,7 @@ def test_a_skipped_step_leaves_no_trace_in_later_ones():
 
 def test_a_closed_gate_before_the_first_step_makes_no_moments():
     model = tiny_model()
-    optimizer = make_adamw(model, OptimConfig())
+    optimizer = make_optimizer(model, OptimConfig())
     before = weights(model)
     gradients(model, 1, scale=math.nan)
     gated_step(optimizer, NO)

@@ -5,6 +5,7 @@ import mmap
 import pytest
 import torch
 
+from gpt.kernels.native import move_together
 from gpt.pages import ALIGNMENT, empty_together, lie_together
 
 
@@ -24,18 +25,33 @@ def test_tensors_lie_together_and_do_not_overlap(dtype):
 
 
 @pytest.mark.parametrize("missing", ["MADV_HUGEPAGE", "MAP_ANONYMOUS"])
-def test_a_system_without_such_pages_gets_plain_tensors(monkeypatch, missing):
+def test_a_system_without_such_pages_gets_none(monkeypatch, missing):
     monkeypatch.delattr(mmap, missing)
-    first, second = empty_together([(3, 5), (7,)], torch.float32)
-    first.fill_(1)
-    second.fill_(2)
-    assert (first == 1).all()
-    assert not lie_together([first, second])
+    assert empty_together([(3, 5), (7,)], torch.float32) is None
 
 
-def test_a_system_that_refuses_them_gets_plain_tensors(monkeypatch):
+def test_a_system_that_refuses_them_gets_none(monkeypatch):
     def refuse(*_, **__):
         raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr(mmap, "mmap", refuse)
-    assert [tensor.shape for tensor in empty_together([(3, 5), (7,)], torch.int8)] == [(3, 5), (7,)]
+    assert empty_together([(3, 5), (7,)], torch.int8) is None
+
+
+def test_without_them_the_native_model_leaves_weights_where_they_are(monkeypatch):
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+    tensors = [torch.ones(3, 5), torch.ones(7)]
+    places = [tensor.data_ptr() for tensor in tensors]
+    move_together(tensors)
+    assert [tensor.data_ptr() for tensor in tensors] == places
+
+
+def test_moved_tensors_keep_their_values_and_are_not_moved_twice():
+    tensors = [torch.randn(300, 5), torch.randn(7)]
+    before = [tensor.clone() for tensor in tensors]
+    move_together(tensors)
+    assert lie_together(tensors)
+    assert all(map(torch.equal, tensors, before))
+    places = [tensor.data_ptr() for tensor in tensors]
+    move_together(tensors)
+    assert [tensor.data_ptr() for tensor in tensors] == places

@@ -269,21 +269,30 @@ def tell_seeds(rank):
 # ---- going on with another number of ranks
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("before", "after", "flags"),
+    [
+        (2, 1, ()),
+        (1, 2, ()),
+        (2, 3, ("--global_batch_size", 12)),
+        (2, 1, ("--optimizer", "muon")),
+        (1, 2, ("--optimizer", "muon")),
+    ],
+    ids=["two_to_one", "one_to_two", "two_to_three", "two_to_one_with_muon", "one_to_two_with_muon"],
+)
 def test_fault_057_a_run_that_was_killed_goes_on_with_another_number_of_ranks(
-    train_ranks, tmp_path, data, one, before, after
+    train_ranks, tmp_path, data, one, before, after, flags
 ):
     out = tmp_path / "out"
-    same = ("--global_batch_size", 12) if after == 3 else ()
-    assert set(codes(train_ranks(out, *same, size=before, kill_step=36))) == {-signal.SIGKILL}
+    assert set(codes(train_ranks(out, *flags, size=before, kill_step=36))) == {-signal.SIGKILL}
     assert step_names(out)[-1] == "step-000000030"
-    runs = train_ranks(out, *same, size=after)
+    runs = train_ranks(out, *flags, size=after)
     assert codes(runs) == [0] * after
     assert f"world_size {before} -> {after}" in runs[0].stderr
     expected = one
-    if same:
+    if flags:
         expected = tmp_path / "expected"
-        assert train_here("tiny", "--data", data, "--out", expected, *FLAGS, *same).code == 0
+        assert train_here("tiny", "--data", data, "--out", expected, *FLAGS, *flags).code == 0
     assert_same_run(out, expected)
 
 

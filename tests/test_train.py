@@ -24,7 +24,7 @@ from gpt.data import Windows
 from gpt.errors import ResourceError
 from gpt.log import cut_metrics
 from gpt.model import GPT, IGNORED
-from gpt.optim import LossScaler, OptimConfig, make_adamw
+from gpt.optim import LossScaler, OptimConfig, make_optimizer
 from gpt.reader import TokenReader
 from gpt.runtime import MachineConfig, Runtime
 from gpt.shards import open_dataset
@@ -153,7 +153,7 @@ def hidden(model, ids):
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_fault_028_029_a_non_finite_loss_or_gradient_changes_neither_weights_nor_moments(cpu, where):
     model = tiny_model().train()
-    optimizer = make_adamw(model, OptimConfig())
+    optimizer = make_optimizer(model, OptimConfig())
     state = State(model, optimizer, LossScaler("cpu", False), Progress(micro_batch_size=2))
     batch = torch.randint(257, (4, 33), generator=torch.Generator().manual_seed(5))
     train.train_step(state, batch, 1e-2, 1.0, cpu)

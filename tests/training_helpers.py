@@ -20,13 +20,15 @@ import train
 from gpt.checkpoint import save_checkpoint, sealed
 from gpt.errors import run_main
 from gpt.model import GPT, ModelConfig
-from gpt.optim import OptimConfig, make_adamw
+from gpt.optim import OptimConfig, make_optimizer
+from gpt.picture import Picture
 from gpt.shards import ShardWriter, write_manifest
 from gpt.tokenizer import load_tokenizer, save_tokenizer
 
 ROOT = Path(train.__file__).parent
 # Pins what decides bits. One thread: two that wait for each other on a busy machine take ten times as long.
 QUICK = ("--dtype", "fp32", "--threads", "1", "--compile", "off", "--device", "cpu")
+DRAW, Picture.start = Picture.start, lambda self: None  # it would cost each of the many small runs a second
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def tiny_model(vocab_size=257, n_layer=2, n_head=2, n_embd=16, block_size=32, se
 def optimizer_of(model, seed=0):
     """AdamW for `model` after one step on random gradients, so that its state is there."""
     torch.manual_seed(seed)
-    optimizer = make_adamw(model, OptimConfig())
+    optimizer = make_optimizer(model, OptimConfig())
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-3
     optimizer.found_inf = torch.zeros(())

@@ -49,9 +49,10 @@ class NativeChoice:
         pointers = {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}
         counts = *logits.shape, logits.stride(0), 0 if banned is None else len(banned), draws.shape[1], eot
         choice = Choice(*counts, torch.get_num_threads(), **pointers)
+        choice.kept = tensors  # which the library reads
         described = ctypes.byref(choice)
 
-        def run(_=tensors):  # which the library reads: they must live on
+        def run():
             self.run(described)
             return ids.clone()
 

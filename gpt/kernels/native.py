@@ -74,12 +74,12 @@ def matrices(model):
 
 
 def move_together(tensors):
-    """Move tensors of one type to a piece of memory that is fast to read, unless they lie in one already."""
-    if lie_together(tensors):
-        return
-    places = empty_together([tensor.shape for tensor in tensors], tensors[0].dtype)
-    for tensor, place in zip(tensors, places, strict=True):
-        tensor.data = place.copy_(tensor)
+    """Move tensors of one type to a piece of memory that is fast to read, where there is one and they do not lie in one
+    already."""
+    places = None if lie_together(tensors) else empty_together([tensor.shape for tensor in tensors], tensors[0].dtype)
+    if places:
+        for tensor, place in zip(tensors, places, strict=True):
+            tensor.data = place.copy_(tensor)
 
 
 class NativeModel:

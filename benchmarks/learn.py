@@ -1,0 +1,157 @@
+"""Loss against wall clock on a small text: presets of this project against nanoGPT's own recipe for a CPU, by turns.
+
+    python benchmarks/learn.py --text tinyshakespeare.txt --nanogpt ../nanoGPT --presets shakespeare-cpu
+    python benchmarks/learn.py --text tinyshakespeare.txt --presets shakespeare-cpu,mine.toml --seeds 1
+
+The text is read as bytes, its last tenth is for validation. Every run is a process of its own on the same cores, one
+after the other, and its time is that of the whole command: start-up, its own evaluations and its checkpoints included,
+preparing the data not. On the way weights are kept; afterwards one scorer reads the whole validation split with all of
+them, in windows of 64 bytes that do not overlap, whatever the context of the model is (in windows of that, if it is
+shorter). A loss counts as reached at the first weights kept that have it or a lower one; nothing is interpolated.
+
+nanoGPT runs from a copy of its files, with the command line of its README, the vocabulary that its own prepare.py would
+make of the text, and two hooks: the seed is added to the one it sets, and the weights that it saves at its evaluations
+are kept (all of them: --always_save_checkpoint)."""
+
+import argparse
+import json
+import os
+import pickle
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from curves import NANOGPT, ids_of, plot, print_summary, score, summary
+from decode import default_threads, in_turn, machine, tell
+from trainers import ROOT
+
+RECIPE = (  # nanoGPT's README, "I only have a macbook"
+    "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
+    "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 "
+    "--always_save_checkpoint=True --out_dir=out"
+)
+COPIED = ("train.py", "model.py", "configurator.py", "config/train_shakespeare_char.py")
+DATASET = "data/shakespeare_char"
+
+
+def main():
+    config = parse(sys.argv[1:])
+    config.work = config.work.absolute()
+    for name in ("data", "runs", NANOGPT):
+        shutil.rmtree(config.work / name, ignore_errors=True)
+    text = config.text.read_bytes()
+    prepare_ours(config)
+    vocabulary = prepare_nanogpt(config, text) if config.nanogpt else None
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(config).items()}
+    record = {"machine": machine(argparse.Namespace(device="cpu")), "settings": settings, "runs": []}
+    programs = [*config.presets, *([NANOGPT] if config.nanogpt else [])]
+    for seed in range(config.seeds):
+        for program in in_turn(programs, seed):
+            record["runs"].append(run(config, program, seed))
+    stream = text[split_at(text) :]
+    for number, one in enumerate(record["runs"], 1):
+        tell(f"scoring run {number} of {len(record['runs'])}")
+        score(config, one, stream, vocabulary)
+    record["summary"] = {program: summary(record["runs"], program, config.target) for program in programs}
+    if config.json:
+        Path(config.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print_summary(record)
+    plot(config, record)
+
+
+def parse(words):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--text", type=Path, required=True, help="file to learn")
+    add("--nanogpt", type=Path, metavar="PATH", help="checkout to compare with; none: only our presets are run")
+    add("--presets", default="shakespeare-cpu", help="of train.py, with commas (default %(default)s)")
+    add("--seeds", type=int, default=3, help="runs of each program (default %(default)s)")
+    add("--target", type=float, default=1.886, help="nats per byte, the time to which is told (default %(default)s)")
+    add("--flags", default="", help="more flags for train.py, in one word (default none)")
+    add("--nanogpt_flags", default="", help="more flags for nanoGPT's train.py, in one word (default none)")
+    add(
+        "--spacing",
+        type=float,
+        default=0.05,
+        help="share by which a run ages between snapshots (default %(default)s)",
+    )
+    add("--threads", type=int, default=default_threads(), help="CPU threads (default %(default)s)")
+    add("--work", type=Path, default=Path("out/learn"), help="folder for data, runs and logs (default %(default)s)")
+    add("--json", help="file for all figures")
+    add("--plot", help="PNG file for the curves; needs matplotlib")
+    config = parser.parse_args(words)
+    config.presets = config.presets.split(",")
+    return config
+
+
+# ---- data
+
+
+def split_at(text):
+    """Where validation begins: nanoGPT's rule."""
+    return int(len(text) * 0.9)
+
+
+def prepare_ours(config):
+    words = "--tokenizer byte --val_split tail --val_fraction 0.1 --out"
+    command = [sys.executable, ROOT / "data/prepare.py", config.text, *words.split(), config.work / "data"]
+    subprocess.run(command, check=True)
+
+
+def prepare_nanogpt(config, text):
+    """Copy what it needs of the checkout, and write the text as its own prepare.py does. Returns the vocabulary: the
+    bytes that occur in the text, sorted."""
+    import numpy as np
+
+    folder = config.work / NANOGPT
+    for name in COPIED:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(config.nanogpt / name, folder / name)
+    vocabulary = bytes(sorted(set(text)))
+    ids = np.frombuffer(text.translate(ids_of(vocabulary)), dtype=np.uint8).astype(np.uint16)
+    (folder / DATASET).mkdir(parents=True)
+    ids[: split_at(text)].tofile(folder / DATASET / "train.bin")
+    ids[split_at(text) :].tofile(folder / DATASET / "val.bin")
+    characters = {"vocab_size": len(vocabulary), "itos": dict(enumerate(map(chr, vocabulary)))}
+    characters["stoi"] = {character: number for number, character in characters["itos"].items()}
+    (folder / DATASET / "meta.pkl").write_bytes(pickle.dumps(characters))
+    return vocabulary
+
+
+# ---- runs
+
+
+def run(config, program, seed):
+    """One run to its end: {"program", "seed", "wall" in seconds, "points": [{"step", "seconds"}], "kept_seconds"}."""
+    folder = config.work / "runs" / f"{Path(program).stem}-{seed}"
+    command = [sys.executable, str(ROOT / "benchmarks/snapshots.py"), str(folder / "snapshots")]
+    if program == NANOGPT:
+        command += [NANOGPT, str(seed), *RECIPE.split(), *shlex.split(config.nanogpt_flags)]
+    else:
+        words = (
+            f"--data {shlex.quote(str(config.work / 'data'))} --out {shlex.quote(str(folder / 'run'))} --seed {seed}"
+        )
+        command += ["ours", str(config.spacing), program, *shlex.split(words), *shlex.split(config.flags)]
+    folder.mkdir(parents=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(config.threads)}
+    where = config.work / NANOGPT if program == NANOGPT else None
+    tell(f"running {program}, seed {seed}")
+    with open(folder / "output.txt", "wb") as output:
+        start = time.time()
+        done = subprocess.run(command, cwd=where, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        wall = time.time() - start
+    if done.returncode:
+        sys.exit(f"{program}: exit {done.returncode}; see {folder / 'output.txt'}")
+    lines = (folder / "snapshots/snapshots.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = [json.loads(line) for line in lines]
+    points = [{"step": one["step"], "seconds": one["time"] - start} for one in kept]
+    found = {"program": program, "seed": seed, "wall": wall, "kept_seconds": sum(one["cost"] for one in kept)}
+    tell(f"  {wall:.1f} s, of which {found['kept_seconds']:.2f} s for keeping weights {len(kept)} times")
+    return found | {"points": points, "folder": str(folder / "snapshots")}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""How fast models are trained: this project against other programs, by turns, from the same weights on the same tokens.
+
+    python benchmarks/train.py --nanogpt ../nanoGPT --json train.json
+    python benchmarks/train.py --impl ours:bf16,ours:bf16:muon,transformers:bf16 --batch 16
+    python benchmarks/train.py --device cuda --nanogpt ../nanoGPT --minutes 8
+
+Each program runs in a process of its own that is stopped while others run. At the first size, its losses over the
+first steps must be those of our fp32 run with the same optimizer. Then in each round every program takes a few steps,
+each round beginning with another program. Where a GPU has not enough memory for all of them, they run one after the
+other. Reading the data is not timed."""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import trainers
+import weights
+from decode import default_device, default_threads, guarded, in_turn, machine, tell
+from report import print_columns, ratios
+from workers import Absent, Worker
+
+TOLERANCE = 0.02  # nats, between a program's loss and the reference's
+WARM_UP_STEPS = 3  # where the losses are not checked
+STATE_BYTES = 16  # of weight, gradient and two moments in fp32, for each parameter
+DEFAULTS = {  # by device: --impl, what --nanogpt adds, --sizes, --block_size, --steps, --grad_clip
+    "cpu": ("ours:bf16,ours:fp32,transformers:bf16,transformers:fp32", ("", ":bf16"), "gpt2", 256, 3, 1.0),
+    "cuda": ("ours:bf16:compile", ("",), "gpt2,gpt2-medium,gpt2-large,gpt2-xl", 1024, 10, 0.0),
+}
+BATCHES = {"gpt2": "32", "gpt2-medium": "32", "gpt2-large": "16", "gpt2-xl": "8"}  # --batch on CUDA
+CPU_BATCHES = "4,16"
+
+
+def main():
+    config = parse(sys.argv[1:])
+    record = {"machine": machine(config), "settings": vars(config) | {"work": str(config.work)}}
+    record |= {"absent": {}, "peaks": {}, "results": []}
+    deadline = time.monotonic() + 60 * config.minutes if config.minutes else float("inf")
+    if record["machine"]["load"] > 0.5:
+        tell(f"warning: load average {record['machine']['load']:.1f}, other work is running; times will be uneven")
+    for size in config.sizes:
+        if time.monotonic() > deadline:
+            break
+        absent = {}  # at this size
+        folder = weights.fresh_weights(config.work, size, config.block_size)
+        for names in together(config, folder, record):
+            programs = []
+            try:
+                start_all(config, folder, names, absent, programs, deadline)
+                for batch in config.batch or BATCHES[size].split(","):
+                    measure(config, folder, int(batch), programs, absent, record, deadline)
+            finally:
+                for program in programs:
+                    program.close()
+        record["absent"] |= {f"{size}: {name}": reason for name, reason in absent.items()}
+    finish(config, record)
+
+
+def parse(words):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    cpu, cuda = DEFAULTS["cpu"], DEFAULTS["cuda"]
+    add(
+        "--impl",
+        help="programs, with commas; after ours: fp32 or bf16, compile, adamw or muon; after transformers or "
+        f"nanogpt=PATH: bf16, compile; on a CPU {cpu[0]}, on CUDA {cuda[0]}",
+    )
+    add("--nanogpt", metavar="PATH", help="adds this checkout: on a CPU as shipped (fp32) and with bf16 autocast")
+    add("--sizes", help=f"with commas, out of {', '.join(weights.SIZES)}; on a CPU {cpu[2]}, on CUDA {cuda[2]}")
+    add("--block_size", type=int, help=f"tokens of a sequence; on a CPU {cpu[3]}, on CUDA {cuda[3]}")
+    add("--batch", help=f"sequences per step, with commas; on a CPU {CPU_BATCHES}, on CUDA by size: {BATCHES}")
+    add("--steps", type=int, help=f"steps of a program in a round; on a CPU {cpu[4]}, on CUDA {cuda[4]}")
+    add(
+        "--grad_clip",
+        type=float,
+        help=f"on a CPU {cpu[5]}, as in nanoGPT's train.py; on CUDA {cuda[5]}, as in bench.py",
+    )
+    add("--check", type=int, default=20, help="steps whose losses are compared, 0 is none (default %(default)s)")
+    add("--pairs", type=int, default=5, help="rounds, in each of which every program runs once (default %(default)s)")
+    add("--minutes", type=float, default=0, help="wait for nothing after this time; 0 is no limit")
+    add("--threads", type=int, default=default_threads(), help="CPU threads (default %(default)s)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add("--work", type=Path, default=Path("out/benchmarks"), help="folder for weights and logs (default %(default)s)")
+    add("--json", help="file for all figures")
+    config = parser.parse_args(words)
+    config.device = config.device or default_device()
+    impl, added, sizes, *numbers = DEFAULTS[config.device]
+    config.impl = (config.impl or impl).split(",")
+    config.impl += [f"nanogpt={config.nanogpt}{form}" for form in added] if config.nanogpt else []
+    config.sizes = (config.sizes or sizes).split(",")
+    for name, number in zip(("block_size", "steps", "grad_clip"), numbers, strict=True):
+        setattr(config, name, number if getattr(config, name) is None else getattr(config, name))
+    batch = config.batch or (CPU_BATCHES if config.device == "cpu" else "")
+    config.batch = batch.split(",") if batch else []
+    return config
+
+
+def together(config, folder, record):
+    """Lists of the programs that are loaded at once: all of them, unless a GPU has no room for their states. What a GPU
+    can do is in a table, and is asked for only once."""
+    if config.device == "cpu":
+        return [["peak", *config.impl]]
+    import torch
+
+    names = config.impl if record["peaks"] else ["peak", *config.impl]
+    state = STATE_BYTES * parameters(folder)
+    enough = len(config.impl) * state < 0.4 * torch.cuda.get_device_properties(0).total_memory
+    return [names] if enough else [[name] for name in names]
+
+
+def parameters(folder):
+    from gpt.interop import read_config
+    from gpt.memory import count_parameters
+
+    return count_parameters(*read_config(folder))
+
+
+# ---- measuring
+
+
+def start_all(config, folder, names, absent, programs, deadline):
+    """Add a Worker for each name to `programs`, before it loads, so that the caller can close them all. Of those that
+    do not load, the reasons go into `absent`."""
+    for name in names:
+        tell(f"loading {name}")
+        programs.append(worker(config, folder, name, name, deadline))
+        attempt(absent, programs[-1], lambda program: program.wait_loaded())
+
+
+def worker(config, folder, name, spec, deadline):
+    settings = (config.threads, config.device, config.grad_clip)
+    return Worker(name, spec, folder, *settings, module="trainers", until=deadline)
+
+
+def attempt(absent, program, act, *arguments):
+    return guarded({"absent": absent}, program, act, *arguments)
+
+
+def measure(config, folder, batch, programs, absent, record, deadline):
+    """Check every program at this batch, then run the rounds; the figures go into the record."""
+    results = {}
+    for program in programs:
+        if program.name != "peak" and program.name not in absent:
+            result = {"size": size_of(folder), "batch": batch, "program": program.name, "version": program.version}
+            result |= {"load_seconds": program.load_seconds, "rounds": [], "memory": 0}
+            if attempt(absent, program, first_steps, config, folder, batch, result):
+                results[program.name] = result
+    if config.check and size_of(folder) == config.sizes[0]:
+        check(config, folder, batch, programs, results, absent, deadline)
+    for number in range(config.pairs):
+        if time.monotonic() > deadline:
+            break
+        tell(f"{folder.name}, batch {batch}: round {number + 1} of {config.pairs}")
+        for program in in_turn(programs, number):
+            if program.name == "peak":
+                attempt(absent, program, read_peak, record["peaks"])
+            elif program.name in results:
+                attempt(absent, program, one_round, config, results[program.name])
+    record["results"] += results.values()
+    if config.json:
+        write(config, record)
+
+
+def size_of(folder):
+    return folder.name.partition("-fresh-")[0]
+
+
+def first_steps(program, config, folder, batch, result):
+    """Begin, and take the steps whose losses are compared, or else those that warm up."""
+    tell(f"{folder.name}, batch {batch}: first steps of {program.name}")
+    _, begin = program.ask("begin", batch)
+    checked = config.check if size_of(folder) == config.sizes[0] else 0
+    found = [program.ask("steps", number, 1)[1] for number in range(checked or WARM_UP_STEPS)]
+    seconds, losses, _ = zip(*found, strict=True)
+    result["losses"] = [loss for [loss] in losses]
+    result["start_seconds"] = max(0.0, begin + seconds[0] - statistics.median(seconds))
+
+
+def check(config, folder, batch, programs, results, absent, deadline):
+    """Compare losses with those of the reference; who differs takes part no more."""
+    references = {name: result["losses"] for name, result in results.items()}
+    for name in sorted({reference_of(name) for name in results} - references.keys()):
+        program = worker(config, folder, f"reference {name}", name, deadline)
+        try:
+            found = {}
+            if attempt(absent, program, lambda program: program.wait_loaded()):
+                attempt(absent, program, first_steps, config, folder, batch, found)
+            references[name] = found.get("losses")
+        finally:
+            program.close()
+    by_name = {program.name: program for program in programs}
+    for name, result in list(results.items()):
+        if not attempt(absent, by_name[name], compare, references[reference_of(name)], result):
+            del results[name]
+
+
+def reference_of(name):
+    """The fp32 run that a program's losses are held to: our own, uncompiled, with the same optimizer."""
+    return "ours:fp32:muon" if "muon" in name.split(":") else "ours:fp32"
+
+
+def compare(program, expected, result):
+    """Note the largest difference of losses. Raises Absent where it is too large."""
+    if expected is None:
+        raise Absent("there is no reference to compare it with")
+    differences = [abs(a - b) for a, b in zip(result["losses"], expected, strict=True)]
+    result["difference"] = max(differences, key=lambda found: (math.isnan(found), found))
+    difference, last = result["difference"], result["losses"][-1]
+    tell(f"  {program.name}: losses differ by {difference:.4f} at most, the last is {last:.4f}")
+    if not difference <= TOLERANCE:
+        raise Absent(f"its loss differs by {difference:.4f}; at most {TOLERANCE} is allowed")
+
+
+def one_round(program, config, result):
+    """Add the seconds of some more steps."""
+    taken = len(result["losses"])
+    if config.device == "cuda":  # its memory was given back, and is taken again in this step
+        result["losses"] += program.ask("steps", taken, 1)[1][1]
+    seconds, losses, memory = program.ask("steps", len(result["losses"]), config.steps)[1]
+    result["losses"] += losses
+    result["rounds"].append(seconds)
+    result["memory"] = max(memory, result["memory"])
+
+
+def read_peak(program, peaks):
+    for name, found in program.ask("products")[1].items():
+        peaks.setdefault(name, []).append(found)
+
+
+# ---- the tables
+
+
+def finish(config, record):
+    record["peak"] = max((statistics.median(found) for found in record["peaks"].values()), default=0.0)
+    for result in record["results"]:
+        folder = weights.fresh_weights(config.work, result["size"], config.block_size)
+        tokens = result["batch"] * config.block_size * config.steps
+        result["speeds"] = [tokens / seconds for seconds in result["rounds"]]
+        if result["speeds"] and record["peak"]:
+            result["mfu"] = statistics.median(result["speeds"]) * flops_of(folder) / record["peak"]
+    if config.json:
+        write(config, record)
+    for size, batch in dict.fromkeys((result["size"], result["batch"]) for result in record["results"]):
+        chosen = [r for r in record["results"] if (r["size"], r["batch"]) == (size, batch) and r["speeds"]]
+        if chosen:
+            print_table(f"{size}, {batch} sequences of {config.block_size}", chosen)
+    if record["peaks"]:
+        speeds = ", ".join(f"{name} {statistics.median(found) / 1e12:.2f}" for name, found in record["peaks"].items())
+        print(f"\nproducts, TFLOP/s: {speeds}; MFU is against the largest")
+    for name, reason in record["absent"].items():
+        print(f"absent: {name}: {reason}")
+    print(json.dumps(record["machine"]))
+
+
+def flops_of(folder):
+    from gpt.interop import read_config
+    from gpt.model import flops_per_token
+
+    return flops_per_token(*read_config(folder))
+
+
+def write(config, record):
+    Path(config.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def print_table(title, results):
+    """One line a program: tokens/s, share of the machine's products, peak memory, seconds to make ready (compiling
+    included, weights not), the largest difference of losses, and what each of ours is times as fast."""
+    ours = [result for result in results if result["program"].startswith("ours")]
+    print(f"\n{title}; tok/s median (least-greatest)\n")
+    heads = ["program", "tok/s", "MFU", "GiB", "start s", "loss differs"]
+    lines = [[*heads, *(f"{label(result['program'])} /" for result in ours)]]
+    for result in sorted(results, key=lambda found: -statistics.median(found["speeds"])):
+        speeds = result["speeds"]
+        line = [label(result["program"]), f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f})"]
+        line += [f"{result['mfu']:.1%}" if "mfu" in result else "", f"{result['memory'] / 2**30:.1f}"]
+        line += [f"{result['start_seconds']:.1f}"]
+        line += [f"{result['difference']:.4f}" if "difference" in result else ""]
+        lines.append([*line, *("{:.2f} ({:.2f}-{:.2f})".format(*ratios(mine, result)) for mine in ours)])
+    print_columns(lines)
+
+
+def label(name):
+    """ "nanogpt=PATH:bf16" -> "nanogpt:bf16"."""
+    kind, options = trainers.parts_of(name)
+    return ":".join([kind, *options[kind == "nanogpt" :]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""The programs whose training is compared: each takes the same steps on the same tokens from the same weights.
+
+`begin(batch)` starts anew: fresh weights, a new optimizer, compiled if asked. `steps(first, count)` takes the optimizer
+steps numbered from `first` and says how long they took. Making the tokens is not timed."""
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import programs
+from gauges import Clock, peak_memory, release, reset_peak
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = {"fp32", "bf16", "compile", "eager", "adamw", "muon"}  # what may follow a program's name
+LR, WARMUP_STEPS = 6e-4, 10
+BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.1
+PADDED_TO = 64  # the peers' vocabulary, as nanoGPT pads it: ours is padded by the model
+
+
+def training_script():
+    """train.py of this project, imported by its path: this folder has a program of the same name."""
+    spec = importlib.util.spec_from_file_location("training_script", ROOT / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def tokens(vocab_size, number, rows, length):
+    """Ids (rows, length + 1) of batch `number`, int64. Half of them are drawn with Zipf's frequencies, and half repeat
+    one of the eight before: so there is something to learn in few steps."""
+    import numpy as np
+
+    draw, shape = np.random.default_rng(number), (rows, length + 1)
+    ids = (vocab_size ** draw.random(shape)).astype(np.int64) - 1
+    sources = np.maximum(np.arange(length + 1) - draw.integers(1, 9, shape), 0)
+    return np.where(draw.random(shape) < 0.5, np.take_along_axis(ids, sources, 1), ids)
+
+
+def learning_rate(number):
+    return LR * min(1.0, (number + 1) / WARMUP_STEPS)
+
+
+class Trainer:
+    """What all programs have in common: tokens, clock, memory. One of them defines `fresh()`, a model in fp32 with the
+    weights of `folder`; `build(model, batch)`, which makes ready for steps on so many sequences; and `step(ids, lr)`,
+    which returns the loss as a number or a tensor."""
+
+    def __init__(self, folder, options, device, grad_clip):
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.folder, self.options, self.device, self.grad_clip = folder, options, device, grad_clip
+        self.vocab_size, self.block_size = stored["vocab_size"], stored["n_positions"]
+        self.batch = 0
+
+    def begin(self, batch):
+        """Seconds that it took to make ready once the weights were read; on CUDA and where the step is compiled, with a
+        first forward and backward pass."""
+        self.forget()
+        model = self.fresh()
+        release(self.device)
+        reset_peak(self.device)
+        start = time.perf_counter()
+        self.batch = batch
+        self.build(model, batch)
+        return time.perf_counter() - start
+
+    def steps(self, first, count):
+        """(seconds, loss of each step, peak memory in bytes since `begin`) of `count` steps, numbered from `first`."""
+        import torch
+
+        batches = [
+            torch.from_numpy(tokens(self.vocab_size, number, self.batch, self.block_size)).to(self.device)
+            for number in range(first, first + count)
+        ]
+        clock, losses = Clock(self.device), []
+        for number, ids in enumerate(batches, first):
+            losses.append(self.step(ids, learning_rate(number)))
+        seconds = clock.seconds()
+        found = seconds, [float(loss) for loss in losses], peak_memory(self.device)
+        release(self.device)
+        return found
+
+
+class Ours(Trainer):
+    """`train_step` of train.py, on the state that its `build` makes. Options: fp32 or bf16, compile, adamw or muon; the
+    micro-batch is the one it chooses."""
+
+    def __init__(self, folder, options, threads, device, grad_clip):
+        super().__init__(folder, options, device, grad_clip)
+        import gpt
+
+        self.script, self.threads, self.version = training_script(), threads, gpt.__version__
+
+    def forget(self):
+        self.state = None
+
+    def fresh(self):
+        from gpt.interop import load_model
+
+        return load_model(self.folder)
+
+    def build(self, model, batch):
+        script, options = self.script, set(self.options)
+        optimizer = {"optimizer": "muon" if "muon" in options else "adamw"}
+        length = script.LengthConfig(max_steps=1_000_000)
+        machine = script.MachineConfig(
+            device=self.device,
+            dtype=next(iter(options & {"fp32", "bf16"}), "auto"),
+            compile="on" if "compile" in options else "off",
+            threads=self.threads,
+        )
+        config = script.TrainConfig(
+            data="none",
+            model=model.config,
+            batch=script.BatchConfig(global_batch_size=batch),
+            length=length,
+            optim=script.OptimConfig(
+                lr=LR, beta1=BETAS[0], beta2=BETAS[1], weight_decay=WEIGHT_DECAY, grad_clip=self.grad_clip, **optimizer
+            ),
+            machine=machine,
+        )
+        self.run = script.Runtime(machine)
+        budget = script.Budget(length, batch, self.block_size, windows_per_epoch=1)
+        self.state, _ = script.build(config, model, budget, script.Progress(), self.run, None)
+
+    def step(self, ids, lr):
+        return self.script.train_step(self.state, ids, lr, self.grad_clip, self.run)[0]
+
+
+class Peer(Trainer):
+    """The usual step around another program's model: its own `optimizer_of(model)` and `loss(ids, targets)`. The
+    micro-batch is the whole batch; on CUDA, the largest half, quarter, … of it that fits."""
+
+    def __init__(self, folder, options, threads, device, grad_clip):
+        import torch
+
+        super().__init__(folder, options, device, grad_clip)
+        torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.torch = torch
+
+    def forget(self):
+        self.model = self.called = self.optimizer = None
+
+    def build(self, model, batch):
+        self.model, self.micro_batch = model.to(self.device).train(), batch
+        self.optimizer = self.optimizer_of(self.model)
+        self.called = self.torch.compile(self.model) if self.compiles() else self.model
+        if self.compiles() or self.device == "cuda":
+            self.find_micro_batch()
+
+    def find_micro_batch(self):
+        """Compile, and halve the micro-batch until the passes over it fit."""
+        ids = self.torch.zeros(self.batch, self.block_size + 1, dtype=self.torch.int64, device=self.device)
+        while True:
+            with contextlib.suppress(self.torch.OutOfMemoryError):
+                self.accumulate(ids)
+                self.optimizer.zero_grad(set_to_none=True)
+                return
+            self.optimizer.zero_grad(set_to_none=True)
+            assert self.micro_batch > 1, "out of memory with one sequence"
+            self.micro_batch //= 2
+            self.torch._dynamo.reset()
+            self.torch.cuda.empty_cache()
+
+    def compiles(self):
+        return "compile" in self.options
+
+    def autocasts(self):
+        return "bf16" in self.options
+
+    def autocast(self):
+        return self.torch.autocast(self.device, self.torch.bfloat16) if self.autocasts() else contextlib.nullcontext()
+
+    def accumulate(self, ids):
+        """Gradients of the mean loss; returns it, a tensor."""
+        parts = ids.split(self.micro_batch)
+        mean = 0.0
+        for part in parts:
+            with self.autocast():
+                loss = self.loss(part[:, :-1].contiguous(), part[:, 1:].contiguous()) * len(part) / len(ids)
+            loss.backward()
+            mean += loss.detach()
+        return mean
+
+    def step(self, ids, lr):
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = self.accumulate(ids)
+        if self.grad_clip:
+            self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+
+class NanoGPT(Peer):
+    """The model and the optimizer of a checkout, in the step of its train.py: as shipped, in fp32 and uncompiled on a
+    CPU (as its README says), in bf16 and compiled on CUDA (as its bench.py is). Options: bf16, compile, eager."""
+
+    def __init__(self, folder, options, threads, device, grad_clip):
+        super().__init__(folder, options[1:], threads, device, grad_clip)
+        self.module, self.version = programs.nanogpt_module(options[0]), "checkout"
+
+    def fresh(self):
+        return programs.nanogpt_model(self.module, self.folder, PADDED_TO)
+
+    def compiles(self):
+        return super().compiles() or (self.device == "cuda" and "eager" not in self.options)
+
+    def autocasts(self):
+        return super().autocasts() or (self.device == "cuda" and "fp32" not in self.options)
+
+    def optimizer_of(self, model):
+        return model.configure_optimizers(WEIGHT_DECAY, LR, BETAS, self.device)
+
+    def loss(self, ids, targets):
+        return self.called(ids, targets)[1]
+
+    def step(self, ids, lr):
+        return super().step(ids, lr).item()  # it reads every step's loss
+
+
+class Transformers(Peer):
+    """GPT2LMHeadModel, its vocabulary padded, with fused AdamW, which is its Trainer's default. Options: fp32 or bf16
+    (autocast), compile."""
+
+    def __init__(self, folder, options, threads, device, grad_clip):
+        super().__init__(folder, options, threads, device, grad_clip)
+        import transformers
+
+        self.models, self.version = transformers.AutoModelForCausalLM, transformers.__version__
+
+    def fresh(self):
+        model = self.models.from_pretrained(self.folder, dtype=self.torch.float32)
+        padded = math.ceil(self.vocab_size / PADDED_TO) * PADDED_TO
+        model.resize_token_embeddings(padded, mean_resizing=False)
+        with self.torch.no_grad():
+            model.transformer.wte.weight[self.vocab_size :] = 0
+        return model
+
+    def optimizer_of(self, model):
+        parameters = list(model.parameters())
+        matrices = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": WEIGHT_DECAY}
+        vectors = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
+        return self.torch.optim.AdamW([matrices, vectors], lr=LR, betas=BETAS, fused=True)
+
+    def loss(self, ids, targets):
+        logits = self.called(input_ids=ids, use_cache=False).logits
+        return self.torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+class Peak:
+    """No program: FLOP/s that gpt.runtime knows of the device, or measures now with products of square matrices."""
+
+    def __init__(self, _folder, _options, threads, device, _grad_clip):
+        import torch
+
+        torch.set_num_threads(threads)
+        self.device, self.version = torch.device(device), torch.__version__
+
+    def products(self):
+        """{"fp32": FLOP/s, "bf16": FLOP/s}; 0.0 where it is not known."""
+        from gpt.runtime import DTYPES, peak_flops
+
+        return {name: peak_flops(self.device, DTYPES[name]) for name in ("fp32", "bf16")}
+
+
+# ---- names
+
+
+TRAINERS = {"ours": Ours, "nanogpt": NanoGPT, "transformers": Transformers, "peak": Peak}
+
+
+def parts_of(name):
+    """ "nanogpt=PATH:bf16" -> ("nanogpt", ["PATH", "bf16"]). Colons in PATH are left alone."""
+    words = []
+    while (head := name.rpartition(":"))[2] in WORDS and head[0]:
+        name, words = head[0], [head[2], *words]
+    kind, _, path = name.partition("=")
+    return kind, [path, *words] if path else words
+
+
+def load(name, folder, threads, device, grad_clip=1.0):
+    """The program that `name` stands for: "ours:bf16:compile", "transformers:fp32", "nanogpt=PATH:bf16"."""
+    kind, options = parts_of(name)
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # else an earlier run would have compiled for this one
+    return TRAINERS[kind](folder, options, threads, device, grad_clip)
