@@ -4,7 +4,8 @@
     python train.py shakespeare --data data/mine    trains on the shards in data/mine
     python train.py --init gpt2 --data data/mine    fine-tunes GPT-2 (preset finetune)
 
-A run that was interrupted goes on when the same command is given again."""
+A run that was interrupted goes on when the same command is given again. Under torchrun every process (rank) computes
+its share of each step, and rank 0 writes."""
 
 import contextlib
 import math
@@ -37,11 +38,12 @@ from gpt.data import Prefetch
 from gpt.errors import InputError, ResourceError, Stopped, note, run_main, tell, unheard
 from gpt.files import lock_folder, write_durably
 from gpt.generate import TextGenerator
-from gpt.log import Log, Recorder, exit_record, logged_evaluation, start_wandb
+from gpt.log import Log, NoLog, Recorder, exit_record, logged_evaluation, start_wandb
 from gpt.model import GPT, IGNORED, ModelConfig
 from gpt.optim import LossScaler, OptimConfig, clip_gradients, gated_step, learning_rate, make_optimizer
-from gpt.runtime import MachineConfig, Runtime, StopFlag, profiler, seed_step
-from gpt.saver import Saver, sweep
+from gpt.ranks import join
+from gpt.runtime import MachineConfig, Runtime, StopFlag, launched, profiler, seed_step
+from gpt.saver import NoSaver, Saver, sweep
 
 PRESETS = Path(__file__).parent / "presets"
 SAMPLE_TOKENS = 200
@@ -88,15 +90,23 @@ class TrainConfig:
 
 def main():
     os.umask(os.umask(0o022) | 0o022)  # nobody else may write to what a run leaves
-    config, base = settings(sys.argv[1:])
+    with join(*launched()) as ranks:
+        follow(*settings(sys.argv[1:]), ranks)
+
+
+def follow(config, base, ranks):
+    """A run from its start, or from where it was left, to its end."""
+    refuse(config.batch.problems_on(ranks.size))
     size, block_size = config.batch.global_batch_size, config.model.block_size
-    corpus = Corpus(config.data, config.tokenizer, config.verify, block_size, size, config.seed)
+    verify = config.verify if ranks.leads else "size"
+    corpus = Corpus(config.data, config.tokenizer, verify, block_size, size, config.seed)
     budget = Budget(config.length, size, block_size, corpus.windows.per_epoch)
     newest = checkpoints.step_folders(config.out)[:1]
     checkpoint = find_start(config, base, corpus)
     progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
     if checkpoint and progress.evaluated_step != progress.step:  # perhaps made up for after the checkpoint was saved
         progress.evaluated_if(logged_evaluation(Path(config.out), progress.step))
+    ranks.check_same(settings=flatten(config), data=corpus.record, checkpoint=asdict(progress))
     evaluates = corpus.has_validation() and progress.evaluation_due(0, ends=True)  # a signal cut the last one short
     if budget.spent(progress) and not (checkpoint and evaluates):
         why = " (patience)" if budget.tired(progress) else ""
@@ -104,30 +114,35 @@ def main():
         with unheard(sys.stdout):
             print(f"nothing to do: step {progress.step} of {budget.total_steps(progress)}{why}")
         return
-    run = Runtime(config.machine)
+    run = Runtime(config.machine, ranks)
     memory.check_fits(config.model, corpus.tokenizer.vocab_size, run.device)
     model, origin = load_model(config, base, corpus, checkpoint)
-    with run_folder(config, newest) as out, exit_record(out), StopFlag() as stop, memory_errors(progress, block_size):
+    with (
+        run_folder(config, newest, ranks) as out,
+        exit_record(out, ranks),
+        StopFlag() as stop,
+        memory_errors(progress, block_size),
+    ):
         state, record = build(config, model, budget, progress, run, checkpoint)
         constant = {"config": flatten(config), "runtime": record, "base": origin}
-        log = start_log(config, progress, budget)
-        saver = Saver(out, state, corpus, constant, log, config.rhythm)
+        log = start_log(config, progress, budget) if ranks.leads else NoLog()
+        saver = Saver(out, state, corpus, constant, log, config.rhythm) if ranks.leads else NoSaver()
         try:
             train(config, corpus, budget, run, state, log, saver, stop)
         finally:
             log.close()
             corpus.close()
-        if stop:
+        if ranks.any(stop):  # here all wait until the last checkpoint is there
             raise Stopped(f"signal at step {progress.step}: checkpoint saved in {out}; the same command continues")
 
 
 def train(config, corpus, budget, run, state, log, saver, stop):
     """The loop: what is due at this step, then the next optimizer step."""
-    rhythm, size, progress = config.rhythm, config.batch.global_batch_size, state.progress
-    batches = Prefetch(corpus.windows, run.ready)
+    rhythm, size, progress, ranks = config.rhythm, config.batch.global_batch_size, state.progress, run.ranks
+    batches = Prefetch(corpus.windows, run.ready, ranks.rank, ranks.size)
     recorder = Recorder(log, rhythm.log_every, progress, budget, state.scaler, corpus.windows, run, state.model)
     corpus.verifier.start()
-    with profiler(Path(config.out) / "trace.json" if config.profile else None) as profile:
+    with profiler(Path(config.out) / "trace.json" if config.profile and ranks.leads else None) as profile:
         while True:
             if corpus.has_validation() and progress.evaluation_due(rhythm.eval_every, ends=budget.spent(progress)):
                 losses = evaluate(state.model, corpus, rhythm.eval_tokens, progress.micro_batch_size, run, stop)
@@ -137,19 +152,20 @@ def train(config, corpus, budget, run, state, log, saver, stop):
             if progress.due(rhythm.save_every):
                 recorder.read()
                 saver.save()
-            if budget.spent(progress) or stop:
+            if budget.spent(progress) or ranks.any(stop):
                 break
             started = time.perf_counter()
             lr = learning_rate(config.optim, progress.step, budget.total_steps(progress))
             batch = batches.take(progress.windows_seen, size)
-            seed_step(config.seed, progress.step)
+            seed_step(config.seed, progress.step, ranks.rank)
             numbers = train_step(state, batch, lr, config.optim.grad_clip, run)
             progress.advance(size, config.model.block_size)
             recorder.step(lr, numbers)
-            progress.train_seconds += time.perf_counter() - started
+            elapsed = time.perf_counter() - started
+            progress.train_seconds += ranks.first(elapsed) if config.length.max_minutes else elapsed
             profile.step()
             corpus.verifier.check()
-            if progress.due(rhythm.sample_every):
+            if ranks.leads and progress.due(rhythm.sample_every):
                 log.say(sample(state.model, corpus.tokenizer, progress.step, config.seed))
     recorder.read()
     saver.save(is_last=True)
@@ -174,35 +190,38 @@ def train_step(state, batch, lr, grad_clip, run):
 
 
 def accumulate(state, batch, run):
-    """Add up the gradients of all micro-batches; returns the mean loss over the targets of the whole batch."""
+    """Add up the gradients of all micro-batches; returns the mean loss over the targets of the whole batch, of which
+    `batch` is this rank's share: it is divided by the ranks' mean count, and gradients and loss are means over them."""
     ids, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-    count = (targets != IGNORED).sum().clamp(min=1)
+    ranks, micro_batch_size = run.ranks, state.progress.micro_batch_size
+    count = ranks.mean((targets != IGNORED).sum()).clamp(min=1 / ranks.size)
     loss = torch.zeros((), device=run.device)
-    micro_batch_size = state.progress.micro_batch_size
-    for some_ids, some_targets in zip(ids.split(micro_batch_size), targets.split(micro_batch_size), strict=True):
+    pieces = list(zip(ids.split(micro_batch_size), targets.split(micro_batch_size), strict=True))
+    for number, (some_ids, some_targets) in enumerate(pieces, 1):
+        forward = ranks.forward(state.model, last=number == len(pieces))
         with run.autocast():
-            share = state.model(some_ids, some_targets).sum() / count
+            share = forward(some_ids, some_targets).sum() / count
         (share * state.scaler.scale).backward()
         loss += share.detach()
-    return loss
+    return ranks.mean(loss)
 
 
 @torch.no_grad()
 def evaluate(model, corpus, eval_tokens, batch_size, run, stop):
     """(nats per token, bits per byte) on the validation set, or None if a signal asks to stop meanwhile."""
     model.eval()
-    sums, count, size = [], 0, 0
-    for ids, targets in corpus.validation(batch_size, eval_tokens):
+    ranks, sums, count, size = run.ranks, [], 0, 0
+    for ids, targets in corpus.validation(batch_size, eval_tokens, ranks.rank, ranks.size):
         with run.autocast():
             sums.append(model(run.ready(ids), run.ready(targets)).sum())
         counted = targets[targets != IGNORED]
         count += len(counted)
         size += int(corpus.byte_lengths[counted].sum())
-        if stop:
+        if stopped := ranks.any(stop):
             break
     model.train()
-    nats = torch.stack(sums).cpu().double().sum().item()
-    return None if stop else (nats / count, nats / math.log(2) / max(size, 1))
+    nats, count, size = ranks.totals(torch.stack(sums).cpu().double().sum().item(), count, size)
+    return None if stopped else (nats / count, nats / math.log(2) / max(size, 1))
 
 
 def sample(model, tokenizer, step, seed):
@@ -273,7 +292,7 @@ def build(config, model, budget, progress, run, checkpoint):
     """(State on the device, compiled if asked; record of the machine): new, or as the checkpoint left it."""
     model.to(run.device).train()
     progress.micro_batch_size = micro_batch_size(config, progress, model, run)
-    optimizer = make_optimizer(model, config.optim, muon_dtype(run))
+    optimizer = make_optimizer(model, config.optim, muon_dtype(run), run.ranks)
     scaler = LossScaler(run.device, enabled=run.dtype == torch.float16)
     before = checkpoint.state["runtime"] if checkpoint else None
     compiled = run.compiles(config.machine.compile, budget.total_steps(progress), before)
@@ -287,6 +306,7 @@ def build(config, model, budget, progress, run, checkpoint):
     needs = memory.estimate(config.model, model.vocab_size, progress.micro_batch_size, run.dtype, run.device)
     note("info", f"{model.num_parameters():,} parameters on {record['device']}, {record['precision']}")
     note("info", memory.describe(needs))
+    run.ranks.share_gradients(model)
     if compiled:
         torch.use_deterministic_algorithms(run.deterministic)  # for the compiler too
         model.compile()
@@ -295,13 +315,15 @@ def build(config, model, budget, progress, run, checkpoint):
 
 
 def micro_batch_size(config, progress, model, run):
-    """The given one, else the checkpoint's if it still divides the batch, else the largest that fits."""
-    size = config.batch.global_batch_size
+    """The given one, else the checkpoint's if it still divides this rank's share of the batch, else the largest that
+    fits on all ranks."""
+    size = config.batch.global_batch_size // run.ranks.size
     if config.batch.micro_batch_size:
         return config.batch.micro_batch_size
     if progress.micro_batch_size and size % progress.micro_batch_size == 0:
         return progress.micro_batch_size
-    return memory.choose_micro_batch(config.model, model.vocab_size, size, run.dtype, run.device)
+    fits = memory.choose_micro_batch(config.model, model.vocab_size, size, run.dtype, run.device, run.sharers())
+    return run.ranks.least(fits)
 
 
 def muon_dtype(run):
@@ -328,10 +350,14 @@ def memory_errors(progress, block_size):
 
 
 @contextlib.contextmanager
-def run_folder(config, newest):
-    """The run folder, created and locked, with its settings in it and what an interrupted save left cleared away.
-    `newest` is the step folder, in a list, that was its newest before: no other run may have saved there since."""
+def run_folder(config, newest, ranks):
+    """The run folder, created and locked by rank 0, with its settings in it and what an interrupted save left cleared
+    away. `newest` is the step folder, in a list, that was its newest before: no other run may have saved there
+    since."""
     out = Path(config.out)
+    if not ranks.leads:
+        yield out
+        return
     with cannot_write(out):
         out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out):

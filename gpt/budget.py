@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 @dataclass(frozen=True)
 class BatchConfig:
     global_batch_size: int = 12
-    """sequences of block_size tokens per optimizer step"""
+    """sequences of block_size tokens per optimizer step, over all ranks"""
     micro_batch_size: int = 0
-    """sequences per forward pass; must divide global_batch_size; 0 = the largest that fits, recorded in checkpoints"""
+    """sequences per forward pass and rank; must divide global_batch_size / ranks; 0 = the largest that fits,
+    recorded in checkpoints"""
 
     def problems(self):
         """What is wrong with these values, in words; empty if nothing."""
@@ -20,6 +21,17 @@ class BatchConfig:
             near = sorted((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - micro))[:2]
             return [f"micro_batch_size {micro} must divide global_batch_size {total}; the nearest that do: {near}"]
         return []
+
+    def problems_on(self, ranks):
+        """What is wrong with these values for so many ranks, each of which takes an equal share."""
+        total, micro = self.global_batch_size, self.micro_batch_size
+        unit = ranks * max(micro, 1)
+        if total % unit == 0:
+            return []
+        below = total // unit * unit
+        each = f" x micro_batch_size {micro}" if micro else ""
+        near = [n for n in (below, below + unit) if n > 0]
+        return [f"global_batch_size {total} must be a multiple of {ranks} ranks{each}; the nearest that are: {near}"]
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,9 @@ class Corpus:
     def has_validation(self):
         return "val" in self.readers
 
-    def validation(self, batch_size, eval_tokens):
-        """Batches (ids, targets) of the validation set, always the same."""
-        return validation_batches(self.readers["val"], self.block_size, batch_size, eval_tokens)
+    def validation(self, batch_size, eval_tokens, rank=0, ranks=1):
+        """Batches (ids, targets) of the validation set, always the same: those of rank `rank` of `ranks`."""
+        return validation_batches(self.readers["val"], self.block_size, batch_size, eval_tokens, rank, ranks)
 
     def close(self):
         for reader in self.readers.values():

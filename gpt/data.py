@@ -45,38 +45,44 @@ class Windows:
 
 
 class Prefetch:
-    """Takes batches of windows with the next one read in the background meanwhile. `ready` is applied there too: it
-    turns the array into what a step needs (a tensor, in pinned memory for a GPU)."""
+    """Takes batches of windows, of each the share of rank `rank` of `ranks`, with the next one read in the background
+    meanwhile. `ready` is applied there too: it turns the array into what a step needs (a tensor, in pinned memory for a
+    GPU)."""
 
-    def __init__(self, windows, ready):
-        self.windows, self.ready = windows, ready
+    def __init__(self, windows, ready, rank=0, ranks=1):
+        self.windows, self.ready, self.rank, self.ranks = windows, ready, rank, ranks
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self.coming = {}  # (first, count) -> future
 
     def take(self, first, count):
+        """This rank's part of windows `first` to `first + count`: of equal parts in the order of the ranks."""
         wanted = self.coming.pop((first, count), None) or self.submit(first, count)
         batch = wanted.result()
         self.coming = {(first + count, count): self.submit(first + count, count)}
         return batch
 
     def submit(self, first, count):
-        return self.pool.submit(lambda: self.ready(self.windows.take(first, count)))
+        share = count // self.ranks
+        return self.pool.submit(lambda: self.ready(self.windows.take(first + self.rank * share, share)))
 
     def close(self):
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 
-def validation_batches(reader, block_size, batch_size, eval_tokens):
+def validation_batches(reader, block_size, batch_size, eval_tokens, rank=0, ranks=1):
     """The first `eval_tokens` targets (0 = all) of a split in order, as ids (B, T) and targets (B, T) with B =
-    batch_size and T = block_size always: what the last window and the last batch lack is padding with target
-    IGNORED."""
+    batch_size and T = block_size always: what the last window and the last batch lack is padding with target IGNORED.
+    The ranks take them in turns, and each gets as many as the others, the last of which may be all padding."""
     targets = len(reader) - 1 if eval_tokens == 0 else min(eval_tokens, len(reader) - 1)
-    for first in range(0, targets, block_size * batch_size):
-        count = min(block_size * batch_size, targets - first)
-        stream = reader.read(first, count + 1)
-        ids = np.zeros(block_size * batch_size, dtype=np.int64)
-        wanted = np.full(block_size * batch_size, IGNORED, dtype=np.int64)
-        ids[:count], wanted[:count] = stream[:-1], stream[1:]
+    size = block_size * batch_size
+    for turn in range(0, targets, size * ranks):
+        first = turn + rank * size
+        count = max(0, min(size, targets - first))
+        ids = np.zeros(size, dtype=np.int64)
+        wanted = np.full(size, IGNORED, dtype=np.int64)
+        if count:
+            stream = reader.read(first, count + 1)
+            ids[:count], wanted[:count] = stream[:-1], stream[1:]
         yield ids.reshape(batch_size, block_size), wanted.reshape(batch_size, block_size)
 
 

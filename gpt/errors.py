@@ -44,11 +44,28 @@ class Stopped(Error):
     code = 75
 
 
+class Elsewhere(Error):
+    """Another rank of the same run ended with `code` and has told why."""
+
+    def __init__(self, code, reason):
+        super().__init__(reason)
+        self.code = code
+
+
+def code_and_reason(error):
+    """The exit code of an error, and why in words."""
+    if isinstance(error, Error):
+        return error.code, str(error)
+    return (130, "interrupted") if isinstance(error, KeyboardInterrupt) else (1, repr(error))
+
+
 def run_main(main, quiet_pipe=True):
     """Run `main()` and exit with its code: a foreseen error ends in one `error:` line on stderr, any other keeps its
     traceback (exit 1). With `quiet_pipe` a reader that closes the pipe ends the program, and that is success."""
     try:
         code = main() or 0
+    except Elsewhere as error:
+        code = error.code
     except Error as error:
         code = error.code
         tell(f"{'stopped' if isinstance(error, Stopped) else 'error'}: {error}")

@@ -9,7 +9,7 @@ import sys
 
 from tqdm import tqdm
 
-from gpt.errors import Error, ResourceError, note, tell, unheard
+from gpt.errors import ResourceError, code_and_reason, note, tell, unheard
 from gpt.files import no_link, write_durably
 from gpt.metrics import METRICS, step_of
 from gpt.model import flops_per_token
@@ -81,6 +81,22 @@ class Log:
                 self.wandb_run.finish()
 
 
+class NoLog:
+    """The Log of a rank that does not write."""
+
+    def advance(self, total_steps):
+        """Nothing is shown."""
+
+    def write(self, record, total_steps):
+        """Nothing is recorded."""
+
+    def say(self, text):
+        """Nothing is printed."""
+
+    def close(self):
+        """Nothing is open."""
+
+
 class MetricsFile:
     """metrics.jsonl, a record a line. What the disk does not take is kept and written when it does."""
 
@@ -141,7 +157,7 @@ class Recorder:
 
     def __init__(self, log, log_every, progress, budget, scaler, windows, run, model):
         self.log, self.log_every, self.progress, self.budget, self.scaler = log, log_every, progress, budget, scaler
-        self.windows, self.peak = windows, peak_flops(run.device, run.dtype)
+        self.windows, self.peak = windows, peak_flops(run.device, run.dtype) * run.ranks.size
         self.flops_per_token = flops_per_token(model.config, model.vocab_size)
         self.pending, self.record, self.next_window = None, None, progress.windows_seen
         self.recent = collections.deque(maxlen=100)  # finite losses
@@ -262,21 +278,23 @@ def start_wandb(project, run_id, name, out, config):
 
 
 @contextlib.contextmanager
-def exit_record(out):
-    """Leave the reason of a failure, or of a stop, in `out/exit.json`: under torchrun the exit code alone says
-    nothing."""
+def exit_record(out, ranks):
+    """Leave the reason of a failure on any rank, or of a stop, in `out/exit.json`: under torchrun the exit code alone
+    says nothing."""
+    if not ranks.leads:
+        yield
+        return
     path = out / "exit.json"
     path.unlink(missing_ok=True)
-    try:
-        yield
-    except BaseException as error:
+
+    def write(error):
         code, reason = code_and_reason(error)
         with contextlib.suppress(OSError):  # the first error is the one to report
             write_durably(path, json.dumps({"code": code, "reason": reason}) + "\n")
+
+    ranks.on_failure_elsewhere(write)
+    try:
+        yield
+    except BaseException as error:
+        write(ranks.cause(error))
         raise
-
-
-def code_and_reason(error):
-    if isinstance(error, Error):
-        return error.code, str(error)
-    return (130, "interrupted") if isinstance(error, KeyboardInterrupt) else (1, repr(error))

@@ -132,10 +132,10 @@ def check_fits(model_config, vocab_size, device):
         )
 
 
-def choose_micro_batch(model_config, vocab_size, global_batch_size, dtype, device):
-    """The largest divisor of the global batch whose step fits into the free memory."""
-    room = USABLE * free_memory(device)
-    divisors = [n for n in range(global_batch_size, 0, -1) if global_batch_size % n == 0]
+def choose_micro_batch(model_config, vocab_size, batch_size, dtype, device, sharers=1):
+    """The largest divisor of the batch whose step fits into the free memory, which `sharers` processes share."""
+    room = USABLE * free_memory(device) / sharers
+    divisors = [n for n in range(batch_size, 0, -1) if batch_size % n == 0]
     for size in divisors:
         too_many = device.type == "cpu" and size * model_config.block_size > MOST_CPU_TOKENS
         if not too_many and sum(estimate(model_config, vocab_size, size, dtype, device).values()) <= room:

@@ -19,10 +19,10 @@ ADAMW_RMS = 0.2  # root mean square of the elements of AdamW's steps, at lr 1
 class MuonAdamW:
     """Muon for `matrices`, and `adamw`, an AdamW, for other parameters; one lr serves both. A weight (3 C, C) holds
     three matrices, of queries, keys and values, that are made orthogonal one by one. `dtype` is of the products in
-    there. Groups, state and gate as in AdamW; of a matrix `state` holds "momentum"."""
+    there, which `ranks` share. Groups, state and gate as in AdamW; of a matrix `state` holds "momentum"."""
 
-    def __init__(self, matrices, adamw, momentum, weight_decay, dtype):
-        self.adamw, self.momentum, self.dtype = adamw, momentum, dtype
+    def __init__(self, matrices, adamw, momentum, weight_decay, dtype, ranks):
+        self.adamw, self.momentum, self.dtype, self.ranks = adamw, momentum, dtype, ranks
         self.param_groups = [{"params": matrices, "weight_decay": weight_decay}, *adamw.param_groups]
         self.state = adamw.state
         self.found_inf = None
@@ -44,7 +44,8 @@ class MuonAdamW:
                 wide, its = (part, its) if part.shape[0] <= part.shape[1] else (part.T, its.T)
                 shares.setdefault(wide.shape, []).append((wide, its))
         for shape, pairs in shares.items():
-            steps = orthogonalize(torch.stack([its for _, its in pairs]), self.dtype)
+            directions = torch.stack([its for _, its in pairs])
+            steps = self.ranks.spread(lambda some: orthogonalize(some, self.dtype), directions)
             weights, size = [part for part, _ in pairs], ADAMW_RMS * max(shape) ** 0.5
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * goes)
             torch._foreach_add_(weights, list((steps * (-group["lr"] * size * goes)).unbind()))

@@ -10,6 +10,7 @@ import torch
 from gpt.adamw import AdamW
 from gpt.errors import NonFiniteError
 from gpt.muon import MuonAdamW
+from gpt.ranks import ALONE
 
 WSD_DECAY = 0.2  # share of the run that wsd decays over when decay_steps is 0
 SCALE_GROWTH_STEPS = 2000  # finite fp16 steps before the loss scale doubles
@@ -90,9 +91,9 @@ def learning_rate(config, step, total_steps):
     return config.min_lr + (config.lr - config.min_lr) * left
 
 
-def make_optimizer(model, config, dtype=torch.float32):
-    """AdamW, or Muon with it, with weight decay on matrices and embeddings only; every parameter is in exactly
-    one group. `dtype` is of Muon's products."""
+def make_optimizer(model, config, dtype=torch.float32, ranks=ALONE):
+    """AdamW, or Muon with it, with weight decay on matrices and embeddings only; every parameter is in exactly one
+    group. `dtype` is of Muon's products, which `ranks` share."""
     hidden = [p for p in model.blocks.parameters() if p.dim() >= 2] if config.optimizer == "muon" else []
     others = set(model.parameters()) - set(hidden)
     matrices = [p for p in model.parameters() if p in others and p.dim() >= 2]
@@ -100,7 +101,7 @@ def make_optimizer(model, config, dtype=torch.float32):
     decays = config.weight_decay
     groups = [{"params": matrices, "weight_decay": decays}, {"params": vectors, "weight_decay": 0.0}]
     adamw = AdamW(groups, config.beta1, config.beta2, config.eps)
-    optimizer = MuonAdamW(hidden, adamw, config.momentum, decays, dtype) if hidden else adamw
+    optimizer = MuonAdamW(hidden, adamw, config.momentum, decays, dtype, ranks) if hidden else adamw
     for group in optimizer.param_groups:
         group["lr"] = config.lr
     return optimizer

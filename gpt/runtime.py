@@ -1,4 +1,5 @@
-"""The machine: device, precision, threads, determinism, seeds, signals. Nothing else knows what hardware is used."""
+"""The machine: device, precision, threads, determinism, seeds, signals, which process of a run this is. Nothing else
+knows what hardware is used."""
 
 import contextlib
 import os
@@ -14,6 +15,7 @@ import torch
 
 from gpt.data import mix
 from gpt.errors import InputError, note, tell
+from gpt.ranks import ALONE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Dense bf16/fp16 tensor-core peaks in FLOP/s, by words of the device's name. Source: NVIDIA's data sheets.
@@ -52,11 +54,20 @@ class MachineConfig:
         return [f"threads {self.threads} must be 0 or more"] if self.threads < 0 else []
 
 
-class Runtime:
-    """Device, precision and determinism of one training process, set up once."""
+def launched():
+    """(rank, number of ranks, rank and number of ranks on this machine) that torchrun gave this process."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not all(name in os.environ for name in names):
+        return 0, 1, 0, 1
+    return tuple(int(os.environ[name]) for name in names)
 
-    def __init__(self, config):
-        self.device = pick_device(config.device)
+
+class Runtime:
+    """Device, precision and determinism of one training process, set up once; and the `ranks` that it is one of."""
+
+    def __init__(self, config, ranks=ALONE):
+        self.ranks = ranks
+        self.device = own_device(pick_device(config.device), ranks)
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # for kernels and streams that are not told a device
         self.dtype = pick_dtype(config.dtype, self.device)
@@ -98,7 +109,12 @@ class Runtime:
             "compile": compiled,
             "micro_batch_size": micro_batch_size,
             "deterministic": self.deterministic,
+            "world_size": self.ranks.size,
         }
+
+    def sharers(self):
+        """How many processes of the run share the device's memory."""
+        return self.ranks.local_size if self.device.type == "cpu" else 1
 
 
 def pick_device(name):
@@ -120,6 +136,20 @@ def pick_device(name):
     if not available.get(device.type, False):
         raise InputError(f"device {name}: this torch ({torch.__version__}) finds none; use --device auto")
     return device
+
+
+def own_device(device, ranks):
+    """The device of this process: of GPUs, each process on a machine has its own. Raises InputError if it has none."""
+    if ranks.size == 1 or device.type == "cpu":
+        return device
+    if device.type != "cuda" or device.index is not None:
+        raise InputError(f"device {device}: {ranks.size} processes cannot share it; use --device cuda or cpu")
+    if ranks.local_size > torch.cuda.device_count():
+        raise InputError(
+            f"device cuda: {ranks.local_size} processes on this machine, {torch.cuda.device_count()} GPUs; "
+            "start one for each"
+        )
+    return torch.device("cuda", ranks.local_rank)
 
 
 def warn_about_cpu_torch():

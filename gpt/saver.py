@@ -87,6 +87,13 @@ class Saver:
             point(self.out, "best", best)
 
 
+class NoSaver:
+    """The Saver of a rank that does not write."""
+
+    def save(self, is_last=False):
+        """Nothing is saved here."""
+
+
 def sweep(out):
     """Remove what an interrupted save or deletion left behind."""
     for path in Path(out).glob("step-*.tmp"):

@@ -224,6 +224,19 @@ def test_validation_windows_do_not_depend_on_the_batch_size():
     assert rows(1) == rows(4) == rows(50)
 
 
+@pytest.mark.parametrize(("eval_tokens", "ranks"), [(0, 2), (0, 3), (8, 2), (50, 4)])
+def test_ranks_share_the_validation_set_and_get_equally_many_batches(eval_tokens, ranks):
+    shares = [list(validation_batches(Stream(100), 8, 3, eval_tokens, rank, ranks)) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+
+    def counted(batches):
+        return sorted(i for _, targets in batches for i in targets[targets != IGNORED].tolist())
+
+    assert counted([batch for share in shares for batch in share]) == counted(
+        validation_batches(Stream(100), 8, 3, eval_tokens)
+    )
+
+
 @pytest.mark.parametrize(("eval_tokens", "expected"), [(0, 99), (1, 1), (8, 8), (50, 50), (99, 99), (10**9, 99)])
 def test_eval_tokens_limits_the_validation_set(eval_tokens, expected):
     batches = validation_batches(Stream(100), 8, 3, eval_tokens)
@@ -239,6 +252,16 @@ def test_prefetch_gives_the_same_batches_as_reading_directly():
     for first, count in [(0, 4), (4, 4), (8, 4), (100, 4), (104, 2), (106, 2), (0, 4)]:
         assert np.array_equal(ahead.take(first, count), windows.take(first, count) * 2)
     ahead.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_shares_of_all_ranks_one_after_the_other_are_the_batch_of_one_process(ranks):
+    windows = Windows(Stream(500), 8, 5)
+    ahead = [Prefetch(windows, lambda array: array, rank, ranks) for rank in range(ranks)]
+    for first in (0, 8, 16):
+        assert np.array_equal(np.concatenate([share.take(first, 8) for share in ahead]), windows.take(first, 8))
+    for share in ahead:
+        share.close()
 
 
 def test_prefetch_reads_the_next_batch_in_another_thread():

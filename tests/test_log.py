@@ -14,6 +14,7 @@ from gpt import log as log_module
 from gpt.checkpoint import verify_checkpoint
 from gpt.errors import InputError, IntegrityError, NonFiniteError, ResourceError, Stopped
 from gpt.log import Log, MetricsFile, cut_metrics, exit_record
+from gpt.ranks import ALONE
 
 SHORT = ("--max_steps", 6, "--warmup_steps", 0, "--log_every", 1, "--eval_every", 0)
 
@@ -179,17 +180,17 @@ def exit_json(folder):
 
 @pytest.mark.parametrize("kind", [InputError, IntegrityError, NonFiniteError, ResourceError, Stopped])
 def test_the_reason_of_a_failure_or_stop_stands_in_exit_json(tmp_path, kind):
-    with pytest.raises(kind), exit_record(tmp_path):
+    with pytest.raises(kind), exit_record(tmp_path, ALONE):
         raise kind("x: y; z")
     assert exit_json(tmp_path) == {"code": kind.code, "reason": "x: y; z"}
-    with exit_record(tmp_path):
+    with exit_record(tmp_path, ALONE):
         assert not (tmp_path / "exit.json").exists()
     assert not (tmp_path / "exit.json").exists()
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (ZeroDivisionError("by 雨"), 1)])
 def test_what_nobody_foresaw_stands_in_exit_json_too_and_goes_on(tmp_path, error, code):
-    with pytest.raises(type(error)) as caught, exit_record(tmp_path):
+    with pytest.raises(type(error)) as caught, exit_record(tmp_path, ALONE):
         raise error
     assert caught.value is error
     assert exit_json(tmp_path)["code"] == code
@@ -198,5 +199,5 @@ def test_what_nobody_foresaw_stands_in_exit_json_too_and_goes_on(tmp_path, error
 
 def test_an_exit_json_that_cannot_be_written_does_not_hide_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(log_module, "write_durably", full_disk)
-    with pytest.raises(InputError, match="x: y; z"), exit_record(tmp_path):
+    with pytest.raises(InputError, match="x: y; z"), exit_record(tmp_path, ALONE):
         raise InputError("x: y; z")

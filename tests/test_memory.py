@@ -146,6 +146,7 @@ def test_the_chosen_micro_batch_is_the_largest_divisor_that_fits(monkeypatch):
     for n in size:
         monkeypatch.setattr(memory, "free_memory", lambda _, n=n: size[n] / memory.USABLE + 1)
         assert memory.choose_micro_batch(config, 257, 12, torch.float32, CPU) == n
+        assert memory.choose_micro_batch(config, 257, n, torch.float32, CPU, sharers=2) < max(n, 2)
     monkeypatch.setattr(memory, "free_memory", lambda _: 0)
     assert memory.choose_micro_batch(config, 257, 12, torch.float32, CPU) == 1
 

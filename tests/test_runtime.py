@@ -7,7 +7,8 @@ import torch
 
 from gpt import runtime
 from gpt.errors import InputError
-from gpt.runtime import MachineConfig, Runtime, StopFlag, gpu_peak, pick_device, pick_dtype, seed_step
+from gpt.ranks import Alone
+from gpt.runtime import MachineConfig, Runtime, StopFlag, gpu_peak, own_device, pick_device, pick_dtype, seed_step
 
 
 @pytest.fixture
@@ -33,6 +34,21 @@ def test_a_device_that_is_not_there_is_refused_by_name(name):
     with pytest.raises(InputError, match=r"^device .*use (auto|--device auto)") as caught:
         pick_device(name)
     assert name in str(caught.value)
+
+
+def test_of_several_processes_each_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    second, one_of_three = Alone(), Alone()
+    second.size, second.local_rank, second.local_size = 4, 1, 2
+    one_of_three.size = one_of_three.local_size = 3
+    assert own_device(torch.device("cuda"), second) == torch.device("cuda:1")
+    assert own_device(torch.device("cuda"), Alone()) == torch.device("cuda")
+    assert own_device(torch.device("cpu"), one_of_three) == torch.device("cpu")
+    with pytest.raises(InputError, match="3 processes on this machine, 2 GPUs"):
+        own_device(torch.device("cuda"), one_of_three)
+    for name in ("cuda:1", "mps"):
+        with pytest.raises(InputError, match=f"device {name}: 4 processes cannot share it"):
+            own_device(torch.device(name), second)
 
 
 def test_precision_follows_what_the_device_multiplies_natively(monkeypatch):
@@ -68,6 +84,7 @@ def test_on_a_cpu_a_run_is_deterministic_and_its_record_says_what_bits_depend_on
         "compile": False,
         "micro_batch_size": 4,
         "deterministic": True,
+        "world_size": 1,
     }
 
 

@@ -351,10 +351,10 @@ def at_step(monkeypatch, step, action):
     """Do `action` in the middle of training step number `step` (from 0)."""
     original = train.seed_step
 
-    def seed_step(seed, number):
+    def seed_step(seed, number, rank):
         if number == step:
             action()
-        original(seed, number)
+        original(seed, number, rank)
 
     monkeypatch.setattr(train, "seed_step", seed_step)
 
