@@ -39,7 +39,8 @@ from gpt.errors import InputError, ResourceError, Stopped, note, run_main, tell,
 from gpt.files import lock_folder, write_durably
 from gpt.generate import TextGenerator
 from gpt.log import Log, NoLog, Recorder, exit_record, logged_evaluation, start_wandb
-from gpt.model import GPT, IGNORED, ModelConfig
+from gpt.loss import IGNORED
+from gpt.model import GPT, ModelConfig
 from gpt.optim import LossScaler, OptimConfig, clip_gradients, gated_step, learning_rate, make_optimizer
 from gpt.ranks import join
 from gpt.runtime import MachineConfig, Runtime, StopFlag, launched, profiler, seed_step

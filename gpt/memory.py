@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from gpt.errors import InputError
+from gpt.model import VOCAB_MULTIPLE
 
 GIB = 1024**3
 MIB = 1024**2
@@ -21,9 +22,8 @@ def estimate(model_config, vocab_size, micro_batch_size, dtype, device):
     one micro-batch in `dtype`, at their peak in the backward pass."""
     parameters = count_parameters(model_config, vocab_size)
     tokens = micro_batch_size * model_config.block_size
-    passing = 8 * vocab_size  # fp32 logits and their gradient
-    if keeps_scores(model_config, device):
-        passing = max(passing, 4 * model_config.n_head * model_config.block_size)  # gradients of one layer's scores
+    scores = 4 * model_config.n_head * model_config.block_size  # gradients of one layer's
+    passing = scores if keeps_scores(model_config, device) else 0
     kept = kept_for_backward(model_config, vocab_size, micro_batch_size, dtype, device)
     return {
         "weights": 4 * parameters,
@@ -40,6 +40,7 @@ def count_parameters(config, vocab_size):
 
 def kept_for_backward(config, vocab_size, micro_batch_size, dtype, device):
     """Bytes that the forward pass over a micro-batch keeps for the backward pass."""
+    padded = math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     c, width = config.n_embd, torch.finfo(dtype).bits // 8
     per_layer = 11 * width * c + 2 * 4 * c  # inputs of products and of GELU; of layer norms, which stay fp32
     if keeps_scores(config, device):  # q, k, v in fp32, some of them twice; scores, the mask of dropout, their product
@@ -48,7 +49,7 @@ def kept_for_backward(config, vocab_size, micro_batch_size, dtype, device):
         per_layer += 3 * width * c
     if config.dropout:
         per_layer += 2 * c * (1 if device.type == "cuda" else width)  # masks
-    per_token = config.n_layer * per_layer + (width + 4) * c + 4 * vocab_size  # layers, last layer norm, log-softmax
+    per_token = config.n_layer * per_layer + (width + 4) * c + width * padded  # layers, last layer norm, logits
     copies = 0 if dtype == torch.float32 else width * count_parameters(config, vocab_size)  # autocast's, of the weights
     return micro_batch_size * config.block_size * per_token + copies
 

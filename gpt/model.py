@@ -11,8 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from gpt.config import refuse
+from gpt.loss import cross_entropy
 
-IGNORED = -1  # a target that is not counted: its loss is 0
 VOCAB_MULTIPLE = 64  # the embedding has zero rows up to this multiple: odd sizes are slow in matrix products
 INIT_STD = 0.02
 
@@ -175,6 +175,9 @@ class Embedding(nn.Module):
     def logits(self, x):  # (..., C) -> (..., rows): the table as the head
         return F.linear(x, self.weight)
 
+    def losses(self, x, targets, vocab_size):  # (N, C), (N,) -> (N,)
+        return cross_entropy(x, self.weight, targets, vocab_size)
+
 
 class GPT(nn.Module):
     """A decoder-only transformer. `vocab_size` comes from the tokenizer; inside it is padded with rows that are zero
@@ -237,8 +240,7 @@ class GPT(nn.Module):
         return self.token.logits(x)[..., : self.vocab_size].float()
 
     def losses(self, x, targets):  # (B, T, C), (B, T) -> (B, T)
-        logits = self.head(x).flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none").view(targets.shape)
+        return self.token.losses(x.flatten(0, 1), targets.flatten(), self.vocab_size).view(targets.shape)
 
     def set_dropout(self, dropout):
         """Change the share of activations that training drops."""

@@ -7,6 +7,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from gpt.loss import losses_of
+
 LARGEST = 127  # -128 is left out, so that a row and its negative are quantized alike
 CHUNK = 4096  # rows quantized at once: the fp32 copies between stay small
 
@@ -40,6 +42,9 @@ class Int8Embedding(nn.Module):
 
     def logits(self, x):  # (..., C) -> (..., V)
         return int8_product(x, self.weight, self.scale)
+
+    def losses(self, x, targets, vocab_size):  # (N, C), (N,) -> (N,)
+        return losses_of(self.logits(x), targets, vocab_size, gradient=False)[0]
 
 
 def int8_product(x, weight, scale):

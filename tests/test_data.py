@@ -7,7 +7,7 @@ import pytest
 
 from gpt.data import IGNORED, Prefetch, Windows, mix, permute, require_tokens, validation_batches
 from gpt.errors import InputError, IntegrityError
-from gpt.model import IGNORED as MODELS_IGNORED
+from gpt.loss import IGNORED as MODELS_IGNORED
 
 MASK = 2**64 - 1
 GOLDEN = [71145379, 193827747, 102587299, 113509283, 58195877, 31671520, 15277149]

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from gpt.errors import InputError
-from gpt.model import GPT, IGNORED, KVCache, ModelConfig
+from gpt.loss import IGNORED
+from gpt.model import GPT, KVCache, ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

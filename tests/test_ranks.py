@@ -33,7 +33,7 @@ from gpt.budget import Progress
 from gpt.checkpoint import State
 from gpt.corpus import Corpus
 from gpt.errors import IntegrityError
-from gpt.model import IGNORED
+from gpt.loss import IGNORED
 from gpt.optim import LossScaler
 from gpt.ranks import ALONE, join
 from gpt.runtime import MachineConfig, Runtime, launched

@@ -23,7 +23,8 @@ from gpt.config import from_cli
 from gpt.data import Windows
 from gpt.errors import ResourceError
 from gpt.log import cut_metrics
-from gpt.model import GPT, IGNORED
+from gpt.loss import IGNORED
+from gpt.model import GPT
 from gpt.optim import LossScaler, OptimConfig, make_optimizer
 from gpt.reader import TokenReader
 from gpt.runtime import MachineConfig, Runtime
