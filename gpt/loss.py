@@ -17,10 +17,13 @@ def cross_entropy(x, weight, targets, vocab_size):
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
-    if not torch.is_grad_enabled():
-        losses, _ = losses_of(F.linear(x, weight), targets, vocab_size, gradient=False)
-        return losses
-    return OnePass.apply(x, weight, targets, vocab_size)
+    counted = targets != IGNORED
+    some_target = targets.where(counted, 0)
+    if torch.is_grad_enabled():
+        losses = OnePass.apply(x, weight, some_target, vocab_size)
+    else:
+        losses = losses_of(F.linear(x, weight), some_target, vocab_size, gradient=False)
+    return losses * counted
 
 
 class OnePass(torch.autograd.Function):
@@ -28,8 +31,9 @@ class OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size):
-        losses, gradient = losses_of(F.linear(x, weight), targets, vocab_size, gradient=True)
-        ctx.save_for_backward(x, weight, gradient)
+        logits = F.linear(x, weight)
+        losses = losses_of(logits, targets, vocab_size, gradient=True)
+        ctx.save_for_backward(x, weight, logits)
         return losses
 
     @staticmethod
@@ -40,20 +44,16 @@ class OnePass(torch.autograd.Function):
 
 
 def losses_of(logits, targets, vocab_size, gradient):
-    """Losses (N,) of logits (N, P), and with `gradient` that of each loss by its logits, written over them."""
+    """Losses (N,) of logits (N, P), which with `gradient` become that of each row's loss by them."""
     if torch.compiler.is_compiling():
         rows = max(1, len(logits))
     else:
         rows = CPU_ROWS if logits.device.type == "cpu" else GPU_ROWS
     losses = []
-    for some, its in zip(logits.split(rows), targets.split(rows), strict=True):
-        counted = its != IGNORED
-        its = its.where(counted, 0)[:, None]
-        values = some[:, :vocab_size].float()
-        total = values.logsumexp(-1, keepdim=True)
-        losses.append((total - values.gather(1, its))[:, 0] * counted)
+    for some, its in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
+        values = some[:, :vocab_size].float().log_softmax(-1)
+        losses.append(-values.gather(1, its)[:, 0])
         if gradient:
-            values = (values - total).exp_().scatter_add_(1, its, values.new_full(its.shape, -1.0))
-            some[:, :vocab_size] = values * counted[:, None]
+            some[:, :vocab_size] = values.exp_().scatter_add_(1, its, values.new_full(its.shape, -1.0))
             some[:, vocab_size:] = 0
-    return torch.cat(losses), logits
+    return torch.cat(losses)
