@@ -304,7 +304,8 @@ def build(config, model, budget, progress, run, checkpoint):
         scaler.load(checkpoint.state["scaler"])
         resume.check_runtime(before, record)
     state = checkpoints.State(model, optimizer, scaler, progress)
-    needs = memory.estimate(config.model, model.vocab_size, progress.micro_batch_size, run.dtype, run.device)
+    size, kind = progress.micro_batch_size, config.optim.optimizer
+    needs = memory.estimate(config.model, model.vocab_size, size, run.dtype, run.device, kind)
     note("info", f"{model.num_parameters():,} parameters on {record['device']}, {record['precision']}")
     note("info", memory.describe(needs))
     run.ranks.share_gradients(model)

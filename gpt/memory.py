@@ -17,9 +17,9 @@ OWN_GROUPS = Path("/proc/self/cgroup")  # Linux's control groups: what bounds a 
 GROUP_ROOT = Path("/sys/fs/cgroup")
 
 
-def estimate(model_config, vocab_size, micro_batch_size, dtype, device):
-    """Bytes of {"weights", "gradients", "optimizer", "activations"} in training: fp32 weights and AdamW, activations of
-    one micro-batch in `dtype`, at their peak in the backward pass."""
+def estimate(model_config, vocab_size, micro_batch_size, dtype, device, optimizer="adamw"):
+    """Bytes of {"weights", "gradients", "optimizer", "activations"} in training: fp32 weights, the `optimizer`'s state,
+    activations of one micro-batch in `dtype`, at their peak in the backward pass."""
     parameters = count_parameters(model_config, vocab_size)
     tokens = micro_batch_size * model_config.block_size
     scores = 4 * model_config.n_head * model_config.block_size  # gradients of one layer's
@@ -28,14 +28,19 @@ def estimate(model_config, vocab_size, micro_batch_size, dtype, device):
     return {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
-        "optimizer": 8 * parameters,
+        "optimizer": 8 * parameters - (4 * hidden_parameters(model_config) if optimizer == "muon" else 0),
         "activations": kept + tokens * passing,
     }
 
 
 def count_parameters(config, vocab_size):
     """Weights of the matrices; the vectors beside them are too few to count."""
-    return (vocab_size + config.block_size + 12 * config.n_layer * config.n_embd) * config.n_embd
+    return (vocab_size + config.block_size) * config.n_embd + hidden_parameters(config)
+
+
+def hidden_parameters(config):
+    """Weights of the matrices between embedding and head."""
+    return 12 * config.n_layer * config.n_embd**2
 
 
 def kept_for_backward(config, vocab_size, micro_batch_size, dtype, device):

@@ -16,15 +16,17 @@ CPU = torch.device("cpu")
 # ---- estimates
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("vocab_size", [257, 50257])
-def test_the_estimate_of_weights_and_optimizer_is_what_they_take(vocab_size):
+def test_the_estimate_of_weights_and_optimizer_is_what_they_take(vocab_size, kind):
     config = ModelConfig(n_layer=3, n_head=4, n_embd=64, block_size=32)
     model = GPT(config, vocab_size)
-    optimizer = make_optimizer(model, OptimConfig())
+    optimizer = make_optimizer(model, OptimConfig(optimizer=kind))
+    optimizer.found_inf = torch.zeros(())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    needs = memory.estimate(config, vocab_size, 1, torch.float32, CPU)
+    needs = memory.estimate(config, vocab_size, 1, torch.float32, CPU, kind)
     size = sum(p.numel() * 4 for p in model.parameters())
     state = sum(v.numel() * 4 for s in optimizer.state.values() for v in s.values())
     assert needs["weights"] == pytest.approx(size, rel=0.1)

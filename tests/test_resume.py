@@ -33,12 +33,16 @@ def state_of(out, step):
 # ---- to the bit
 
 
-def test_fault_055_056_two_kills_at_and_after_an_epochs_end_change_no_bit(processes, tmp_path):
+KINDS = [("--dtype", "fp32"), ("--optimizer", "muon", "--dtype", "bf16")]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=("adamw-fp32", "muon-bf16"))
+def test_fault_055_056_two_kills_at_and_after_an_epochs_end_change_no_bit(kind, processes, tmp_path):
     data = make_data(tmp_path / "data", train_size=1980)
     corpus = Corpus(str(data), "", "size", 32, 8, 1337)
     assert corpus.windows.per_epoch == 64  # eight steps
     corpus.close()
-    settings = ("tiny", "--data", data, "--max_steps", "20", "--save_every", "8", *TO_THE_BIT)
+    settings = ("tiny", "--data", data, "--max_steps", "20", "--save_every", "8", *TO_THE_BIT, *kind)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     first = processes.run("train.py", *settings, "--out", killed, kill_step=10)
     second = processes.run("train.py", *settings, "--out", killed, kill_step=7)
@@ -55,9 +59,10 @@ def test_fault_055_056_two_kills_at_and_after_an_epochs_end_change_no_bit(proces
 
 
 @pytest.mark.slow
-def test_fault_055_compiled_runs_repeat_to_the_bit_too(tmp_path):
+@pytest.mark.parametrize("kind", KINDS, ids=("adamw-fp32", "muon-bf16"))
+def test_fault_055_compiled_runs_repeat_to_the_bit_too(kind, tmp_path):
     data = make_data(tmp_path / "data", train_size=1980)
-    settings = (*TO_THE_BIT, "--compile", "on", "--save_every", "4", "--max_steps", "12")
+    settings = (*TO_THE_BIT, *kind, "--compile", "on", "--save_every", "4", "--max_steps", "12")
     whole = run_train("tiny", "--data", data, "--out", tmp_path / "whole", *settings, timeout=600)
     assert whole.code == 0, whole.stderr
     half = tmp_path / "whole/step-000000008"
@@ -180,6 +185,14 @@ def test_fault_059_other_settings_are_accepted_by_path_and_logged(run):
     state = state_of(run, 9)
     assert (state["config"]["lr"], state["config"]["global_batch_size"]) == (0.02, 4)
     assert state["progress"]["windows_seen"] == 8 * 8 + 4  # the cursor counts sequences
+
+
+@pytest.mark.parametrize("by", ["auto", "path"])
+def test_another_optimizer_is_exit_2_because_it_finds_no_state(by, run, again):
+    flags = ("--optimizer", "muon") if by == "auto" else ("--optimizer", "muon", "--resume", run)
+    done = again(*flags)
+    assert done.code == 2
+    assert "made with optimizer adamw, not muon" in done.last
 
 
 def test_fault_059_length_rhythm_and_hardware_may_change(run, again):
