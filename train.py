@@ -116,7 +116,7 @@ def follow(config, base, ranks):
             print(f"nothing to do: step {progress.step} of {budget.total_steps(progress)}{why}")
         return
     run = Runtime(config.machine, ranks)
-    memory.check_fits(config.model, corpus.tokenizer.vocab_size, run.device)
+    memory.check_fits(config.model, corpus.tokenizer.vocab_size, run.device, config.optim.optimizer)
     model, origin = load_model(config, base, corpus, checkpoint)
     with (
         run_folder(config, newest, ranks) as out,
@@ -312,6 +312,7 @@ def build(config, model, budget, progress, run, checkpoint):
     if compiled:
         torch.use_deterministic_algorithms(run.deterministic)  # for the compiler too
         model.compile()
+    if compiled or run.ranks.size > 1:  # DDP orders its buckets anew after the first step, and with them its sums
         warm_up(state, config.model.block_size, run)
     return state, record
 

@@ -11,6 +11,7 @@ from gpt.model import VOCAB_MULTIPLE
 
 GIB = 1024**3
 MIB = 1024**2
+MUON_WORKS = 12  # bytes for each weight between embedding and head, while Muon makes their steps
 USABLE = 0.6  # share of the free memory that a chosen micro-batch may fill
 MOST_CPU_TOKENS = 16384  # per micro-batch on a CPU: more gains nothing
 OWN_GROUPS = Path("/proc/self/cgroup")  # Linux's control groups: what bounds a container or a batch job
@@ -19,17 +20,19 @@ GROUP_ROOT = Path("/sys/fs/cgroup")
 
 def estimate(model_config, vocab_size, micro_batch_size, dtype, device, optimizer="adamw"):
     """Bytes of {"weights", "gradients", "optimizer", "activations"} in training: fp32 weights, the `optimizer`'s state,
-    activations of one micro-batch in `dtype`, at their peak in the backward pass."""
+    activations of one micro-batch in `dtype`, at their peak in the backward pass, or what Muon's step works with once
+    they are gone, where that is more."""
     parameters = count_parameters(model_config, vocab_size)
     tokens = micro_batch_size * model_config.block_size
     scores = 4 * model_config.n_head * model_config.block_size  # gradients of one layer's
     passing = scores if keeps_scores(model_config, device) else 0
     kept = kept_for_backward(model_config, vocab_size, micro_batch_size, dtype, device)
+    hidden = hidden_parameters(model_config) if optimizer == "muon" else 0
     return {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
-        "optimizer": 8 * parameters - (4 * hidden_parameters(model_config) if optimizer == "muon" else 0),
-        "activations": kept + tokens * passing,
+        "optimizer": 8 * parameters - 4 * hidden,
+        "activations": max(kept + tokens * passing, MUON_WORKS * hidden),
     }
 
 
@@ -127,10 +130,10 @@ def control_groups():
         yield from ((folder, *names) for folder in (own, *own.parents) if folder.is_relative_to(root))
 
 
-def check_fits(model_config, vocab_size, device):
+def check_fits(model_config, vocab_size, device, optimizer="adamw"):
     """Raise InputError if the device has not even room for weights, gradients and optimizer; before any of it is
     made."""
-    needs = sum(estimate(model_config, vocab_size, 0, torch.float32, device).values())
+    needs = sum(estimate(model_config, vocab_size, 0, torch.float32, device, optimizer).values())
     if needs > total_memory(device):
         raise InputError(
             f"a model of n_layer {model_config.n_layer}, n_embd {model_config.n_embd} needs {needs:,} bytes to train: "

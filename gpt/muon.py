@@ -31,11 +31,14 @@ class MuonAdamW:
     def step(self):
         self.adamw.found_inf = self.found_inf
         self.adamw.step()
+        group = self.param_groups[0]
+        for parameter in group["params"]:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
         on_gpu = self.found_inf.device.type == "cuda"
         if not on_gpu and self.found_inf:
             return
         goes = 1 - self.found_inf  # on a GPU the host does not wait to know
-        group = self.param_groups[0]
         shares = {}  # shape -> [(part of a weight, its direction)]
         for parameter in group["params"]:
             grad = parameter.grad.nan_to_num(0.0, 0.0, 0.0) if on_gpu else parameter.grad
@@ -48,7 +51,7 @@ class MuonAdamW:
             steps = self.ranks.spread(lambda some: orthogonalize(some, self.dtype), directions)
             weights, size = [part for part, _ in pairs], ADAMW_RMS * max(shape) ** 0.5
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * goes)
-            torch._foreach_add_(weights, list((steps * (-group["lr"] * size * goes)).unbind()))
+            torch._foreach_add_(weights, list(steps.mul_(-group["lr"] * size * goes).unbind()))
 
     def zero_grad(self):
         self.adamw.zero_grad()
@@ -57,10 +60,7 @@ class MuonAdamW:
 
     def direction(self, parameter, grad, goes):
         """The gradient, half-way looked ahead: Nesterov's momentum."""
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        mean = state["momentum"].lerp_(grad, (1 - self.momentum) * goes)
+        mean = self.state[parameter]["momentum"].lerp_(grad, (1 - self.momentum) * goes)
         return grad.lerp(mean, self.momentum)
 
 

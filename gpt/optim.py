@@ -37,7 +37,7 @@ class OptimConfig:
     eps: float = 1e-8
     """AdamW: added to the root of the mean squared gradient"""
     momentum: float = 0.95
-    """Muon: decay of the mean gradient"""
+    """Muon alone: decay of the mean gradient"""
     weight_decay: float = 0.1
     """decay of matrices per step, times the learning rate; biases and layer norms have none"""
     grad_clip: float = 1.0
@@ -60,6 +60,9 @@ class OptimConfig:
         ]
         if self.schedule == "constant" and (self.min_lr or self.decay_steps):
             found.append("min_lr and decay_steps have no effect with schedule constant: set them to 0")
+        usual = OptimConfig.momentum
+        if self.optimizer == "adamw" and self.momentum != usual:
+            found.append(f"momentum {self.momentum} has no effect with optimizer adamw: set it to {usual}")
         if self.eps <= 0:
             found.append(f"eps {self.eps} must be above 0")
         for name, value in (

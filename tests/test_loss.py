@@ -82,6 +82,17 @@ def test_under_autocast_it_is_as_near_to_float64_as_products_in_bf16_allow():
         assert (found.double() - exact).norm() < 0.02 * exact.norm()
 
 
+@pytest.mark.parametrize("count", [768, 1536, 3072])
+def test_in_bf16_the_gradient_of_a_mean_is_not_scaled(count):
+    x, weight, targets, _ = problem(1001, 1024, 300)
+    upstream = torch.full((300,), 1 / count)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = one_pass(x, weight, targets, upstream, 1001)[1:]
+    for gradient, exact in zip(found, reference(x, weight, targets, upstream, 1001)[1:], strict=True):
+        share = (gradient.double() * exact).sum() / exact.square().sum()
+        assert abs(share - 1) < 1e-3
+
+
 @pytest.mark.slow
 def test_compiled_it_gives_the_same():
     given = problem(1001, 1024, 200)

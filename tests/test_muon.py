@@ -95,6 +95,16 @@ def test_every_parameter_is_in_exactly_one_group_and_has_its_own_state():
         assert tuple(sorted(optimizer.state[parameter])) == tuple(sorted(state_names(optimizer, parameter)))
 
 
+def test_a_closed_gate_before_the_first_step_leaves_a_state_that_can_be_saved_and_loaded():
+    model = tiny_model()
+    optimizer = make_optimizer(model, CONFIG)
+    give_gradients(model, 0)
+    gated_step(optimizer, NO)
+    for parameter in model.parameters():
+        assert set(optimizer.state[parameter]) == set(state_names(optimizer, parameter))
+        assert not any(value.any() for value in optimizer.state[parameter].values())
+
+
 @pytest.mark.parametrize("damage", [float("nan"), float("inf")])
 def test_nothing_changes_where_a_gradient_is_not_finite(damage):
     model = tiny_model()
