@@ -55,7 +55,7 @@ class Machine:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """precision of the weights; auto is bf16 where it is native, fp16 on older GPUs, else fp32"""
     quantize: Literal["none", "int8"] = "none"
-    """int8: the weights of the large matrices in 8 bits, a scale for each output"""
+    """int8: the weights of the large matrices in 8 bits, a scale for each output; C++ rounds what they multiply too"""
     backend: Literal["auto", "eager", "compiled", "native", "captured"] = "auto"
     """what runs the model: auto chooses by device and amount of work; eager: plain torch; compiled: torch.compile;
     native: own C++ kernels on a CPU, which auto builds in the background when it first misses them; captured: a CUDA

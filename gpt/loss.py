@@ -17,13 +17,20 @@ def cross_entropy(x, weight, targets, vocab_size):
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
-    counted = targets != IGNORED
-    some_target = targets.where(counted, 0)
     if torch.is_grad_enabled():
-        losses = OnePass.apply(x, weight, some_target, vocab_size)
-    else:
-        losses = losses_of(F.linear(x, weight), some_target, vocab_size, gradient=False)
-    return losses * counted
+        return counted_only(lambda its: OnePass.apply(x, weight, its, vocab_size), targets)
+    return losses_of_logits(F.linear(x, weight), targets, vocab_size)
+
+
+def losses_of_logits(logits, targets, vocab_size):
+    """The same of logits (N, P), without gradients."""
+    return counted_only(lambda its: losses_of(logits, its, vocab_size, gradient=False), targets)
+
+
+def counted_only(losses, targets):
+    """`losses` of targets that all exist; 0, without gradient, where one is IGNORED."""
+    counted = targets != IGNORED
+    return losses(targets.where(counted, 0)) * counted
 
 
 class OnePass(torch.autograd.Function):
