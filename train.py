@@ -108,7 +108,7 @@ def follow(config, base, ranks):
     if checkpoint and progress.evaluated_step != progress.step:  # perhaps made up for after the checkpoint was saved
         progress.evaluated_if(logged_evaluation(Path(config.out), progress.step))
     ranks.check_same(settings=flatten(config), data=corpus.record, checkpoint=asdict(progress))
-    evaluates = corpus.has_validation() and progress.evaluation_due(0, ends=True)  # a signal cut the last one short
+    evaluates = corpus.has_validation() and progress.evaluation_due(0, always=True)  # a signal cut the last one short
     if budget.spent(progress) and not (checkpoint and evaluates):
         why = " (patience)" if budget.tired(progress) else ""
         (Path(config.out) / "exit.json").unlink(missing_ok=True)
@@ -145,7 +145,8 @@ def train(config, corpus, budget, run, state, log, saver, stop):
     corpus.verifier.start()
     with profiler(Path(config.out) / "trace.json" if config.profile and ranks.leads else None) as profile:
         while True:
-            if corpus.has_validation() and progress.evaluation_due(rhythm.eval_every, ends=budget.spent(progress)):
+            always = budget.spent(progress) or (config.init and progress.step == 0)  # the base model of a fine-tune
+            if corpus.has_validation() and progress.evaluation_due(rhythm.eval_every, always):
                 losses = evaluate(state.model, corpus, rhythm.eval_tokens, progress.micro_batch_size, run, stop)
                 recorder.read(always=True)
                 if losses and recorder.evaluated(*losses):
@@ -198,12 +199,13 @@ def accumulate(state, batch, run):
     count = ranks.mean((targets != IGNORED).sum()).clamp(min=1 / ranks.size)
     loss = torch.zeros((), device=run.device)
     pieces = list(zip(ids.split(micro_batch_size), targets.split(micro_batch_size), strict=True))
-    for number, (some_ids, some_targets) in enumerate(pieces, 1):
-        forward = ranks.forward(state.model, last=number == len(pieces))
-        with run.autocast():
+    with run.autocast():  # around all of them: weights are cast once
+        for number, (some_ids, some_targets) in enumerate(pieces, 1):
+            forward = ranks.forward(state.model, last=number == len(pieces))
             share = forward(some_ids, some_targets).sum() / count
-        (share * state.scaler.scale).backward()
-        loss += share.detach()
+            with run.autocast(enabled=False):
+                (share * state.scaler.scale).backward()
+            loss += share.detach()
     return ranks.mean(loss)
 
 

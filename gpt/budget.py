@@ -62,7 +62,8 @@ class RhythmConfig:
     log_every: int = 10
     """steps between log lines"""
     eval_every: int = 250
-    """steps between evaluations on the validation split; 0 = only before the first step and at the end"""
+    """steps between evaluations on the validation split; 0 = only at the end; a model that is fine-tuned is
+    evaluated before its first step too"""
     eval_tokens: int = 10485760
     """tokens of the validation split to evaluate on; 0 = all"""
     save_every: int = 1000
@@ -105,9 +106,9 @@ class Progress:
         """Whether something that happens every so many steps (0 = never) is due."""
         return self.step > 0 and every > 0 and self.step % every == 0
 
-    def evaluation_due(self, every, ends):
-        """Whether this step is still to be evaluated: before the first one, every so many, and at the end."""
-        return self.evaluated_step != self.step and (self.step == 0 or ends or self.due(every))
+    def evaluation_due(self, every, always):
+        """Whether this step is still to be evaluated: one of every so many, or `always`."""
+        return self.evaluated_step != self.step and (always or self.due(every))
 
     def evaluated_if(self, loss):
         """Note a validation loss of this step unless it is None."""

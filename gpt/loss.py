@@ -53,16 +53,26 @@ class OnePass(torch.autograd.Function):
 
 def losses_of(logits, targets, vocab_size, gradient):
     """Losses (N,) of logits (N, P), which with `gradient` become that of each row's loss by them."""
-    compiling = torch.compiler.is_compiling()  # then all is one loop over logits, and nothing is there in float32
-    rows = max(1, len(logits)) if compiling else CPU_ROWS if logits.device.type == "cpu" else GPU_ROWS
-    losses = []
-    for some, its in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
-        values = some[:, :vocab_size].float().log_softmax(-1)
-        losses.append(-values.gather(1, its)[:, 0])
+    if torch.compiler.is_compiling():  # then all is one loop over logits, and nothing is there in float32
+        return compiled_losses_of(logits, targets, vocab_size, gradient)
+    rows = CPU_ROWS if logits.device.type == "cpu" else GPU_ROWS
+    buffer = torch.empty(min(rows, len(logits)), vocab_size, device=logits.device)
+    losses = torch.empty(len(logits), device=logits.device)
+    for some, its, found in zip(logits.split(rows), targets[:, None].split(rows), losses.split(rows), strict=True):
+        values = buffer[: len(some)].copy_(some[:, :vocab_size])
+        largest, at_target = values.amax(-1, keepdim=True), values.gather(1, its)
+        sums = values.sub_(largest).exp_().sum(-1, keepdim=True)
+        found.copy_((largest + sums.log() - at_target)[:, 0])
         if gradient:
-            if compiling:
-                some[:, :vocab_size] = values.exp() - (torch.arange(vocab_size, device=its.device) == its)
-            else:
-                some[:, :vocab_size] = values.exp_().scatter_add_(1, its, values.new_full(its.shape, -1.0))
+            some[:, :vocab_size] = values.div_(sums).scatter_add_(1, its, values.new_full(its.shape, -1.0))
             some[:, vocab_size:] = 0
-    return torch.cat(losses)
+    return losses
+
+
+def compiled_losses_of(logits, targets, vocab_size, gradient):
+    """The same, for the compiler to make one loop of."""
+    values = logits[:, :vocab_size].float().log_softmax(-1)
+    if gradient:
+        logits[:, :vocab_size] = values.exp() - (torch.arange(vocab_size, device=targets.device) == targets[:, None])
+        logits[:, vocab_size:] = 0
+    return -values.gather(1, targets[:, None])[:, 0]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from gpt.attention import keeps_weights
 from gpt.errors import InputError
 from gpt.model import VOCAB_MULTIPLE
 
@@ -55,6 +56,8 @@ def kept_for_backward(config, vocab_size, micro_batch_size, dtype, device):
         per_layer += 4 * 4 * c + 3 * 4 * config.n_head * config.block_size
     else:
         per_layer += 3 * width * c
+        if keeps_weights(config.block_size, dtype, device, config.dropout):
+            per_layer += width * config.n_head * config.block_size
     if config.dropout:
         per_layer += 2 * c * (1 if device.type == "cuda" else width)  # masks
     per_token = config.n_layer * per_layer + (width + 4) * c + width * padded  # layers, last layer norm, logits

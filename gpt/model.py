@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from gpt.attention import causal_attention
 from gpt.config import refuse
 from gpt.loss import cross_entropy
 
@@ -103,7 +104,7 @@ class LayerCache:
         """Append k, v (B, H, T, D), then attention of q over all that each row holds: (B, H, T, D)."""
         self.cache.append(self.layer, k, v, self.positions)
         if self.attention is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return causal_attention(q, k, v)
         return self.attention(q, self.cache.keys[self.layer], self.cache.values[self.layer], self.positions)
 
 
@@ -131,7 +132,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
         if layer is None:
             dropout = self.dropout if self.training else 0.0
-            x = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+            x = causal_attention(q, k, v, dropout)
         else:
             x = layer.attend(q, k, v)
         return self.drop(self.proj(x.transpose(1, 2).reshape(B, T, C)))

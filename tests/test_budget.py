@@ -124,10 +124,17 @@ def test_fault_097_limits_below_zero_and_a_run_without_end_are_refused():
 
 def test_the_loss_before_the_first_step_is_noted_but_never_the_best():
     progress = Progress()
-    assert progress.evaluation_due(every=0, ends=False)
     assert not progress.evaluated(1.0)
     assert (progress.best_loss, progress.evals_without_best) == (None, 0)
-    assert not progress.evaluation_due(every=0, ends=False)
+    assert not progress.evaluation_due(every=1, always=True)
+
+
+def test_evaluations_are_due_every_so_many_steps_and_at_the_end_once():
+    for step, at_end, due in ((0, False, False), (2, False, False), (3, False, True), (4, True, True)):
+        progress = Progress(step=step)
+        assert progress.evaluation_due(3, at_end) is due
+        progress.evaluated(1.0)
+        assert not progress.evaluation_due(3, at_end)
 
 
 @pytest.mark.parametrize(("limit", "value"), [("max_tokens", 2560), ("max_epochs", 2.0)])

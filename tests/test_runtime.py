@@ -1,6 +1,10 @@
 """The machine: devices, precision, compilation, determinism, seeds, signals."""
 
+import platform
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,3 +181,23 @@ def test_fault_070_a_second_ctrl_c_interrupts():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert stop
+
+
+REUSE = """
+import resource, torch
+from gpt.runtime import keep_freed_memory
+keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):  # it may take some until there is a piece that is large enough
+    before = faults()
+    torch.ones(64 << 20, dtype=torch.uint8)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_memory_of_tensors_that_are_gone_is_used_again_without_the_system():
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", REUSE], cwd=root, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000  # of 16,384 pages
