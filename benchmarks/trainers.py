@@ -4,6 +4,7 @@
 steps numbered from `first` and says how long they took. Making the tokens is not timed."""
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import math
@@ -16,7 +17,8 @@ import programs
 from gauges import Clock, peak_memory, release, reset_peak
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = {"fp32", "bf16", "compile", "eager", "adamw", "muon"}  # what may follow a program's name
+UNDONE = {"logits", "weights", "pages", "casts", "loop", "zeros", "padding", "deterministic"}  # names in undone.py
+WORDS = {"fp32", "bf16", "compile", "eager", "adamw", "muon", "by1"} | UNDONE  # what may follow a program's name
 LR, WARMUP_STEPS = 6e-4, 10
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.1
 PADDED_TO = 64  # the peers' vocabulary, as nanoGPT pads it: ours is padded by the model
@@ -87,14 +89,16 @@ class Trainer:
 
 
 class Ours(Trainer):
-    """`train_step` of train.py, on the state that its `build` makes. Options: fp32 or bf16, compile, adamw or muon; the
-    micro-batch is the one it chooses."""
+    """`train_step` of train.py, on the state that its `build` makes. Options: fp32 or bf16, compile, adamw or muon, by1
+    (micro-batches of 1 sequence, not the one it chooses), and techniques to undo."""
 
     def __init__(self, folder, options, threads, device, grad_clip):
         super().__init__(folder, options, device, grad_clip)
         import gpt
 
         self.script, self.threads, self.version = training_script(), threads, gpt.__version__
+        for name in sorted(set(options) & UNDONE):
+            getattr(importlib.import_module("undone"), name)(self.script)
 
     def forget(self):
         self.state = None
@@ -117,7 +121,7 @@ class Ours(Trainer):
         config = script.TrainConfig(
             data="none",
             model=model.config,
-            batch=script.BatchConfig(global_batch_size=batch),
+            batch=script.BatchConfig(global_batch_size=batch, micro_batch_size=int("by1" in options)),
             length=length,
             optim=script.OptimConfig(
                 lr=LR, beta1=BETAS[0], beta2=BETAS[1], weight_decay=WEIGHT_DECAY, grad_clip=self.grad_clip, **optimizer

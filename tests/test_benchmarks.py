@@ -187,18 +187,20 @@ def test_a_program_is_named_by_its_kind_a_path_and_words(benchmarks, training):
     assert training.reference_of("ours:bf16:compile:muon") == "ours:fp32:muon"
 
 
-def test_training_is_timed_only_where_the_losses_are_those_of_fp32(tiny, tmp_path):
+def test_training_is_timed_only_where_the_losses_are_those_of_fp32(benchmarks, tiny, tmp_path):
     out = tmp_path / "train.json"
     words = "--device cpu --sizes tiny --block_size 16 --batch 2 --steps 1 --check 3 --pairs 2 --threads 1"
-    impl = "ours:bf16,nanogpt=/nowhere"
+    undone = ":".join(["ours:bf16:by1", *sorted(benchmarks("trainers").UNDONE)])
+    impl = f"ours:bf16,{undone},nanogpt=/nowhere"
     command = [sys.executable, ROOT / "benchmarks/train.py", *words.split(), "--impl", impl]
     command += ["--work", tiny.parent, "--json", out]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     made = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     record = json.loads(out.read_text())
-    [result] = record["results"]
-    assert result["program"] == "ours:bf16"
+    result, other = record["results"]
+    assert (result["program"], other["program"]) == ("ours:bf16", undone)
+    assert result["losses"] != other["losses"] == pytest.approx(result["losses"], abs=0.02)
     assert 0 < result["difference"] < 0.02
     assert len(result["losses"]) == 3 + 2 * (1 + 1)  # each round has one more, untimed
     assert len(result["speeds"]) == 2

@@ -131,6 +131,15 @@ def assert_same_run(out, expected, first=0):
 # ---- the numbers
 
 
+def test_in_bf16_two_processes_with_several_micro_batches_follow_the_run_of_one(train_ranks, data, tmp_path):
+    flags = ("--dtype", "bf16", "--max_steps", 20, "--eval_every", 0)
+    assert train_here("tiny", "--data", data, "--out", tmp_path / "one", *with_flags(*flags)).code == 0
+    assert codes(train_ranks(tmp_path / "two", "--micro_batch_size", 1, *flags)) == [0, 0]
+    wanted, found = ([r["loss"] for r in metrics(tmp_path / name)] for name in ("one", "two"))
+    assert len(found) == 20
+    assert found == pytest.approx(wanted, abs=0.005)
+
+
 def test_two_processes_under_torchrun_repeat_the_run_of_one_and_only_the_first_is_heard(data, one, tmp_path):
     out = tmp_path / "out"
     done = torchrun("tiny", "--data", data, "--out", out, *FLAGS, "--micro_batch_size", 2)
