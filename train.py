@@ -199,7 +199,7 @@ def accumulate(state, batch, run):
     count = ranks.mean((targets != IGNORED).sum()).clamp(min=1 / ranks.size)
     loss = torch.zeros((), device=run.device)
     pieces = list(zip(ids.split(micro_batch_size), targets.split(micro_batch_size), strict=True))
-    with run.autocast():  # around all of them: weights are cast once
+    with run.autocast():  # around all of them: weights, but the head's, are cast once
         for number, (some_ids, some_targets) in enumerate(pieces, 1):
             forward = ranks.forward(state.model, last=number == len(pieces))
             share = forward(some_ids, some_targets).sum() / count

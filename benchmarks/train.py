@@ -25,6 +25,7 @@ from workers import Absent, Worker
 
 TOLERANCE = 0.02  # nats, between a program's loss and the reference's
 WARM_UP_STEPS = 3  # where the losses are not checked
+UNTIMED = 1  # first steps of a round
 STATE_BYTES = 16  # of weight, gradient and two moments in fp32, for each parameter
 DEFAULTS = {  # by device: --impl, what --nanogpt adds, --sizes, --block_size, --steps, --grad_clip
     "cpu": ("ours:bf16,ours:fp32,transformers:bf16,transformers:fp32", ("", ":bf16"), "gpt2", 256, 3, 1.0),
@@ -66,7 +67,7 @@ def parse(words):
     add(
         "--impl",
         help="programs, with commas; after ours: fp32 or bf16, compile, adamw or muon, by1 (micro-batches of 1), and "
-        f"what to undo ({', '.join(sorted(trainers.UNDONE))}; see undone.py); after transformers or "
+        f"what to undo ({', '.join(sorted(trainers.UNDONE))}: see undone.py); after transformers or "
         f"nanogpt=PATH: bf16, compile; on a CPU {cpu[0]}, on CUDA {cuda[0]}",
     )
     add("--nanogpt", metavar="PATH", help="adds this checkout: on a CPU as shipped (fp32) and with bf16 autocast")
@@ -217,9 +218,7 @@ def compare(program, expected, result):
 
 def one_round(program, config, result):
     """Add the seconds of some more steps."""
-    taken = len(result["losses"])
-    result["losses"] += program.ask("steps", taken, 1)[1][1]  # its memory was given back, and is taken again in this
-    seconds, losses, memory = program.ask("steps", len(result["losses"]), config.steps)[1]
+    seconds, losses, memory = program.ask("steps", len(result["losses"]), UNTIMED + config.steps, UNTIMED)[1]
     result["losses"] += losses
     result["rounds"].append(seconds)
     result["memory"] = max(memory, result["memory"])

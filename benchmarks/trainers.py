@@ -17,8 +17,9 @@ import programs
 from gauges import Clock, peak_memory, release, reset_peak
 
 ROOT = Path(__file__).resolve().parents[1]
-UNDONE = {"logits", "weights", "pages", "casts", "loop", "zeros", "padding", "deterministic"}  # names in undone.py
-WORDS = {"fp32", "bf16", "compile", "eager", "adamw", "muon", "by1"} | UNDONE  # what may follow a program's name
+FORMS = {"fp32", "bf16", "compile", "eager", "adamw", "muon", "by1"}
+UNDONE = {f"no-{name}" for name in ("casts", "determinism", "drop", "fused", "loss", "padding", "pages", "weights")}
+WORDS = FORMS | UNDONE  # what may follow a program's name
 LR, WARMUP_STEPS = 6e-4, 10
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.1
 PADDED_TO = 64  # the peers' vocabulary, as nanoGPT pads it: ours is padded by the model
@@ -71,17 +72,20 @@ class Trainer:
         self.build(model, batch)
         return time.perf_counter() - start
 
-    def steps(self, first, count):
-        """(seconds, loss of each step, peak memory in bytes since `begin`) of `count` steps, numbered from `first`."""
+    def steps(self, first, count, untimed=0):
+        """(seconds, loss of each step, peak memory in bytes since `begin`) of `count` steps, numbered from `first`. The
+        seconds are not of the first `untimed` ones, which take the memory that was released the last time."""
         import torch
 
         batches = [
             torch.from_numpy(tokens(self.vocab_size, number, self.batch, self.block_size)).to(self.device)
             for number in range(first, first + count)
         ]
-        clock, losses = Clock(self.device), []
-        for number, ids in enumerate(batches, first):
-            losses.append(self.step(ids, learning_rate(number)))
+        losses = [self.step(ids, learning_rate(number)) for number, ids in enumerate(batches[:untimed], first)]
+        clock = Clock(self.device)
+        losses += [
+            self.step(ids, learning_rate(number)) for number, ids in enumerate(batches[untimed:], first + untimed)
+        ]
         seconds = clock.seconds()
         found = seconds, [float(loss) for loss in losses], peak_memory(self.device)
         release(self.device)
@@ -97,8 +101,11 @@ class Ours(Trainer):
         import gpt
 
         self.script, self.threads, self.version = training_script(), threads, gpt.__version__
-        for name in sorted(set(options) & UNDONE):
-            getattr(importlib.import_module("undone"), name)(self.script)
+        undone = sorted(set(options) & UNDONE)
+        assert "no-casts" not in undone or "by1" in options, "no-casts makes a difference only with by1"
+        assert "no-fused" not in undone or "muon" not in options, "no-fused is of AdamW alone"
+        for name in undone:
+            getattr(importlib.import_module("undone"), name.removeprefix("no-"))(self.script)
 
     def forget(self):
         self.state = None
@@ -144,6 +151,7 @@ class Peer(Trainer):
         import torch
 
         super().__init__(folder, options, device, grad_clip)
+        assert not set(options) & (UNDONE | {"by1", "muon"}), f"{options}: only ours has that"
         torch.set_num_threads(threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.torch = torch

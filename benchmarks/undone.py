@@ -1,6 +1,5 @@
-"""Techniques of a training step, each of which can be undone in a process: what a step is worth without it.
-
-python benchmarks/train.py --impl ours:bf16,ours:bf16:logits,ours:bf16:pages --batch 4"""
+"""Techniques of a training step, each of which can be undone in a process to see what it is worth: of `train.py`'s
+programs, `ours:bf16:no-loss` is one that `loss` was called for."""
 
 import torch
 import torch.nn.functional as F
@@ -9,61 +8,61 @@ from gpt import attention, model, runtime
 from gpt.loss import IGNORED
 
 
-def logits(_script):
+def loss(_script):
     """The loss from logits in fp32, by torch's cross_entropy."""
 
     def cross_entropy(x, weight, targets, vocab_size):
-        values = F.linear(x, weight)[:, :vocab_size].float()
-        return F.cross_entropy(values, targets, ignore_index=IGNORED, reduction="none")
+        logits = F.linear(x, weight)[:, :vocab_size].float()
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
 
-    model.cross_entropy = cross_entropy
+    replace(model, "cross_entropy", cross_entropy)
 
 
 def weights(_script):
     """Attention by torch's fused kernel, which makes its weights anew in the backward pass."""
-    attention.keeps_weights = lambda *_: False
+    replace(attention, "keeps_weights", lambda *_: False)
 
 
 def pages(_script):
-    """Memory of tensors that are gone goes back to the system."""
-    runtime.keep_freed_memory = lambda: None
+    """The memory of tensors that are gone goes back to the system."""
+    replace(runtime, "keep_freed_memory", lambda: None)
 
 
 def casts(script):
     """Weights are cast for every micro-batch."""
-    script.accumulate = lambda *arguments: accumulate_apart(script, *arguments)
+
+    def accumulate(state, batch, run):
+        total = torch.zeros((), device=run.device)
+        parts = batch.split(state.progress.micro_batch_size)
+        for part in parts:
+            with run.autocast():
+                share = state.model(part[:, :-1].contiguous(), part[:, 1:].contiguous()).mean() / len(parts)
+            share.backward()
+            total += share.detach()
+        return total
+
+    replace(script, "accumulate", accumulate)
 
 
-def accumulate_apart(script, state, batch, run):
-    total = torch.zeros((), device=run.device)
-    parts = batch.split(state.progress.micro_batch_size)
-    for part in parts:
-        with run.autocast():
-            share = state.model(part[:, :-1].contiguous(), part[:, 1:].contiguous()).mean() / len(parts)
-        share.backward()
-        total += share.detach()
-    return total
-
-
-class Loop(torch.optim.AdamW):
+class LoopAdamW(torch.optim.AdamW):
     def step(self):
         self.found_inf = None  # only its fused kernel knows what that is
         super().step()
 
 
-def loop(script):
+def fused(script):
     """AdamW parameter by parameter, several kernels each: torch's default on a CPU."""
 
     def make_optimizer(trained, config, *_):
         parameters = list(trained.parameters())
         groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay}]
         groups += [{"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-        return Loop(groups, lr=config.lr, betas=(config.beta1, config.beta2), foreach=False)
+        return LoopAdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), foreach=False)
 
-    script.make_optimizer = make_optimizer
+    replace(script, "make_optimizer", make_optimizer)
 
 
-def zeros(script):
+def drop(script):
     """Gradients are filled with zeros, not dropped."""
     original = script.make_optimizer
 
@@ -72,14 +71,19 @@ def zeros(script):
         optimizer.zero_grad = lambda: torch._foreach_zero_([p.grad for p in trained.parameters() if p.grad is not None])
         return optimizer
 
-    script.make_optimizer = make_optimizer
+    replace(script, "make_optimizer", make_optimizer)
 
 
 def padding(_script):
     """The vocabulary is not padded."""
-    model.VOCAB_MULTIPLE = 1
+    replace(model, "VOCAB_MULTIPLE", 1)
 
 
-def deterministic(_script):
+def determinism(_script):
     """Operations need not repeat to the bit."""
-    runtime.be_deterministic = lambda: None
+    replace(runtime, "be_deterministic", lambda: None)
+
+
+def replace(owner, name, value):
+    assert hasattr(owner, name), f"{owner.__name__} has no {name}: nothing would be undone"
+    setattr(owner, name, value)

@@ -12,7 +12,7 @@ LONGEST_KEPT = 512  # positions; beyond them the weights take more memory than t
 
 def causal_attention(q, k, v, dropout=0.0):
     """Attention of each position to itself and those before it: q, k, v (B, H, T, D) -> (B, H, T, D)."""
-    if keeps_weights(q.shape[-2], q.dtype, q.device, dropout) and q.requires_grad and not torch.compiler.is_compiling():
+    if keeps_weights(q.shape[-2], q.dtype, q.device, dropout) and q.requires_grad:
         return KeptWeights.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
 
@@ -24,13 +24,15 @@ def keeps_weights(length, dtype, device, dropout):
 
 
 class KeptWeights(torch.autograd.Function):
-    """Attention as plain products."""
+    """Attention as plain products. As in the fused kernels scores are in float32: rounded to bf16, large ones would
+    make the gradient's error three times as large."""
 
     @staticmethod
     def forward(ctx, q, k, v):
-        hidden = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu_(1)  # what comes later
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT
-        weights = scores.masked_fill_(hidden, -math.inf).softmax(-1)
+        hidden = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)  # what comes later
+        with torch.autocast(q.device.type, enabled=False):
+            scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT
+        weights = scores.masked_fill_(hidden, -math.inf).softmax(-1).to(q.dtype)
         ctx.save_for_backward(q, k, v, weights)
         return weights @ v
 

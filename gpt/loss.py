@@ -62,7 +62,7 @@ def losses_of(logits, targets, vocab_size, gradient):
         values = buffer[: len(some)].copy_(some[:, :vocab_size])
         largest, at_target = values.amax(-1, keepdim=True), values.gather(1, its)
         sums = values.sub_(largest).exp_().sum(-1, keepdim=True)
-        found.copy_((largest + sums.log() - at_target)[:, 0])
+        found.copy_((largest - at_target + sums.log())[:, 0])
         if gradient:
             some[:, :vocab_size] = values.div_(sums).scatter_add_(1, its, values.new_full(its.shape, -1.0))
             some[:, vocab_size:] = 0

@@ -14,7 +14,7 @@ GIB = 1024**3
 MIB = 1024**2
 MUON_WORKS = 12  # bytes for each weight between embedding and head, while Muon makes their steps
 USABLE = 0.6  # share of the free memory that a chosen micro-batch may fill
-MOST_CPU_TOKENS = 16384  # per micro-batch on a CPU: more gains nothing
+MOST_CPU_TOKENS = 4096  # per micro-batch on a CPU: more gains nothing
 OWN_GROUPS = Path("/proc/self/cgroup")  # Linux's control groups: what bounds a container or a batch job
 GROUP_ROOT = Path("/sys/fs/cgroup")
 
@@ -25,8 +25,7 @@ def estimate(model_config, vocab_size, micro_batch_size, dtype, device, optimize
     they are gone, where that is more."""
     parameters = count_parameters(model_config, vocab_size)
     tokens = micro_batch_size * model_config.block_size
-    scores = 4 * model_config.n_head * model_config.block_size  # gradients of one layer's
-    passing = scores if keeps_scores(model_config, device) else 0
+    passing = passing_for_backward(model_config, dtype, device)
     kept = kept_for_backward(model_config, vocab_size, micro_batch_size, dtype, device)
     hidden = hidden_parameters(model_config) if optimizer == "muon" else 0
     return {
@@ -63,6 +62,15 @@ def kept_for_backward(config, vocab_size, micro_batch_size, dtype, device):
     per_token = config.n_layer * per_layer + (width + 4) * c + width * padded  # layers, last layer norm, logits
     copies = 0 if dtype == torch.float32 else width * count_parameters(config, vocab_size)  # autocast's, of the weights
     return micro_batch_size * config.block_size * per_token + copies
+
+
+def passing_for_backward(config, dtype, device):
+    """Bytes of a token that the backward pass takes beside what was kept: gradients of one layer's attention."""
+    if keeps_scores(config, device):
+        return 4 * config.n_head * config.block_size
+    if keeps_weights(config.block_size, dtype, device, config.dropout):
+        return 2 * torch.finfo(dtype).bits // 8 * config.n_head * config.block_size
+    return 0
 
 
 def keeps_scores(config, device):

@@ -1,5 +1,5 @@
-"""The machine: device, precision, threads, determinism, seeds, signals, which process of a run this is. Nothing else
-knows what hardware is used."""
+"""The machine: device, precision, threads, memory, determinism, seeds, signals, which process of a run this is. Nothing
+else knows what hardware is used."""
 
 import contextlib
 import ctypes
@@ -35,7 +35,7 @@ GPU_PEAKS = {
     "V100": 125e12,
     "T4": 65e12,
 }
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class Runtime:
             torch.cuda.set_device(self.device)  # for kernels and streams that are not told a device
         self.dtype = pick_dtype(config.dtype, self.device)
         self.deterministic = config.deterministic or self.device.type == "cpu"
-        keep_freed_memory()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         set_threads(config.threads)
         set_precision(self.dtype)
         if self.deterministic:
@@ -189,8 +190,8 @@ def keep_freed_memory():
     new pages one by one, zeroed: up to a tenth of a training step on a CPU."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20)):
-            mallopt(option, value)
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def set_precision(dtype):

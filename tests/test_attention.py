@@ -9,10 +9,10 @@ from gpt.attention import KeptWeights, causal_attention, keeps_weights
 CPU = torch.device("cpu")
 
 
-def parts(length, dtype=torch.float64):
+def parts(length, dtype=torch.float32, scale=1.0):
     """q, k, v of 2 rows, 3 heads of width 16, as views of one tensor, as the model makes them."""
     draw = torch.Generator().manual_seed(length)
-    x = torch.randn(2, length, 3, 3, 16, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+    x = (scale * torch.randn(2, length, 3, 3, 16, generator=draw)).to(dtype).requires_grad_()
     return x, x.permute(2, 0, 3, 1, 4)
 
 
@@ -28,23 +28,25 @@ def exact(q, k, v):
 @pytest.mark.parametrize("length", [1, 2, 37])
 def test_kept_weights_give_values_and_gradients_of_attention(length):
     x, (q, k, v) = parts(length)
-    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    wanted = exact(q, k, v)
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(0))
+    wanted = exact(q.double(), k.double(), v.double())
     found = KeptWeights.apply(q, k, v)
-    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
-    [expected] = torch.autograd.grad(wanted, x, upstream)
-    torch.testing.assert_close(torch.autograd.grad(found, x, upstream)[0], expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(found, wanted.float(), atol=2e-6, rtol=0)
+    [expected] = torch.autograd.grad(wanted, x, upstream.double())
+    torch.testing.assert_close(torch.autograd.grad(found, x, upstream)[0], expected, atol=1e-5, rtol=0)
 
 
-def test_in_bf16_training_keeps_the_weights_and_errs_no_more_than_the_fused_kernel():
-    x, (q, k, v) = parts(64, torch.bfloat16)
-    kept = causal_attention(q, k, v)
+@pytest.mark.parametrize("scale", [1.0, 2.0, 3.0])  # scores have its square as standard deviation
+def test_in_bf16_training_keeps_the_weights_and_errs_no_more_than_the_fused_kernel(scale):
+    x, (q, k, v) = parts(256, torch.bfloat16, scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = causal_attention(q, k, v)
     assert "KeptWeights" in str(kept.grad_fn)
     fused = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     wanted = exact(q.double(), k.double(), v.double())
     [expected] = torch.autograd.grad(wanted.sum(), x)
     errors = [error(y, wanted) + error(torch.autograd.grad(y.sum(), x)[0], expected) for y in (kept, fused)]
-    assert errors[0] < 1.5 * errors[1]
+    assert errors[0] < 1.3 * errors[1]
 
 
 def error(found, wanted):

@@ -190,7 +190,7 @@ def test_a_program_is_named_by_its_kind_a_path_and_words(benchmarks, training):
 def test_training_is_timed_only_where_the_losses_are_those_of_fp32(benchmarks, tiny, tmp_path):
     out = tmp_path / "train.json"
     words = "--device cpu --sizes tiny --block_size 16 --batch 2 --steps 1 --check 3 --pairs 2 --threads 1"
-    undone = ":".join(["ours:bf16:by1", *sorted(benchmarks("trainers").UNDONE)])
+    undone = ":".join(["ours:bf16:by1", *sorted(benchmarks("trainers").UNDONE)])  # where nothing is, it is an error
     impl = f"ours:bf16,{undone},nanogpt=/nowhere"
     command = [sys.executable, ROOT / "benchmarks/train.py", *words.split(), "--impl", impl]
     command += ["--work", tiny.parent, "--json", out]

@@ -49,4 +49,4 @@ def test_every_command_uses_flags_and_presets_that_exist(words):
 def test_the_map_names_every_module():
     for path in sorted((ROOT / "gpt").glob("*.py")):
         if path.name != "__init__.py":
-            assert re.search(rf"\b{path.stem}\b", README), path.name
+            assert re.search(rf"\bgpt/{path.stem}\.py|\b{path.stem}: ", README), path.name

@@ -189,7 +189,7 @@ from gpt.runtime import keep_freed_memory
 keep_freed_memory()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(8):  # it may take some until there is a piece that is large enough
+for _ in range(32):  # it may take some until there is a piece that is large enough
     before = faults()
     torch.ones(64 << 20, dtype=torch.uint8)
 print(faults() - before)

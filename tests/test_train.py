@@ -119,7 +119,7 @@ def test_fault_032_micro_batches_with_unequal_token_counts_give_the_gradients_of
     assert many == pytest.approx(one, rel=1e-5)
 
 
-def test_in_bf16_micro_batches_share_one_cast_of_the_weights_and_give_the_gradients_of_fp32(cpu):
+def test_in_bf16_micro_batches_share_one_cast_of_a_weight_and_give_the_gradients_of_fp32(cpu):
     model = tiny_model(block_size=32).train()
     batch = batch_with_ignored(32)
     wanted, _ = gradients(model, batch, 8, cpu)
