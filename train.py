@@ -40,7 +40,7 @@ from gpt.files import lock_folder, write_durably
 from gpt.generate import TextGenerator
 from gpt.log import Log, NoLog, Recorder, exit_record, logged_evaluation, start_wandb
 from gpt.loss import IGNORED
-from gpt.model import GPT, ModelConfig
+from gpt.model import GPT, ModelConfig, flops_per_token
 from gpt.optim import LossScaler, OptimConfig, clip_gradients, gated_step, learning_rate, make_optimizer
 from gpt.ranks import join
 from gpt.runtime import MachineConfig, Runtime, StopFlag, launched, profiler, seed_step
@@ -298,7 +298,9 @@ def build(config, model, budget, progress, run, checkpoint):
     optimizer = make_optimizer(model, config.optim, muon_dtype(run), run.ranks)
     scaler = LossScaler(run.device, enabled=run.dtype == torch.float16)
     before = checkpoint.state["runtime"] if checkpoint else None
-    compiled = run.compiles(config.machine.compile, budget.total_steps(progress), before)
+    flops = flops_per_token(config.model, model.vocab_size) * config.model.block_size
+    flops *= config.batch.global_batch_size / run.ranks.size * budget.total_steps(progress)
+    compiled = run.compiles(config.machine.compile, flops, before)
     record = run.record(compiled, progress.micro_batch_size)
     if checkpoint:
         if checkpoint.step > 0:  # before the first step the optimizer holds nothing yet

@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+IN_CACHE = 1 << 20  # scores in float32 at a time
 LONGEST_KEPT = 512  # positions; beyond them the weights take more memory than their speed is worth
 
 
@@ -30,9 +31,12 @@ class KeptWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
         hidden = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)  # what comes later
+        weights = q.new_empty(*q.shape[:-1], q.shape[-2])
+        rows = max(1, IN_CACHE // weights[0].numel())
         with torch.autocast(q.device.type, enabled=False):
-            scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT
-        weights = scores.masked_fill_(hidden, -math.inf).softmax(-1).to(q.dtype)
+            for some, keys, found in zip(q.split(rows), k.split(rows), weights.split(rows), strict=True):
+                scores = (some.float() * q.shape[-1] ** -0.5) @ keys.float().mT
+                found.copy_(scores.masked_fill_(hidden, -math.inf).softmax(-1))
         ctx.save_for_backward(q, k, v, weights)
         return weights @ v
 

@@ -12,7 +12,7 @@ from gpt.model import VOCAB_MULTIPLE
 
 GIB = 1024**3
 MIB = 1024**2
-MUON_WORKS = 12  # bytes for each weight between embedding and head, while Muon makes their steps
+MUON_WORKS = 18  # bytes for each weight between embedding and head, while Muon makes their steps
 USABLE = 0.6  # share of the free memory that a chosen micro-batch may fill
 MOST_CPU_TOKENS = 4096  # per micro-batch on a CPU: more gains nothing
 OWN_GROUPS = Path("/proc/self/cgroup")  # Linux's control groups: what bounds a container or a batch job

@@ -35,6 +35,8 @@ GPU_PEAKS = {
     "V100": 125e12,
     "T4": 65e12,
 }
+EAGER_SHARE = 0.25  # of that peak, what an uncompiled step reaches
+COMPILING_SECONDS, COMPILING_SAVES = 60, 0.3  # how long it takes; the least share of a step that it saves
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -95,14 +97,14 @@ class Runtime:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def compiles(self, setting, steps, before=None):
-        """Whether to compile a run of `steps` steps. Left to choose, one that is continued goes on as it was: `before`
-        is its record of the machine."""
+    def compiles(self, setting, flops, before=None):
+        """Whether to compile a run of so many FLOPs on this device. Left to choose, one that is continued goes on as it
+        was: `before` is its record of the machine."""
         if setting != "auto":
             return setting == "on"
         if before is not None and before["device"] == device_name(self.device):
             return before["compile"]
-        return self.device.type == "cuda" and steps >= 500 and has_compiler()
+        return self.device.type == "cuda" and has_compiler() and compiling_pays(flops, self.device)
 
     def record(self, compiled, micro_batch_size):
         """What must agree for a run to repeat to the bit."""
@@ -203,6 +205,13 @@ def be_deterministic():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would import the compiler: a second
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would write NaN over every new tensor first
+
+
+def compiling_pays(flops, device):
+    """Whether a run of so many FLOPs on a GPU saves more time than compiling takes. One that is held up by launches of
+    small kernels gains more than is counted here. (On a CPU a step of GPT-2 124M gains nothing.)"""
+    speed = EAGER_SHARE * (gpu_peak(torch.cuda.get_device_name(device)) or GPU_PEAKS["A100"])
+    return COMPILING_SAVES * flops / speed > COMPILING_SECONDS
 
 
 def has_compiler():

@@ -94,14 +94,23 @@ def test_on_a_cpu_a_run_is_deterministic_and_its_record_says_what_bits_depend_on
 
 def test_compilation_is_off_on_a_cpu_unless_it_is_asked_for(settings_back):
     run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
-    assert [run.compiles(setting, 10**6) for setting in ("auto", "on", "off")] == [False, True, False]
+    assert [run.compiles(setting, 1e21) for setting in ("auto", "on", "off")] == [False, True, False]
 
 
 def test_a_run_that_is_continued_on_the_same_device_stays_compiled_or_not(settings_back):
     run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
     before = run.record(compiled=True, micro_batch_size=4)
-    assert [run.compiles(setting, 10**6, before) for setting in ("auto", "on", "off")] == [True, True, False]
-    assert not run.compiles("auto", 10**6, before | {"device": "another"})
+    assert [run.compiles(setting, 1e21, before) for setting in ("auto", "on", "off")] == [True, True, False]
+    assert not run.compiles("auto", 1e21, before | {"device": "another"})
+
+
+def test_a_run_on_a_gpu_is_compiled_if_it_is_long_enough_to_save_the_minute_that_takes(settings_back, monkeypatch):
+    run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
+    run.device = torch.device("cuda")
+    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA L4", 121e12), ("unknown", 312e12)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert run.compiles("auto", 210 * peak / 4)  # 210 seconds uncompiled, of which it saves 63
+        assert not run.compiles("auto", 190 * peak / 4)
 
 
 def test_a_gpu_that_is_named_by_number_becomes_the_current_one(settings_back, monkeypatch):
