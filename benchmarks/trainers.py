@@ -4,7 +4,6 @@
 steps numbered from `first` and says how long they took. Making the tokens is not timed."""
 
 import contextlib
-import importlib
 import importlib.util
 import json
 import math

@@ -9,8 +9,8 @@ class BatchConfig:
     global_batch_size: int = 12
     """sequences of block_size tokens per optimizer step, over all ranks"""
     micro_batch_size: int = 0
-    """sequences per forward pass and rank; must divide global_batch_size / ranks; 0 = the largest that fits,
-    recorded in checkpoints"""
+    """sequences per forward pass and rank; must divide global_batch_size / ranks; 0 = the largest that fits
+    and gains by it, recorded in checkpoints"""
 
     def problems(self):
         """What is wrong with these values, in words; empty if nothing."""

@@ -189,7 +189,7 @@ def set_threads(threads):
 
 def keep_freed_memory():
     """Have glibc reuse the memory of large tensors that are gone. It would give it back to the system, which hands out
-    new pages one by one, zeroed: up to a tenth of a training step on a CPU."""
+    new pages one by one, zeroed: up to a fifth of a training step on a CPU."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
