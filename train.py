@@ -31,12 +31,10 @@ from gpt.config import (
     peek,
     read_toml,
     refuse,
-    to_toml,
 )
 from gpt.corpus import Corpus, check_tokenizer
 from gpt.data import Prefetch
 from gpt.errors import InputError, ResourceError, Stopped, note, run_main, tell, unheard
-from gpt.files import lock_folder, write_durably
 from gpt.generate import TextGenerator
 from gpt.log import Log, NoLog, Recorder, exit_record, logged_evaluation, start_wandb
 from gpt.loss import IGNORED
@@ -44,7 +42,7 @@ from gpt.model import GPT, ModelConfig, flops_per_token
 from gpt.optim import LossScaler, OptimConfig, clip_gradients, gated_step, learning_rate, make_optimizer
 from gpt.ranks import join
 from gpt.runtime import MachineConfig, Runtime, StopFlag, launched, profiler, seed_step
-from gpt.saver import NoSaver, Saver, sweep
+from gpt.saver import NoSaver, Saver, run_folder
 
 PRESETS = Path(__file__).parent / "presets"
 SAMPLE_TOKENS = 200
@@ -119,7 +117,7 @@ def follow(config, base, ranks):
     memory.check_fits(config.model, corpus.tokenizer.vocab_size, run.device, config.optim.optimizer)
     model, origin = load_model(config, base, corpus, checkpoint)
     with (
-        run_folder(config, newest, ranks) as out,
+        run_folder(config.out, flatten(config), newest, ranks) as out,
         exit_record(out, ranks),
         StopFlag() as stop,
         memory_errors(progress, block_size),
@@ -354,36 +352,6 @@ def memory_errors(progress, block_size):
 
 
 # ---- where it goes
-
-
-@contextlib.contextmanager
-def run_folder(config, newest, ranks):
-    """The run folder, created and locked by rank 0, with its settings in it and what an interrupted save left cleared
-    away. `newest` is the step folder, in a list, that was its newest before: no other run may have saved there
-    since."""
-    out = Path(config.out)
-    if not ranks.leads:
-        yield out
-        return
-    with cannot_write(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with lock_folder(out):
-        if checkpoints.step_folders(out)[:1] != newest:
-            raise ResourceError(f"{out}: another run has just saved a checkpoint there; give the command again")
-        with cannot_write(out):
-            sweep(out)
-            values = {name: value for name, value in flatten(config).items() if name != "resume"}
-            heading = "# python train.py THIS_FILE --out NEW repeats this run\n"
-            write_durably(out / "config.toml", heading + to_toml(values))
-        yield out
-
-
-@contextlib.contextmanager
-def cannot_write(out):
-    try:
-        yield
-    except OSError as error:
-        raise ResourceError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
 
 
 def start_log(config, progress, budget):

@@ -1,4 +1,4 @@
-"""When checkpoints are written and which are kept: the Saver of a run, its pointers, retention."""
+"""A run's folder: when checkpoints are written there and which are kept. The Saver, its pointers, retention."""
 
 import contextlib
 import os
@@ -20,11 +20,42 @@ from gpt.checkpoint import (
     step_folders,
     step_of,
 )
+from gpt.config import to_toml
 from gpt.errors import IntegrityError, ResourceError, note
-from gpt.files import remove_tree, write_durably
+from gpt.files import lock_folder, remove_tree, write_durably
 
 TRAINER_STATES_KEPT = 2
 FAILURES_ALLOWED = 2  # failed saves in a row that are only warnings
+
+
+@contextlib.contextmanager
+def run_folder(out, settings, newest, ranks):
+    """The run folder `out`, created and locked by rank 0, with its settings in it and what an interrupted save left
+    cleared away. `newest` is the step folder, in a list, that was its newest before: no other run may have saved there
+    since."""
+    out = Path(out)
+    if not ranks.leads:
+        yield out
+        return
+    with cannot_write(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with lock_folder(out):
+        if step_folders(out)[:1] != newest:
+            raise ResourceError(f"{out}: another run has just saved a checkpoint there; give the command again")
+        with cannot_write(out):
+            sweep(out)
+            values = {name: value for name, value in settings.items() if name != "resume"}
+            heading = "# python train.py THIS_FILE --out NEW repeats this run\n"
+            write_durably(out / "config.toml", heading + to_toml(values))
+        yield out
+
+
+@contextlib.contextmanager
+def cannot_write(out):
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
 
 
 class Saver:

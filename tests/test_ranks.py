@@ -33,6 +33,7 @@ from gpt.budget import Progress
 from gpt.checkpoint import State
 from gpt.corpus import Corpus
 from gpt.errors import IntegrityError
+from gpt.files import lock_folder
 from gpt.loss import IGNORED
 from gpt.optim import LossScaler
 from gpt.ranks import ALONE, join
@@ -559,7 +560,7 @@ def clocks_that_differ(rank):
 def test_a_second_run_in_the_same_folder_is_refused_on_all_ranks(train_ranks, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    with train.lock_folder(out):
+    with lock_folder(out):
         runs = train_ranks(out)
     assert codes(runs) == [5, 5]
     assert sum("in use by" in run.stderr for run in runs) == 1
