@@ -157,7 +157,8 @@ class Recorder:
 
     def __init__(self, log, log_every, progress, budget, scaler, windows, run, model):
         self.log, self.log_every, self.progress, self.budget, self.scaler = log, log_every, progress, budget, scaler
-        self.windows, self.peak = windows, peak_flops(run.device, run.dtype) * run.ranks.size
+        self.windows, self.fetch = windows, run.fetch
+        self.peak = peak_flops(run.device, run.dtype) * run.ranks.size
         self.flops_per_token = flops_per_token(model.config, model.vocab_size)
         self.pending, self.record, self.next_window = None, None, progress.windows_seen
         self.recent = collections.deque(maxlen=100)  # finite losses
@@ -167,7 +168,7 @@ class Recorder:
         """Note the step just made: its learning rate, and its loss, gradient norm and whether both are finite as a
         tensor (3,) on the device."""
         self.read()
-        self.pending = (self.progress.step, self.progress.tokens, lr, numbers, self.next_window)
+        self.pending = (self.progress.step, self.progress.tokens, lr, self.fetch(numbers), self.next_window)
         self.next_window = self.progress.windows_seen
         self.log.advance(self.budget.total_steps(self.progress))
 
@@ -189,8 +190,8 @@ class Recorder:
         return self.progress.evaluated(val_loss)
 
     def take(self):
-        (step, tokens, lr, numbers, first_window), self.pending = self.pending, None
-        loss, norm, finite = numbers.tolist()
+        (step, tokens, lr, fetched, first_window), self.pending = self.pending, None
+        loss, norm, finite = fetched()
         self.scaler.check(step, bool(finite), loss, "" if finite else self.windows.place(first_window))
         self.watch(step, loss)
         return {"step": step, "tokens": tokens, "loss": loss, "lr": lr, "grad_norm": norm}

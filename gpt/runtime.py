@@ -97,6 +97,20 @@ class Runtime:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
+    def fetch(self, tensor):
+        """A function that gives `tensor` as lists. On a GPU it waits for it alone, not for what is launched later."""
+        if self.device.type != "cuda":
+            return tensor.tolist
+        host, done = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True), torch.cuda.Event()
+        host.copy_(tensor, non_blocking=True)
+        done.record()
+
+        def wait():
+            done.synchronize()
+            return host.tolist()
+
+        return wait
+
     def compiles(self, setting, flops, before=None):
         """Whether to compile a run of so many FLOPs on this device. Left to choose, one that is continued goes on as it
         was: `before` is its record of the machine."""
