@@ -172,7 +172,8 @@ class GraphLauncher(Launcher):
                     self.rows.step(self.backend)
             torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        # In training another thread may fetch the next batch meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             results = [self.rows.step(self.backend) for _ in range(steps)]
         return graph, results
 
