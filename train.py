@@ -36,6 +36,7 @@ from gpt.corpus import Corpus, check_tokenizer
 from gpt.data import Prefetch
 from gpt.errors import InputError, ResourceError, Stopped, note, run_main, tell, unheard
 from gpt.generate import TextGenerator
+from gpt.graph import CudaGraph, GraphedStep
 from gpt.log import Log, NoLog, Recorder, exit_record, logged_evaluation, start_wandb
 from gpt.loss import IGNORED
 from gpt.model import GPT, ModelConfig, flops_per_token
@@ -123,11 +124,12 @@ def follow(config, base, ranks):
         memory_errors(progress, block_size),
     ):
         state, record = build(config, model, budget, progress, run, checkpoint)
+        step = stepper(config, state, run, record["compile"])
         constant = {"config": flatten(config), "runtime": record, "base": origin}
         log = start_log(config, progress, budget) if ranks.leads else NoLog()
         saver = Saver(out, state, corpus, constant, log, config.rhythm) if ranks.leads else NoSaver()
         try:
-            train(config, corpus, budget, run, state, log, saver, stop)
+            train(config, corpus, budget, run, state, step, log, saver, stop)
         finally:
             log.close()
             corpus.close()
@@ -135,8 +137,8 @@ def follow(config, base, ranks):
             raise Stopped(f"signal at step {progress.step}: checkpoint saved in {out}; the same command continues")
 
 
-def train(config, corpus, budget, run, state, log, saver, stop):
-    """The loop: what is due at this step, then the next optimizer step."""
+def train(config, corpus, budget, run, state, step, log, saver, stop):
+    """The loop: what is due at this step, then the next optimizer step, `step(batch, lr)`."""
     rhythm, size, progress, ranks = config.rhythm, config.batch.global_batch_size, state.progress, run.ranks
     batches = Prefetch(corpus.windows, run.ready, ranks.rank, ranks.size)
     recorder = Recorder(log, rhythm.log_every, progress, budget, state.scaler, corpus.windows, run, state.model)
@@ -158,7 +160,7 @@ def train(config, corpus, budget, run, state, log, saver, stop):
             lr = learning_rate(config.optim, progress.step, budget.total_steps(progress))
             batch = batches.take(progress.windows_seen, size)
             seed_step(config.seed, progress.step, ranks.rank)
-            numbers = train_step(state, batch, lr, config.optim.grad_clip, run)
+            numbers = step(batch, lr)
             progress.advance(size, config.model.block_size)
             recorder.step(lr, numbers)
             elapsed = time.perf_counter() - started
@@ -172,10 +174,24 @@ def train(config, corpus, budget, run, state, log, saver, stop):
     batches.close()
 
 
+def stepper(config, state, run, compiled):
+    """`train_step` as a function of batch and learning rate; a CUDA graph where launching it takes much of its time."""
+
+    def step(batch, lr):
+        return train_step(state, batch, lr, config.optim.grad_clip, run)
+
+    tokens = state.progress.micro_batch_size * config.model.block_size
+    flops = tokens * flops_per_token(config.model, state.model.vocab_size)
+    if compiled or not run.captures(flops, config.model.n_layer):
+        return step
+    graph = None if config.profile else CudaGraph(run.device)  # a profile is of kernels by their operations
+    return GraphedStep(step, graph, state.optimizer.zero_grad)
+
+
 def train_step(state, batch, lr, grad_clip, run):
-    """One optimizer step on `batch` (B, block_size + 1): gradients of the mean loss over all its targets, summed over
-    micro-batches, clipped, applied only if finite. Returns loss, gradient norm and whether they are finite, (3,), still
-    on the device."""
+    """One optimizer step on `batch` (B, block_size + 1) at `lr`, a number or a tensor: gradients of the mean loss over
+    all its targets, summed over micro-batches, clipped, applied only if finite. Returns loss, gradient norm and whether
+    they are finite, (3,), still on the device. The host reads nothing of it on a GPU: it may be captured."""
     parameters = list(state.model.parameters())
     loss = accumulate(state, batch, run)
     state.scaler.unscale(parameters)

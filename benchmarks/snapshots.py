@@ -38,8 +38,8 @@ def run_ours(folder, spacing, words):
     from trainers import training_script
 
     script, snapshots = training_script(), Snapshots(folder)
-    taken = Taken(script.train_step, snapshots, spacing)
-    script.train_step = taken
+    taken = Taken(script.stepper, snapshots, spacing)
+    script.stepper = taken
     sys.argv = ["train.py", *words]
     try:
         script.run_main(script.main, quiet_pipe=False)
@@ -48,15 +48,19 @@ def run_ours(folder, spacing, words):
 
 
 class Taken:
-    """Stands in for train.py's `train_step`, and keeps the weights after some of the steps."""
+    """Stands in for train.py's `stepper`, and keeps the weights after some of the steps."""
 
-    def __init__(self, train_step, snapshots, spacing):
-        self.train_step, self.snapshots, self.spacing = train_step, snapshots, spacing
+    def __init__(self, stepper, snapshots, spacing):
+        self.stepper, self.snapshots, self.spacing = stepper, snapshots, spacing
         self.state, self.step, self.kept, self.done, self.next = None, 0, 0, START, START
 
-    def __call__(self, state, *rest):
-        numbers = self.train_step(state, *rest)
-        self.state, self.step, self.done = state, state.progress.step + 1, time.time()
+    def __call__(self, config, state, *rest):
+        self.state, self.take = state, self.stepper(config, state, *rest)
+        return self.taken
+
+    def taken(self, batch, lr):
+        numbers = self.take(batch, lr)
+        self.step, self.done = self.state.progress.step + 1, time.time()
         if self.done >= self.next:
             self.keep()
         return numbers

@@ -17,7 +17,8 @@ from gauges import Clock, peak_memory, release, reset_peak
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMS = {"fp32", "bf16", "compile", "eager", "adamw", "muon", "by1"}
-UNDONE = {f"no-{name}" for name in ("casts", "determinism", "drop", "fused", "loss", "padding", "pages", "weights")}
+TECHNIQUES = ("casts", "determinism", "drop", "fused", "graph", "loss", "padding", "pages", "weights")
+UNDONE = {f"no-{name}" for name in TECHNIQUES}
 WORDS = FORMS | UNDONE  # what may follow a program's name
 LR, WARMUP_STEPS = 6e-4, 10
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.1
@@ -92,8 +93,8 @@ class Trainer:
 
 
 class Ours(Trainer):
-    """`train_step` of train.py, on the state that its `build` makes. Options: fp32 or bf16, compile, adamw or muon, by1
-    (micro-batches of 1 sequence, not the one it chooses), and techniques to undo."""
+    """A step of train.py, on the state that its `build` makes. Options: fp32 or bf16,
+    compile, adamw or muon, by1 (micro-batches of 1 sequence, not the one it chooses), and techniques to undo."""
 
     def __init__(self, folder, options, threads, device, grad_clip):
         super().__init__(folder, options, device, grad_clip)
@@ -107,7 +108,7 @@ class Ours(Trainer):
             getattr(importlib.import_module("undone"), name.removeprefix("no-"))(self.script)
 
     def forget(self):
-        self.state = None
+        self.taken = None
 
     def fresh(self):
         from gpt.interop import load_model
@@ -134,12 +135,13 @@ class Ours(Trainer):
             ),
             machine=machine,
         )
-        self.run = script.Runtime(machine)
+        run = script.Runtime(machine)
         budget = script.Budget(length, batch, self.block_size, windows_per_epoch=1)
-        self.state, _ = script.build(config, model, budget, script.Progress(), self.run, None)
+        state, record = script.build(config, model, budget, script.Progress(), run, None)
+        self.taken = script.stepper(config, state, run, record["compile"])
 
     def step(self, ids, lr):
-        return self.script.train_step(self.state, ids, lr, self.grad_clip, self.run)[0]
+        return self.taken(ids, lr)[0]
 
 
 class Peer(Trainer):

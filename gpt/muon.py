@@ -35,13 +35,14 @@ class MuonAdamW:
         for parameter in group["params"]:
             if not self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        on_gpu = self.found_inf.device.type == "cuda"
-        if not on_gpu and self.found_inf:
+        waits = host_waits(self.found_inf.device)
+        if waits and self.found_inf:
             return
-        goes = 1 - self.found_inf  # on a GPU the host does not wait to know
+        goes = 1 - self.found_inf
+        lr = group["lr"] * goes  # a tensor either way: the same bits from a number as from a tensor of it
         shares = {}  # shape -> [(part of a weight, its direction)]
         for parameter in group["params"]:
-            grad = parameter.grad.nan_to_num(0.0, 0.0, 0.0) if on_gpu else parameter.grad
+            grad = parameter.grad if waits else parameter.grad.nan_to_num(0.0, 0.0, 0.0)
             direction = self.direction(parameter, grad, goes)
             for part, its in zip(parts(parameter), parts(direction), strict=True):
                 wide, its = (part, its) if part.shape[0] <= part.shape[1] else (part.T, its.T)
@@ -50,8 +51,8 @@ class MuonAdamW:
             directions = torch.stack([its for _, its in pairs])
             steps = self.ranks.spread(lambda some: orthogonalize(some, self.dtype), directions)
             weights, size = [part for part, _ in pairs], ADAMW_RMS * max(shape) ** 0.5
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * goes)
-            torch._foreach_add_(weights, list(steps.mul_(-group["lr"] * size * goes).unbind()))
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(weights, list(steps.mul_(-lr * size).unbind()))
 
     def zero_grad(self):
         self.adamw.zero_grad()
@@ -62,6 +63,11 @@ class MuonAdamW:
         """The gradient, half-way looked ahead: Nesterov's momentum."""
         mean = self.state[parameter]["momentum"].lerp_(grad, (1 - self.momentum) * goes)
         return grad.lerp(mean, self.momentum)
+
+
+def host_waits(device):
+    """Whether the host asks if the gradients are finite; a GPU it would keep waiting for the next kernels."""
+    return device.type != "cuda"
 
 
 def parts(weight):

@@ -138,7 +138,8 @@ def gated_step(optimizer, finite):
 
 class LossScaler:
     """Keeps fp16 gradients in range: the loss is multiplied by `scale`, the gradients divided by it. The scale halves
-    at every overflow and doubles after SCALE_GROWTH_STEPS steps without one; 20 overflows in a row are an error."""
+    at every overflow and doubles after SCALE_GROWTH_STEPS steps without one; 20 overflows in a row are an error. Both
+    tensors stay where they are: a CUDA graph may hold them."""
 
     def __init__(self, device, enabled):
         self.enabled = enabled
@@ -155,7 +156,7 @@ class LossScaler:
             grown = torch.where(finite, self.finite_steps + 1, 0.0)
             doubles = grown >= SCALE_GROWTH_STEPS
             self.scale *= torch.where(finite, torch.where(doubles, 2.0, 1.0), 0.5)
-            self.finite_steps = torch.where(doubles, 0.0, grown)
+            self.finite_steps.copy_(torch.where(doubles, 0.0, grown))
 
     def check(self, step, finite, loss, where):
         """Raise NonFiniteError if step `step` must end the run; an fp16 overflow is skipped until it is the 20th.

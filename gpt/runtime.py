@@ -37,6 +37,9 @@ GPU_PEAKS = {
 }
 EAGER_SHARE = 0.25  # of that peak, what an uncompiled step reaches
 COMPILING_SECONDS, COMPILING_SAVES = 60, 0.3  # how long it takes; the least share of a step that it saves
+# Of one layer's passes over a micro-batch, uncompiled: about 15 forward and 30 backward; what the host takes for each.
+LAUNCHES, LAUNCH_SECONDS = 45, 5e-6
+LAUNCHES_MATTER = 0.25  # of the time of the products, from which a step is captured: it gains, or it loses nothing
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -119,6 +122,11 @@ class Runtime:
         if before is not None and before["device"] == device_name(self.device):
             return before["compile"]
         return self.device.type == "cuda" and has_compiler() and compiling_pays(flops, self.device)
+
+    def captures(self, flops, layers):
+        """Whether to capture steps as a CUDA graph whose micro-batch takes so many FLOPs in so many layers, and that
+        is not compiled. (It changes no bit, and needs no record.)"""
+        return self.device.type == "cuda" and self.ranks.size == 1 and launches_matter(flops, layers, self.device)
 
     def record(self, compiled, micro_batch_size):
         """What must agree for a run to repeat to the bit."""
@@ -224,8 +232,18 @@ def be_deterministic():
 def compiling_pays(flops, device):
     """Whether a run of so many FLOPs on a GPU saves more time than compiling takes. One that is held up by launches of
     small kernels gains more than is counted here. (On a CPU a step of GPT-2 124M gains nothing.)"""
-    speed = EAGER_SHARE * (gpu_peak(torch.cuda.get_device_name(device)) or GPU_PEAKS["A100"])
-    return COMPILING_SAVES * flops / speed > COMPILING_SECONDS
+    return COMPILING_SAVES * flops / eager_speed(device) > COMPILING_SECONDS
+
+
+def launches_matter(flops, layers, device):
+    """Whether the host takes a good part of the time to launch a micro-batch's kernels in which the GPU computes its
+    FLOPs: then the GPU waits for it."""
+    return layers * LAUNCHES * LAUNCH_SECONDS > LAUNCHES_MATTER * flops / eager_speed(device)
+
+
+def eager_speed(device):
+    """FLOP/s of an uncompiled step on a GPU; an A100's where its peak is not known."""
+    return EAGER_SHARE * (gpu_peak(torch.cuda.get_device_name(device)) or GPU_PEAKS["A100"])
 
 
 def has_compiler():
