@@ -35,6 +35,7 @@ from gpt.config import (
 from gpt.corpus import Corpus, check_tokenizer
 from gpt.data import Prefetch
 from gpt.errors import InputError, ResourceError, Stopped, note, run_main, tell, unheard
+from gpt.fp8 import MULTIPLE
 from gpt.generate import TextGenerator
 from gpt.graph import CudaGraph, GraphedStep
 from gpt.log import Log, NoLog, Recorder, exit_record, logged_evaluation, start_wandb
@@ -83,6 +84,8 @@ class TrainConfig:
             found.append("data is not given; make a folder with data/prepare.py and pass --data FOLDER")
         if self.optim.warmup_steps >= 1 and 0 < self.length.max_steps < self.optim.warmup_steps:
             found.append(f"warmup_steps {self.optim.warmup_steps:g} is more than max_steps {self.length.max_steps}")
+        if self.machine.fp8_head and self.model.n_embd % MULTIPLE:
+            found.append(f"n_embd {self.model.n_embd} must be a multiple of {MULTIPLE} with fp8_head")
         if self.seed < 0:
             found.append(f"seed {self.seed} must be 0 or more")
         refuse(found)
@@ -308,6 +311,7 @@ def load_model(config, base, corpus, checkpoint):
 def build(config, model, budget, progress, run, checkpoint):
     """(State on the device, compiled if asked; record of the machine): new, or as the checkpoint left it."""
     model.to(run.device).train()
+    model.token.fp8 = run.fp8_head
     progress.micro_batch_size = micro_batch_size(config, progress, model, run)
     optimizer = make_optimizer(model, config.optim, muon_dtype(run), run.ranks)
     scaler = LossScaler(run.device, enabled=run.dtype == torch.float16)

@@ -16,7 +16,7 @@ import programs
 from gauges import Clock, peak_memory, release, reset_peak
 
 ROOT = Path(__file__).resolve().parents[1]
-FORMS = {"fp32", "bf16", "compile", "eager", "adamw", "muon", "by1"}
+FORMS = {"fp32", "bf16", "fp8", "compile", "eager", "adamw", "muon", "by1"}
 TECHNIQUES = ("casts", "determinism", "drop", "fused", "graph", "loss", "padding", "pages", "weights")
 UNDONE = {f"no-{name}" for name in TECHNIQUES}
 WORDS = FORMS | UNDONE  # what may follow a program's name
@@ -93,7 +93,7 @@ class Trainer:
 
 
 class Ours(Trainer):
-    """A step of train.py, on the state that its `build` makes. Options: fp32 or bf16,
+    """A step of train.py, on the state that its `build` makes. Options: fp32 or bf16, fp8 (with bf16: the logits),
     compile, adamw or muon, by1 (micro-batches of 1 sequence, not the one it chooses), and techniques to undo."""
 
     def __init__(self, folder, options, threads, device, grad_clip):
@@ -124,6 +124,7 @@ class Ours(Trainer):
             dtype=next(iter(options & {"fp32", "bf16"}), "auto"),
             compile="on" if "compile" in options else "off",
             threads=self.threads,
+            fp8_head="fp8" in options,
         )
         config = script.TrainConfig(
             data="none",
@@ -152,7 +153,7 @@ class Peer(Trainer):
         import torch
 
         super().__init__(folder, options, device, grad_clip)
-        assert not set(options) & (UNDONE | {"by1", "muon"}), f"{options}: only ours has that"
+        assert not set(options) & (UNDONE | {"by1", "fp8", "muon"}), f"{options}: only ours has that"
         torch.set_num_threads(threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.torch = torch

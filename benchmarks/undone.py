@@ -11,7 +11,7 @@ from gpt.loss import IGNORED
 def loss(_script):
     """The loss from logits in fp32, by torch's cross_entropy."""
 
-    def cross_entropy(x, weight, targets, vocab_size):
+    def cross_entropy(x, weight, targets, vocab_size, *_):
         logits = F.linear(x, weight)[:, :vocab_size].float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
 

@@ -6,19 +6,22 @@ Shapes: N positions, C width, V vocabulary, P its padded size (P >= V)."""
 import torch
 import torch.nn.functional as F
 
+from gpt.fp8 import fp8_linear
+
 IGNORED = -1  # a target that counts for nothing
 CPU_ROWS, GPU_ROWS = 64, 512  # positions at a time in float32: on a CPU they stay in its cache
 
 
-def cross_entropy(x, weight, targets, vocab_size):
+def cross_entropy(x, weight, targets, vocab_size, fp8=False):
     """Losses (N,) in nats, float32, of logits x (N, C) @ weight (P, C).T over the first `vocab_size` of P rows; 0 where
-    the target (N,) is IGNORED. Under autocast the products run in its precision."""
+    the target (N,) is IGNORED. Under autocast the products run in its precision; with `fp8` those that have a gradient
+    are made of 8-bit numbers: of the logits, not of the gradient."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
     if torch.is_grad_enabled():
-        return counted_only(lambda its: OnePass.apply(x, weight, its, vocab_size), targets)
+        return counted_only(lambda its: OnePass.apply(x, weight, its, vocab_size, fp8), targets)
     return losses_of_logits(F.linear(x, weight), targets, vocab_size)
 
 
@@ -37,8 +40,8 @@ class OnePass(torch.autograd.Function):
     """Keeps, instead of logits, their gradient, written over them."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size):
-        logits = F.linear(x, weight)
+    def forward(ctx, x, weight, targets, vocab_size, fp8):
+        logits = fp8_linear(x, weight) if fp8 else F.linear(x, weight)
         losses = losses_of(logits, targets, vocab_size, gradient=True)
         ctx.save_for_backward(x, weight, logits)
         return losses
@@ -48,7 +51,7 @@ class OnePass(torch.autograd.Function):
         x, weight, gradient = ctx.saved_tensors
         upstream = upstream[:, None]  # stays float32: rounded, it would be one error in all gradients
         to_x, scaled = (upstream * (gradient @ weight)).to(x.dtype), (upstream * x).to(x.dtype)
-        return to_x, gradient.T @ scaled, None, None
+        return to_x, gradient.T @ scaled, None, None, None
 
 
 def losses_of(logits, targets, vocab_size, gradient):

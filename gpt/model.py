@@ -166,6 +166,8 @@ class Embedding(nn.Module):
     """A table of vectors, by row. Its values are left to `initialize`: nn.Embedding's own normal_, on the meta device
     where checkpoints are loaded, would import the compiler, which takes seconds."""
 
+    fp8 = False  # whether logits are made of 8-bit numbers in training
+
     def __init__(self, rows, width):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, width))
@@ -177,7 +179,7 @@ class Embedding(nn.Module):
         return F.linear(x, self.weight)
 
     def losses(self, x, targets, vocab_size):  # (N, C), (N,) -> (N,)
-        return cross_entropy(x, self.weight, targets, vocab_size)
+        return cross_entropy(x, self.weight, targets, vocab_size, self.fp8)
 
 
 class GPT(nn.Module):

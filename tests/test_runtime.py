@@ -85,6 +85,7 @@ def test_on_a_cpu_a_run_is_deterministic_and_its_record_says_what_bits_depend_on
         "device": runtime.device_name(run.device),
         "threads": 1,
         "precision": "bfloat16",
+        "fp8_head": False,
         "compile": False,
         "micro_batch_size": 4,
         "deterministic": True,
