@@ -1,10 +1,11 @@
 """Proves the CUDA paths in one run: python benchmarks/prove_cuda.py [--out DIR]
 
 Makes a small corpus out of the Python library's sources and, on the GPU, checks training in every precision, compiled
-and eager, bitwise resume with --deterministic; of each way to run the decode step (eager, captured, compiled; fp32,
-bf16, fp16, int8) its greedy text against the uncached model, that no text depends on its neighbours, that all draw the
-same texts, and flat memory; then prints the table of benchmarks/decode.py. A line for each check; exits 1 if one
-fails. The table needs gpt2's tokenizer: see TIKTOKEN_CACHE_DIR in the README."""
+and eager, bitwise resume with --deterministic, steps as a CUDA graph, the attention that torch chooses, the head in
+8-bit floating point; of each way to run the decode step (eager, captured, compiled; fp32, bf16, fp16, int8) its greedy
+text against the uncached model, that no text depends on its neighbours, that all draw the same texts, and flat memory;
+then prints the table of benchmarks/decode.py. A line for each check; exits 1 if one fails. `--only graph,fp8` runs some
+of them. The table needs gpt2's tokenizer: see TIKTOKEN_CACHE_DIR in the README."""
 
 import argparse
 import hashlib
@@ -18,11 +19,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from trainers import training_script
 
 import gpt
 from gpt.backend import make_backend
 from gpt.decode import Decoder
+from gpt.fp8 import CAPABILITY, fp8_linear
 from gpt.generate import GenerationParams
+from gpt.graph import CudaGraph, GraphedStep
+from gpt.loss import cross_entropy
 from gpt.model import GPT, ModelConfig
 from gpt.sampling import SamplingParams
 from gpt.sequence import Sequence
@@ -46,8 +51,11 @@ def command(script, *words):
 
 def train(data, out, *words):
     """Run train.py on the GPU; its loss log as a list of records."""
-    made = subprocess.run(command("train.py", f"tiny --data {data} --out {out} --device cuda", SHAPE, *words))
+    line = command("train.py", f"tiny --data {data} --out {out} --device cuda", SHAPE, *words)
+    made = subprocess.run(line, stderr=subprocess.PIPE, text=True)
+    print(made.stderr, end="", file=sys.stderr)
     expect(made.returncode == 0, f"train.py exited with {made.returncode}")
+    expect("no CUDA graph" not in made.stderr, "a step could not be captured")
     return read_metrics(out)
 
 
@@ -96,6 +104,122 @@ def fingerprint(out):
         [record.get(key) for key in ("step", "loss", "grad_norm", "lr", "val_loss")] for record in read_metrics(out)
     ]
     return weights, losses
+
+
+def check_graph(data, folder):
+    """Steps replayed as a CUDA graph are, to the bit, those launched one by one (as --profile launches them), with
+    evaluations, samples and checkpoints between them; in two small models they are no slower."""
+    words = (
+        "--deterministic --compile off --log_every 1 --max_steps 120 --save_every 40 --eval_every 30 --sample_every 9"
+    )
+    for optimizer in ("adamw", "muon"):
+        for dtype in ("fp32", "bf16", "fp16"):
+            setting, out = f"{words} --optimizer {optimizer} --dtype {dtype}", folder / f"{optimizer}-{dtype}"
+            train(data, out / "captured", setting)
+            train(data, out / "plain", f"{setting} --profile")
+            same = fingerprint(out / "captured") == fingerprint(out / "plain")
+            expect(same, f"{optimizer} {dtype}: a captured step differs")
+    found = []
+    for name, shape, sequences in (
+        ("demo", ModelConfig(4, 4, 192, 128), 16),
+        ("shakespeare", ModelConfig(6, 6, 384, 256, dropout=0.2), 64),
+    ):
+        plain, captured = (milliseconds_of_steps(shape, sequences, graph) for graph in (None, CudaGraph("cuda")))
+        expect(captured < 1.05 * plain, f"{name}: {captured:.2f} ms a step captured, {plain:.2f} launched one by one")
+        found.append(f"{name} {captured:.2f} ms, launched one by one {plain:.2f}")
+    return f"equal; a step in bf16: {'; '.join(found)}"
+
+
+def milliseconds_of_steps(shape, sequences, graph):
+    """The time of a step with Muon, of many that are under way at once."""
+    script = training_script()
+    machine = script.MachineConfig(device="cuda", dtype="bf16", compile="off")
+    length, optim = script.LengthConfig(max_steps=1000), script.OptimConfig(optimizer="muon")
+    batches = script.BatchConfig(global_batch_size=sequences, micro_batch_size=sequences)
+    config = script.TrainConfig(data="none", model=shape, batch=batches, length=length, optim=optim, machine=machine)
+    run, budget = script.Runtime(machine), script.Budget(length, sequences, shape.block_size, windows_per_epoch=1)
+    state, _ = script.build(config, GPT(shape, 257), budget, script.Progress(), run, None)
+    step = GraphedStep(
+        lambda batch, lr: script.train_step(state, batch, lr, 1.0, run), graph, state.optimizer.zero_grad
+    )
+    batch = torch.randint(257, (sequences, shape.block_size + 1), device="cuda")
+    found = milliseconds(lambda: step(batch, 1e-3), 50)
+    expect(step.captured == (graph is not None), "the step was not captured")
+    return found
+
+
+def milliseconds(function, times=20):
+    """The time of one call, of many that are under way at once."""
+    for _ in range(10):
+        function()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        function()
+    torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start) / times
+
+
+def check_attention(data, folder):
+    """What torch chooses to train with at head size 64 is the fastest it has, and repeats to the bit where it must."""
+    del data, folder
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    x = torch.randn(16, 1024, 3, 12, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    q, k, v = x.permute(2, 0, 3, 1, 4)  # as the model makes them
+
+    def attend():
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return torch.autograd.grad(y, x, y)[0]
+
+    chosen, times = SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True)), {}
+    for kernel in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        try:
+            with sdpa_kernel(kernel):
+                times[kernel] = milliseconds(attend)
+        except RuntimeError as error:
+            print(f"      {kernel.name}: {str(error).splitlines()[0]}", flush=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        repeating = SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True))
+        expect(torch.equal(attend(), attend()), f"{repeating.name} does not repeat to the bit")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    listed = ", ".join(f"{kernel.name} {time:.2f} ms" for kernel, time in times.items())
+    expect(times[chosen] < 1.1 * min(times.values()), f"{chosen.name} is chosen: {listed}")
+    return f"{chosen.name} is chosen, deterministic {repeating.name}; cuDNN {torch.backends.cudnn.version()}; {listed}"
+
+
+def check_fp8(data, folder):
+    """With the head in 8-bit floating point training ends within 0.05 nats of fp32, compiled and eager; a product errs
+    as it does on a CPU. Where a GPU has none of it, it is refused."""
+    if torch.cuda.get_device_capability() < CAPABILITY:
+        setting = f"tiny --data {data} --out {folder / 'refused'} --device cuda --dtype bf16 --fp8_head"
+        code = subprocess.run(command("train.py", setting, SHAPE)).returncode
+        expect(code == 2, f"train.py exited with {code}, not 2")
+        return "refused, as it must be here"
+    reference = final_loss(train(data, folder / "fp8-fp32", "--dtype fp32 --compile off --max_steps 200"))
+    for compiled in ("off", "on"):
+        words = f"--dtype bf16 --fp8_head --compile {compiled} --max_steps 200"
+        loss = final_loss(train(data, folder / f"fp8-{compiled}", words))
+        expect(abs(loss - reference) < 0.05, f"compile {compiled}: {loss} against fp32 {reference}")
+    x = torch.randn(16384, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (0.02 * torch.randn(50304, 768, device="cuda")).bfloat16().requires_grad_()
+    targets = torch.randint(50257, (len(x),), device="cuda")
+    with torch.no_grad():
+        error = relative(fp8_linear(x, weight), x.float() @ weight.float().T)
+    expect(error < 0.05, f"the logits' error is {error:.1%}")
+    times = []
+    for function in (cross_entropy, torch.compile(cross_entropy, fullgraph=True)):
+        for fp8 in (False, True):
+            with torch.autocast("cuda", torch.bfloat16):
+                times.append(milliseconds(lambda: function(x, weight, targets, 50257, fp8).mean().backward()))  # noqa: B023
+    plain, compiled = (f"{times[n]:.1f} ms, with 8 bits {times[n + 1]:.1f}" for n in (0, 2))
+    return f"error of logits {error:.1%}; head and loss {plain}; compiled {compiled}"
+
+
+def relative(found, exact):
+    return ((found.float() - exact).norm() / exact.norm()).item()
 
 
 FORMS = [("fp32", "none"), ("bf16", "none"), ("fp16", "none"), ("fp32", "int8"), ("bf16", "int8")]
@@ -212,17 +336,21 @@ def check_speed(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="folder to work in (default: a temporary one)")
-    folder = parser.parse_args().out or Path(tempfile.mkdtemp())
+    parser.add_argument("--only", default="", help="checks, with commas: those of texts need the --out of a full run")
+    config = parser.parse_args()
+    folder = config.out or Path(tempfile.mkdtemp())
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     data = folder / "data"
-    subprocess.run(command("data/prepare.py", f"--corpus stdlib --tokenizer byte --out {data}"), check=True)
-    failed = 0
+    if not data.exists():
+        subprocess.run(command("data/prepare.py", f"--corpus stdlib --tokenizer byte --out {data}"), check=True)
+    failed, training = 0, (check_precisions, check_resume, check_graph, check_attention, check_fp8)
     for check, arguments in (
-        (check_precisions, (data, folder)),
-        (check_resume, (data, folder)),
+        *((check, (data, folder)) for check in training),
         *((check, (folder,)) for check in (check_greedy, check_neighbours, check_same_texts, check_undecided)),
         *((check, (folder,)) for check in (check_memory, check_speed)),
     ):
+        if config.only and check.__name__.removeprefix("check_") not in config.only.split(","):
+            continue
         try:
             print(f"pass  {check.__name__}: {check(*arguments)}")
         except Exception as error:  # compilers raise what they like, and the other checks are to run
