@@ -38,6 +38,7 @@ from gpt.errors import InputError, ResourceError, Stopped, note, run_main, tell,
 from gpt.fp8 import MULTIPLE
 from gpt.generate import TextGenerator
 from gpt.graph import CudaGraph, GraphedStep
+from gpt.kernels.training import TrainingKernels
 from gpt.log import Log, NoLog, Recorder, exit_record, logged_evaluation, start_wandb
 from gpt.loss import IGNORED
 from gpt.model import GPT, ModelConfig, flops_per_token
@@ -319,7 +320,10 @@ def build(config, model, budget, progress, run, checkpoint):
     flops = flops_per_token(config.model, model.vocab_size) * config.model.block_size
     flops *= config.batch.global_batch_size / run.ranks.size * budget.total_steps(progress)
     compiled = run.compiles(config.machine.compile, flops, before)
-    record = run.record(compiled, progress.micro_batch_size)
+    library = run.kernels(config.machine.kernels, compiled, flops, before)
+    if library:
+        TrainingKernels(library).install(model)
+    record = run.record(compiled, library is not None, progress.micro_batch_size)
     if checkpoint:
         if checkpoint.step > 0:  # before the first step the optimizer holds nothing yet
             checkpoints.load_optimizer(optimizer, model, checkpoint)
@@ -328,7 +332,8 @@ def build(config, model, budget, progress, run, checkpoint):
     state = checkpoints.State(model, optimizer, scaler, progress)
     size, kind = progress.micro_batch_size, config.optim.optimizer
     needs = memory.estimate(config.model, model.vocab_size, size, run.dtype, run.device, kind)
-    note("info", f"{model.num_parameters():,} parameters on {record['device']}, {record['precision']}")
+    kernels = ", C++ kernels" if library else ""
+    note("info", f"{model.num_parameters():,} parameters on {record['device']}, {record['precision']}{kernels}")
     note("info", memory.describe(needs))
     run.ranks.share_gradients(model)
     if compiled:

@@ -17,7 +17,9 @@ from gauges import Clock, peak_memory, release, reset_peak
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMS = {"fp32", "bf16", "fp8", "compile", "eager", "adamw", "muon", "by1"}
-TECHNIQUES = ("casts", "determinism", "drop", "fused", "graph", "loss", "padding", "pages", "weights")
+TECHNIQUES = (
+    *("attention", "casts", "determinism", "drop", "fused", "gelu", "graph", "kernels", "loss", "padding", "pages"),
+)
 UNDONE = {f"no-{name}" for name in TECHNIQUES}
 WORDS = FORMS | UNDONE  # what may follow a program's name
 LR, WARMUP_STEPS = 6e-4, 10

@@ -4,7 +4,9 @@ programs, `ours:bf16:no-loss` is one that `loss` was called for."""
 import torch
 import torch.nn.functional as F
 
-from gpt import attention, model, runtime
+from gpt import model, runtime
+from gpt.attention import causal_attention
+from gpt.kernels import training
 from gpt.loss import IGNORED
 
 
@@ -18,9 +20,19 @@ def loss(_script):
     replace(model, "cross_entropy", cross_entropy)
 
 
-def weights(_script):
-    """Attention by torch's fused kernel, which makes its weights anew in the backward pass."""
-    replace(attention, "keeps_weights", lambda *_: False)
+def kernels(_script):
+    """Attention, GELU and loss by torch's operations."""
+    replace(training.TrainingKernels, "install", lambda *_: None)
+
+
+def attention(_script):
+    """Attention by torch's fused kernel."""
+    replace(training.TrainingKernels, "causal_attention", staticmethod(causal_attention))
+
+
+def gelu(_script):
+    """GELU by torch's operation."""
+    replace(training.TrainingKernels, "gelu", staticmethod(model.gelu))
 
 
 def pages(_script):

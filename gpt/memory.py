@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from gpt.attention import keeps_weights
 from gpt.errors import InputError
 from gpt.model import VOCAB_MULTIPLE
 
@@ -25,7 +24,7 @@ def estimate(model_config, vocab_size, micro_batch_size, dtype, device, optimize
     they are gone, where that is more."""
     parameters = count_parameters(model_config, vocab_size)
     tokens = micro_batch_size * model_config.block_size
-    passing = passing_for_backward(model_config, dtype, device)
+    passing = passing_for_backward(model_config, device)
     kept = kept_for_backward(model_config, vocab_size, micro_batch_size, dtype, device)
     hidden = hidden_parameters(model_config) if optimizer == "muon" else 0
     return {
@@ -55,8 +54,6 @@ def kept_for_backward(config, vocab_size, micro_batch_size, dtype, device):
         per_layer += 4 * 4 * c + 3 * 4 * config.n_head * config.block_size
     else:
         per_layer += 3 * width * c
-        if keeps_weights(config.block_size, dtype, device, config.dropout):
-            per_layer += width * config.n_head * config.block_size
     if config.dropout:
         per_layer += 2 * c * (1 if device.type == "cuda" else width)  # masks
     per_token = config.n_layer * per_layer + (width + 4) * c + width * padded  # layers, last layer norm, logits
@@ -64,13 +61,9 @@ def kept_for_backward(config, vocab_size, micro_batch_size, dtype, device):
     return micro_batch_size * config.block_size * per_token + copies
 
 
-def passing_for_backward(config, dtype, device):
+def passing_for_backward(config, device):
     """Bytes of a token that the backward pass takes beside what was kept: gradients of one layer's attention."""
-    if keeps_scores(config, device):
-        return 4 * config.n_head * config.block_size
-    if keeps_weights(config.block_size, dtype, device, config.dropout):
-        return 2 * torch.finfo(dtype).bits // 8 * config.n_head * config.block_size
-    return 0
+    return 4 * config.n_head * config.block_size if keeps_scores(config, device) else 0
 
 
 def keeps_scores(config, device):

@@ -10,9 +10,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt.attention import causal_attention
+from gpt.attention import causal_attention, merge_heads, split_heads
 from gpt.config import refuse
-from gpt.loss import cross_entropy
+from gpt.loss import cross_entropy, losses_of
 
 VOCAB_MULTIPLE = 64  # the embedding has zero rows up to this multiple: odd sizes are slow in matrix products
 INIT_STD = 0.02
@@ -100,12 +100,14 @@ class LayerCache:
     def __init__(self, cache, layer, positions, attention):
         self.cache, self.layer, self.positions, self.attention = cache, layer, positions, attention
 
-    def attend(self, q, k, v):
-        """Append k, v (B, H, T, D), then attention of q over all that each row holds: (B, H, T, D)."""
+    def attend(self, qkv, heads):
+        """Append the keys and values of qkv (B, T, 3 C), then attention over all that each row holds: (B, T, C)."""
+        q, k, v = split_heads(qkv, heads)
         self.cache.append(self.layer, k, v, self.positions)
         if self.attention is None:
-            return causal_attention(q, k, v)
-        return self.attention(q, self.cache.keys[self.layer], self.cache.values[self.layer], self.positions)
+            return causal_attention(qkv, heads)
+        keys, values = self.cache.keys[self.layer], self.cache.values[self.layer]
+        return merge_heads(self.attention(q, keys, values, self.positions))
 
 
 def masked_attention(q, keys, values, positions):
@@ -126,16 +128,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
+        self.attend = causal_attention  # kernels may take its place, and that of `gelu` and `losses_of` below
 
     def forward(self, x, layer=None):  # (B, T, C) -> (B, T, C)
-        B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
+        qkv = self.qkv(x)
         if layer is None:
-            dropout = self.dropout if self.training else 0.0
-            x = causal_attention(q, k, v, dropout)
+            x = self.attend(qkv, self.n_head, self.dropout if self.training else 0.0)
         else:
-            x = layer.attend(q, k, v)
-        return self.drop(self.proj(x.transpose(1, 2).reshape(B, T, C)))
+            x = layer.attend(qkv, self.n_head)
+        return self.drop(self.proj(x))
 
 
 class MLP(nn.Module):
@@ -144,9 +145,15 @@ class MLP(nn.Module):
         self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
+        self.gelu = gelu
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
-        return self.drop(self.proj(F.gelu(self.fc(x), approximate="tanh")))
+        return self.drop(self.proj(self.gelu(self.fc(x))))
+
+
+def gelu(x):
+    """GELU by its approximation with tanh, as GPT-2 has it. Source: Hendrycks and Gimpel 2016, arXiv:1606.08415."""
+    return F.gelu(x, approximate="tanh")
 
 
 class Block(nn.Module):
@@ -171,6 +178,7 @@ class Embedding(nn.Module):
     def __init__(self, rows, width):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, width))
+        self.losses_of = losses_of
 
     def forward(self, ids):  # (...) -> (..., C)
         return F.embedding(ids, self.weight)
@@ -179,7 +187,7 @@ class Embedding(nn.Module):
         return F.linear(x, self.weight)
 
     def losses(self, x, targets, vocab_size):  # (N, C), (N,) -> (N,)
-        return cross_entropy(x, self.weight, targets, vocab_size, self.fp8)
+        return cross_entropy(x, self.weight, targets, vocab_size, self.fp8, self.losses_of)
 
 
 class GPT(nn.Module):

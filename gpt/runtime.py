@@ -17,6 +17,7 @@ import torch
 from gpt.data import mix
 from gpt.errors import InputError, note, tell
 from gpt.fp8 import CAPABILITY
+from gpt.kernels import build
 from gpt.ranks import ALONE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,6 +39,7 @@ GPU_PEAKS = {
 }
 EAGER_SHARE = 0.25  # of that peak, what an uncompiled step reaches
 COMPILING_SECONDS, COMPILING_SAVES = 60, 0.3  # how long it takes; the least share of a step that it saves
+KERNELS_PAY = 2e13  # FLOPs of a run, a minute or two of a CPU, from which it pays to wait until kernels are built
 # Of one layer's passes over a micro-batch, uncompiled: about 15 forward and 30 backward; what the host takes for each.
 LAUNCHES, LAUNCH_SECONDS = 45, 5e-6
 LAUNCHES_MATTER = 0.25  # of the time of the products, from which a step is captured: it gains, or it loses nothing
@@ -53,6 +55,9 @@ class MachineConfig:
     fp32"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto is on for CUDA runs long enough to pay for it, off elsewhere"""
+    kernels: Literal["auto", "on", "off"] = "auto"
+    """own C++ for attention, GELU and loss on a CPU, compiled once by the system's compiler; auto is on where that is
+    done, or the run long enough to wait some seconds for it, and the run is not torch.compile's"""
     deterministic: bool = False
     """bit-exact repetition on CUDA too, slower there (on CPU it always holds)"""
     fp8_head: bool = False
@@ -62,7 +67,11 @@ class MachineConfig:
     """CPU threads; 0 leaves the choice to torch"""
 
     def problems(self):
-        return [f"threads {self.threads} must be 0 or more"] if self.threads < 0 else []
+        """What is wrong with these values, in words; empty if nothing."""
+        found = [f"threads {self.threads} must be 0 or more"] if self.threads < 0 else []
+        if self.kernels == self.compile == "on":
+            found.append("kernels on and compile on exclude each other: the compiler makes its own")
+        return found
 
 
 def launched():
@@ -130,12 +139,29 @@ class Runtime:
             return before["compile"]
         return self.device.type == "cuda" and has_compiler() and compiling_pays(flops, self.device)
 
+    def kernels(self, setting, compiled, flops, before=None):
+        """The library of C++ kernels if a run of so many FLOPs is to use them on this device, else None; all ranks do,
+        or none. `before` as in `compiles`. Raises InputError where the setting is "on" and they cannot be had."""
+        library = None
+        if self.device.type == "cpu" and not compiled and setting != "off":
+            again = setting == "auto" and before is not None and before["device"] == device_name(self.device)
+            if not again or before.get("kernels", False):
+                waits = setting == "on" or again or flops >= KERNELS_PAY
+                library = build.build() if waits else build.load()
+                if library is None and not waits and build.start_build():
+                    note("info", "C++ kernels are being built in the background, for later runs; this one uses torch")
+        if not self.ranks.least(int(library is not None)):
+            library = None
+        if setting == "on" and library is None:
+            raise InputError("kernels on: they need a CPU and a C++ compiler; use auto")
+        return library
+
     def captures(self, flops, layers):
         """Whether to capture steps as a CUDA graph whose micro-batch takes so many FLOPs in so many layers, and that
         is not compiled. (It changes no bit, and needs no record.)"""
         return self.device.type == "cuda" and self.ranks.size == 1 and launches_matter(flops, layers, self.device)
 
-    def record(self, compiled, micro_batch_size):
+    def record(self, compiled, kernels, micro_batch_size):
         """What must agree for a run to repeat to the bit."""
         return {
             "torch": torch.__version__,
@@ -144,6 +170,7 @@ class Runtime:
             "precision": str(self.dtype).removeprefix("torch."),
             "fp8_head": self.fp8_head,
             "compile": compiled,
+            "kernels": kernels,
             "micro_batch_size": micro_batch_size,
             "deterministic": self.deterministic,
             "world_size": self.ranks.size,

@@ -58,6 +58,22 @@ def test_fault_055_056_two_kills_at_and_after_an_epochs_end_change_no_bit(kind, 
     assert ours["windows_seen"] == 160
 
 
+def test_fault_055_a_killed_run_with_kernels_goes_on_with_them_to_the_bit(processes, kernels_cache, tmp_path):
+    data = make_data(tmp_path / "data", train_size=1980)
+    settings = ("tiny", "--data", data, "--max_steps", "12", "--save_every", "8", "--dropout", "0", "--dtype", "bf16")
+    settings += ("--micro_batch_size", "2", "--threads", "2", "--log_every", "1", "--eval_every", "4")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    here = {"XDG_CACHE_HOME": kernels_cache}
+    first = processes.run("train.py", *settings, "--out", killed, kill_step=10, env=here)
+    last = processes.run("train.py", *settings, "--out", killed, env=here)
+    reference = processes.run("train.py", *settings, "--out", whole, env=here)
+    assert (first.code, last.code, reference.code) == (-9, 0, 0), last.stderr
+    assert "C++ kernels" in last.stderr
+    assert "warning" not in last.stderr
+    assert state_of(killed, 12)["runtime"]["kernels"]
+    assert fingerprint(killed, 12) == fingerprint(whole, 12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=("adamw-fp32", "muon-bf16"))
 def test_fault_055_compiled_runs_repeat_to_the_bit_too(kind, tmp_path):

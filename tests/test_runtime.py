@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from gpt import runtime
+from gpt.config import refuse
 from gpt.errors import InputError
+from gpt.kernels import build
 from gpt.ranks import Alone
 from gpt.runtime import MachineConfig, Runtime, StopFlag, gpu_peak, own_device, pick_device, pick_dtype, seed_step
 
@@ -80,13 +82,14 @@ def test_fp32_means_no_shorter_products(settings_back):
 def test_on_a_cpu_a_run_is_deterministic_and_its_record_says_what_bits_depend_on(settings_back):
     run = Runtime(MachineConfig(device="cpu", dtype="bf16", threads=1))
     assert torch.are_deterministic_algorithms_enabled()
-    assert run.record(compiled=False, micro_batch_size=4) == {
+    assert run.record(compiled=False, kernels=True, micro_batch_size=4) == {
         "torch": torch.__version__,
         "device": runtime.device_name(run.device),
         "threads": 1,
         "precision": "bfloat16",
         "fp8_head": False,
         "compile": False,
+        "kernels": True,
         "micro_batch_size": 4,
         "deterministic": True,
         "world_size": 1,
@@ -100,7 +103,7 @@ def test_compilation_is_off_on_a_cpu_unless_it_is_asked_for(settings_back):
 
 def test_a_run_that_is_continued_on_the_same_device_stays_compiled_or_not(settings_back):
     run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
-    before = run.record(compiled=True, micro_batch_size=4)
+    before = run.record(compiled=True, kernels=False, micro_batch_size=4)
     assert [run.compiles(setting, 1e21, before) for setting in ("auto", "on", "off")] == [True, True, False]
     assert not run.compiles("auto", 1e21, before | {"device": "another"})
 
@@ -112,6 +115,58 @@ def test_a_run_on_a_gpu_is_compiled_if_it_is_long_enough_to_save_the_minute_that
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert run.compiles("auto", 210 * peak / 4)  # 210 seconds uncompiled, of which it saves 63
         assert not run.compiles("auto", 190 * peak / 4)
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Where kernels are not built yet: what was done about it, "built" or "begun"."""
+    done = []
+    monkeypatch.setattr(build, "load", lambda: "library" if "built" in done else None)
+    monkeypatch.setattr(build, "build", lambda: done.append("built") or "library")
+    monkeypatch.setattr(build, "start_build", lambda: done.append("begun") or True)
+    return done
+
+
+def test_a_long_run_waits_for_its_kernels_and_a_short_one_has_them_built_for_the_next(settings_back, builds, capsys):
+    run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
+    assert run.kernels("auto", False, runtime.KERNELS_PAY / 2) is None
+    assert builds == ["begun"]
+    assert "built in the background" in capsys.readouterr().err
+    assert run.kernels("auto", False, runtime.KERNELS_PAY) == "library"
+    assert builds == ["begun", "built"]
+    assert run.kernels("auto", False, 1) == "library"
+
+
+def test_kernels_are_for_uncompiled_runs_on_a_cpu(settings_back, builds):
+    run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
+    assert run.kernels("auto", True, 1e21) is None
+    assert run.kernels("off", False, 1e21) is None
+    run.device = torch.device("cuda")
+    assert run.kernels("auto", False, 1e21) is None
+    assert builds == []
+    with pytest.raises(InputError, match="kernels on: they need a CPU"):
+        run.kernels("on", False, 1e21)
+    with pytest.raises(InputError, match="exclude each other"):
+        refuse(MachineConfig(kernels="on", compile="on").problems())
+
+
+def test_a_run_that_is_continued_keeps_to_its_kernels_or_to_plain_torch(settings_back, builds):
+    run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
+    before = run.record(False, kernels=False, micro_batch_size=4)
+    assert run.kernels("auto", False, 1e21, before) is None
+    assert builds == []
+    assert run.kernels("auto", False, 1, before | {"kernels": True}) == "library"
+    assert builds == ["built"]
+    assert run.kernels("auto", False, 1e21, before | {"device": "another"}) == "library"
+
+
+def test_where_kernels_cannot_be_built_auto_goes_without_and_on_is_an_error(settings_back, monkeypatch):
+    for name in ("load", "build", "start_build"):
+        monkeypatch.setattr(build, name, lambda: None)
+    run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
+    assert run.kernels("auto", False, 1e21) is None
+    with pytest.raises(InputError, match="C\\+\\+ compiler"):
+        run.kernels("on", False, 1e21)
 
 
 def test_a_gpu_that_is_named_by_number_becomes_the_current_one(settings_back, monkeypatch):

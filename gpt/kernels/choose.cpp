@@ -67,11 +67,12 @@ template <int COUNT> inline void exponentials(Floats (&x)[COUNT]) {
     each([&](int i) { power[i] = x[i] * 1.44269504f + 12582912.0f; });  // 1.5 * 2^23: its lowest bits are an integer
     each([&](int i) { scale[i] = (Floats)(((Ints)power[i] - (0x4B400000 - 127)) << 23); });
     each([&](int i) { power[i] -= 12582912.0f; });
-    each([&](int i) { x[i] = (x[i] - power[i] * 0.693359375f) + power[i] * 2.12194440e-4f; });
+    each([&](int i) { x[i] = multiply_add(power[i], Floats{} - 0.693359375f, x[i]); });
+    each([&](int i) { x[i] = multiply_add(power[i], Floats{} + 2.12194440e-4f, x[i]); });
     each([&](int i) { sum[i] = Floats{} + 1.9875691500e-4f; });
     for (float factor : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        each([&](int i) { sum[i] = sum[i] * x[i] + factor; });
-    each([&](int i) { x[i] = (sum[i] * x[i] * x[i] + x[i] + 1.0f) * scale[i]; });
+        each([&](int i) { sum[i] = multiply_add(sum[i], x[i], Floats{} + factor); });
+    each([&](int i) { x[i] = (multiply_add(sum[i], x[i] * x[i], x[i]) + 1.0f) * scale[i]; });
 }
 
 struct Settings {

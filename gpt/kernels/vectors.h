@@ -99,10 +99,11 @@ inline float total(Floats x) {
 inline Floats exp(Floats x) {  // relative error 2e-7; Cephes' polynomial; nan stays nan
     x = x < -87.0f ? Floats{} - 87.0f : x > 88.0f ? Floats{} + 88.0f : x;
     Floats power = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to an integer
-    Floats r = (x - power * 0.693359375f) + power * 2.12194440e-4f;
-    Floats y = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
-                1.6666665459e-1f) * r + 5.0000001201e-1f;
-    return (y * r * r + r + 1.0f) * (Floats)((__builtin_convertvector(power, Ints) + 127) << 23);
+    Floats r = multiply_add(power, Floats{} + 2.12194440e-4f, multiply_add(power, Floats{} - 0.693359375f, x));
+    Floats y = Floats{} + 1.9875691500e-4f;
+    for (float factor : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        y = multiply_add(y, r, Floats{} + factor);
+    return (multiply_add(y, r * r, r) + 1.0f) * (Floats)((__builtin_convertvector(power, Ints) + 127) << 23);
 }
 inline Floats gelu(Floats x) {  // 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u))
     return x / (1.0f + exp(x * (x * x * -0.0713548163f - 1.59576912f)));
