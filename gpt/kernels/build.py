@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
@@ -189,19 +190,30 @@ def seal(path):
 
 
 def try_flags(target):
-    """Compile with the first of FLAGS that works: None, or the compiler's message for the first."""
-    messages = []
-    for flags in FLAGS:
-        command = [*compiler(), *flags, *map(str, SOURCES), "-o", target]
-        try:
-            run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            messages.append(str(error))
-            continue
-        if run.returncode == 0:
-            return None
-        messages.append(run.stderr or f"exit code {run.returncode}")
+    """Compile with the first of FLAGS that works, all files at once: None, or what the compiler says of the first."""
+    messages, sources = [], sorted(SOURCES, key=lambda source: source.stat().st_size, reverse=True)
+    folder = tempfile.TemporaryDirectory(dir=Path(target).parent, prefix="building-")
+    with folder, ThreadPoolExecutor() as pool:
+        objects = [os.path.join(folder.name, f"{source.stem}.o") for source in sources]
+        for flags in FLAGS:
+            parts = [[*flags, "-c", str(source), "-o", part] for source, part in zip(sources, objects, strict=True)]
+            found = [message for message in pool.map(run_compiler, parts) if message is not None]
+            message = found[0] if found else run_compiler([*flags, *objects, "-o", target])
+            if message is None:
+                return None
+            messages.append(message)
     return messages[0][:MESSAGE_CHARACTERS]
+
+
+def run_compiler(arguments):
+    """None, or what it says of why it failed."""
+    try:
+        run = subprocess.run(
+            [*compiler(), *arguments], capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return None if run.returncode == 0 else run.stderr or f"exit code {run.returncode}"
 
 
 def step_back():
