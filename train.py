@@ -161,7 +161,7 @@ def train(config, corpus, budget, run, state, step, log, saver, stop):
             if budget.spent(progress) or ranks.any(stop):
                 break
             started = time.perf_counter()
-            lr = learning_rate(config.optim, progress.step, budget.total_steps(progress))
+            lr = learning_rate(config.optim, progress.step, budget.total_steps(progress))  # which float32 holds
             batch = batches.take(progress.windows_seen, size)
             seed_step(config.seed, progress.step, ranks.rank)
             numbers = step(batch, lr)
@@ -186,10 +186,9 @@ def stepper(config, state, run, compiled):
 
     tokens = state.progress.micro_batch_size * config.model.block_size
     flops = tokens * flops_per_token(config.model, state.model.vocab_size)
-    if compiled or not run.captures(flops, config.model.n_layer):
-        return step
-    graph = None if config.profile else CudaGraph(run.device)  # a profile is of kernels by their operations
-    return GraphedStep(step, graph, state.optimizer.zero_grad)
+    if compiled or config.profile or not run.captures(flops, config.model.n_layer):
+        return step  # a profile is of kernels by their operations
+    return GraphedStep(step, CudaGraph(run.device), state.optimizer.zero_grad)
 
 
 def train_step(state, batch, lr, grad_clip, run):

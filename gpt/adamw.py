@@ -8,10 +8,9 @@ import torch
 
 
 class AdamW:
-    """`groups` are dicts of "params" and "weight_decay"; "lr" is set before every step, a number or a float32
-    tensor on the device. Of each parameter `state` holds
-    "step", "exp_avg" and "exp_avg_sq". Nothing changes where the device scalar `found_inf` is 1; the host does not wait
-    to know."""
+    """`groups` are dicts of "params" and "weight_decay"; "lr" is set before every step, a number or a float32 tensor on
+    the device. Of each parameter `state` holds "step", "exp_avg" and "exp_avg_sq". Nothing changes where the device
+    scalar `found_inf` is 1; the host does not wait to know."""
 
     def __init__(self, groups, beta1, beta2, eps):
         self.param_groups = [group for group in groups if group["params"]]

@@ -9,9 +9,10 @@ WARM_UPS = 3  # steps before one is captured: optimizers make their state in the
 
 
 class GraphedStep:
-    """`step(batch, lr)`, of tensors, with the same results to the bit: after the first steps it is captured by `graph`,
-    a CudaGraph, and replayed; never where that is None. Whatever a step keeps for the next one must stay where it is in
-    memory. If it cannot be captured, one note says so; `clear()` drops what a step has left that broke off."""
+    """`step(batch, lr)`, of tensors, with the same results to the bit where float32 holds `lr` exactly: after the
+    first steps it is captured by `graph`, a CudaGraph, and replayed. Whatever a step keeps for the next one must stay
+    where it is in memory. If it cannot be captured, one note says so; `clear()` drops what a step has left that broke
+    off."""
 
     def __init__(self, step, graph, clear):
         self.step, self.graph, self.clear = step, graph, clear
@@ -24,12 +25,12 @@ class GraphedStep:
         assert batch.shape == self.batch.shape, "a step is captured for batches of one shape"
         self.batch.copy_(batch)
         self.lr.fill_(lr)
-        if self.graph is not None and self.taken == WARM_UPS:
+        if self.taken == WARM_UPS:
             self.capture()
         self.taken += 1
         if self.captured:
             return self.graph.replay().clone()  # the next replay writes there again
-        return self.run() if self.graph is None else self.graph.warm_up(self.run)
+        return self.graph.warm_up(self.run)
 
     def run(self):
         return self.step(self.batch, self.lr)

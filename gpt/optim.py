@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
 from gpt.adamw import AdamW
@@ -75,7 +76,12 @@ class OptimConfig:
 
 
 def learning_rate(config, step, total_steps):
-    """Learning rate of step number `step` (from 0) in a run of `total_steps`: warm-up, then the schedule's shape."""
+    """Learning rate of step number `step` (from 0) in a run of `total_steps`: warm-up, then the schedule's shape. It is
+    rounded to float32, in which a GPU may be told it."""
+    return float(np.float32(exact_learning_rate(config, step, total_steps)))
+
+
+def exact_learning_rate(config, step, total_steps):
     warmup = config.warmup_steps * (total_steps if config.warmup_steps < 1 else 1)
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gpt.data import mix
-from gpt.errors import InputError, note, tell
+from gpt.errors import InputError, ResourceError, note, tell
 from gpt.fp8 import CAPABILITY
 from gpt.kernels import build
 from gpt.ranks import ALONE
@@ -57,12 +57,12 @@ class MachineConfig:
     """torch.compile; auto is on for CUDA runs long enough to pay for it, off elsewhere"""
     kernels: Literal["auto", "on", "off"] = "auto"
     """own C++ for attention, GELU and loss on a CPU, compiled once by the system's compiler; auto is on where that is
-    done, or the run long enough to wait some seconds for it, and the run is not torch.compile's"""
+    done, or the run long enough to wait some seconds for it, and the run is not torch.compile's. It rounds otherwise
+    than torch: a run that is continued goes on as it began"""
     deterministic: bool = False
-    """bit-exact repetition on CUDA too, slower there (on CPU it always holds)"""
+    """bit-exact repetition on CUDA too, slower there (on CPU it always holds, with the same kernels)"""
     fp8_head: bool = False
-    """logits of training from 8-bit numbers, on GPUs from compute capability 8.9 (Ada, Hopper): a few percent of a step
-    at a vocabulary of 50,000"""
+    """logits of training from 8-bit numbers, on GPUs from compute capability 8.9 (Ada, Hopper)"""
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch"""
 
@@ -94,6 +94,8 @@ class Runtime:
         self.fp8_head = config.fp8_head
         if self.fp8_head:
             check_fp8(self.device, self.dtype)
+        if config.kernels == "on" and (self.device.type != "cpu" or build.compiler() is None):
+            raise InputError("kernels on: they need a CPU and a C++ compiler; use auto")
         self.deterministic = config.deterministic or self.device.type == "cpu"
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -141,20 +143,23 @@ class Runtime:
 
     def kernels(self, setting, compiled, flops, before=None):
         """The library of C++ kernels if a run of so many FLOPs is to use them on this device, else None; all ranks do,
-        or none. `before` as in `compiles`. Raises InputError where the setting is "on" and they cannot be had."""
-        library = None
-        if self.device.type == "cpu" and not compiled and setting != "off":
-            again = setting == "auto" and before is not None and before["device"] == device_name(self.device)
-            if not again or before.get("kernels", False):
-                waits = setting == "on" or again or flops >= KERNELS_PAY
-                library = build.build() if waits else build.load()
-                if library is None and not waits and build.start_build():
-                    note("info", "C++ kernels are being built in the background, for later runs; this one uses torch")
-        if not self.ranks.least(int(library is not None)):
-            library = None
-        if setting == "on" and library is None:
-            raise InputError("kernels on: they need a CPU and a C++ compiler; use auto")
-        return library
+        or none. `before` as in `compiles`. Raises ResourceError where the setting is "on" and they cannot be had."""
+        wanted = self.device.type == "cpu" and not compiled and setting != "off"
+        again = before is not None and before["device"] == device_name(self.device)
+        if setting == "auto" and again:
+            wanted = wanted and before.get("kernels", False)
+        if wanted and self.ranks.local_rank == 0:
+            build_kernels(wait=setting == "on" or again or flops >= KERNELS_PAY)
+        self.ranks.least(0)  # here all wait until they are built
+        library = build.load() if wanted else None
+        usable = library is not None and (library.gpt_has_threads() or torch.get_num_threads() == 1)
+        if self.ranks.least(int(usable)):
+            return library
+        if setting == "on":
+            raise ResourceError(
+                f"kernels on: {build.library_path()} is not there, or was built without OpenMP; use auto"
+            )
+        return None
 
     def captures(self, flops, layers):
         """Whether to capture steps as a CUDA graph whose micro-batch takes so many FLOPs in so many layers, and that
@@ -179,6 +184,14 @@ class Runtime:
     def sharers(self):
         """How many processes of the run share the device's memory."""
         return self.ranks.local_size if self.device.type == "cpu" else 1
+
+
+def build_kernels(wait):
+    """See that the C++ kernels are built: now, or in the background for later runs."""
+    if wait:
+        build.build()
+    elif build.load() is None and build.start_build():
+        note("info", "C++ kernels are being built in the background, for later runs; this one uses torch")
 
 
 def pick_device(name):

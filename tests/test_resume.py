@@ -72,6 +72,9 @@ def test_fault_055_a_killed_run_with_kernels_goes_on_with_them_to_the_bit(proces
     assert "warning" not in last.stderr
     assert state_of(killed, 12)["runtime"]["kernels"]
     assert fingerprint(killed, 12) == fingerprint(whole, 12)
+    plain = tmp_path / "plain"
+    assert processes.run("train.py", *settings, "--out", plain, "--kernels", "off", env=here).code == 0
+    assert fingerprint(plain, 12)["weights"] != fingerprint(whole, 12)["weights"]  # they did take part
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import torch
 
 from gpt import runtime
 from gpt.config import refuse
-from gpt.errors import InputError
+from gpt.errors import InputError, ResourceError
 from gpt.kernels import build
 from gpt.ranks import Alone
 from gpt.runtime import MachineConfig, Runtime, StopFlag, gpu_peak, own_device, pick_device, pick_dtype, seed_step
@@ -117,12 +117,17 @@ def test_a_run_on_a_gpu_is_compiled_if_it_is_long_enough_to_save_the_minute_that
         assert not run.compiles("auto", 190 * peak / 4)
 
 
+class Library:
+    def __init__(self, has_threads=True):
+        self.gpt_has_threads = lambda: has_threads
+
+
 @pytest.fixture
 def builds(monkeypatch):
     """Where kernels are not built yet: what was done about it, "built" or "begun"."""
-    done = []
-    monkeypatch.setattr(build, "load", lambda: "library" if "built" in done else None)
-    monkeypatch.setattr(build, "build", lambda: done.append("built") or "library")
+    done, library = [], Library()
+    monkeypatch.setattr(build, "load", lambda: library if "built" in done else None)
+    monkeypatch.setattr(build, "build", lambda: done.append("built"))
     monkeypatch.setattr(build, "start_build", lambda: done.append("begun") or True)
     return done
 
@@ -132,9 +137,10 @@ def test_a_long_run_waits_for_its_kernels_and_a_short_one_has_them_built_for_the
     assert run.kernels("auto", False, runtime.KERNELS_PAY / 2) is None
     assert builds == ["begun"]
     assert "built in the background" in capsys.readouterr().err
-    assert run.kernels("auto", False, runtime.KERNELS_PAY) == "library"
+    assert run.kernels("auto", False, runtime.KERNELS_PAY) is build.load() is not None
     assert builds == ["begun", "built"]
-    assert run.kernels("auto", False, 1) == "library"
+    assert run.kernels("auto", False, 1) is build.load()
+    assert builds == ["begun", "built"]
 
 
 def test_kernels_are_for_uncompiled_runs_on_a_cpu(settings_back, builds):
@@ -144,8 +150,6 @@ def test_kernels_are_for_uncompiled_runs_on_a_cpu(settings_back, builds):
     run.device = torch.device("cuda")
     assert run.kernels("auto", False, 1e21) is None
     assert builds == []
-    with pytest.raises(InputError, match="kernels on: they need a CPU"):
-        run.kernels("on", False, 1e21)
     with pytest.raises(InputError, match="exclude each other"):
         refuse(MachineConfig(kernels="on", compile="on").problems())
 
@@ -155,18 +159,33 @@ def test_a_run_that_is_continued_keeps_to_its_kernels_or_to_plain_torch(settings
     before = run.record(False, kernels=False, micro_batch_size=4)
     assert run.kernels("auto", False, 1e21, before) is None
     assert builds == []
-    assert run.kernels("auto", False, 1, before | {"kernels": True}) == "library"
+    assert run.kernels("auto", False, 1, before | {"kernels": True}) is not None
     assert builds == ["built"]
-    assert run.kernels("auto", False, 1e21, before | {"device": "another"}) == "library"
+    assert run.kernels("auto", False, 1e21, before | {"device": "another"}) is not None
 
 
-def test_where_kernels_cannot_be_built_auto_goes_without_and_on_is_an_error(settings_back, monkeypatch):
+def test_kernels_that_one_rank_lacks_or_that_have_no_threads_are_not_used(settings_back, builds, monkeypatch):
+    run = Runtime(MachineConfig(device="cpu", dtype="fp32", threads=2))
+    assert run.kernels("auto", False, 1e21) is not None
+    run.ranks = type("Ranks", (Alone,), {"least": lambda self, number: 0})()
+    assert run.kernels("auto", False, 1e21) is None
+    run.ranks = Alone()
+    monkeypatch.setattr(build, "load", lambda: Library(has_threads=False))
+    assert run.kernels("auto", False, 1e21) is None
+    torch.set_num_threads(1)
+    assert run.kernels("auto", False, 1e21) is not None
+
+
+def test_where_kernels_cannot_be_had_auto_goes_without_and_on_is_an_error(settings_back, monkeypatch):
     for name in ("load", "build", "start_build"):
         monkeypatch.setattr(build, name, lambda: None)
     run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
     assert run.kernels("auto", False, 1e21) is None
-    with pytest.raises(InputError, match="C\\+\\+ compiler"):
+    with pytest.raises(ResourceError, match=r"kernels on: .* is not there"):
         run.kernels("on", False, 1e21)
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    with pytest.raises(InputError, match="kernels on: they need a CPU and a C\\+\\+ compiler"):
+        Runtime(MachineConfig(device="cpu", kernels="on"))
 
 
 def test_a_gpu_that_is_named_by_number_becomes_the_current_one(settings_back, monkeypatch):

@@ -192,9 +192,9 @@ def seal(path):
 def try_flags(target):
     """Compile with the first of FLAGS that works, all files at once: None, or what the compiler says of the first."""
     messages, sources = [], sorted(SOURCES, key=lambda source: source.stat().st_size, reverse=True)
-    folder = tempfile.TemporaryDirectory(dir=Path(target).parent, prefix="building-")
-    with folder, ThreadPoolExecutor() as pool:
-        objects = [os.path.join(folder.name, f"{source.stem}.o") for source in sources]
+    parent = Path(target).parent
+    with tempfile.TemporaryDirectory(dir=parent, prefix="building-") as folder, ThreadPoolExecutor(cores()) as pool:
+        objects = [os.path.join(folder, f"{source.stem}.o") for source in sources]
         for flags in FLAGS:
             parts = [[*flags, "-c", str(source), "-o", part] for source, part in zip(sources, objects, strict=True)]
             found = [message for message in pool.map(run_compiler, parts) if message is not None]
@@ -214,6 +214,11 @@ def run_compiler(arguments):
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return None if run.returncode == 0 else run.stderr or f"exit code {run.returncode}"
+
+
+def cores():
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def step_back():

@@ -1,5 +1,5 @@
-// Causal attention over whole sequences of bf16, and its gradient. Its weights are never all there at once: the backward
-// pass makes them anew. A head of a row is the work of one thread, so threads make no difference to the result.
+// Causal attention over whole sequences of bf16, and its gradient. Its weights are never all there at once: the
+// backward pass makes them anew. A head of a row is the work of one thread, so threads make no difference to the result.
 //
 // Shapes: B batch rows, T positions, H heads, D width of a head, even. qkv is (B, T, 3, H, D), out (B, T, H, D).
 #include <cmath>
@@ -123,46 +123,57 @@ struct Head {
     const Attention &a;
     size_t D, T, C, columns, keys;  // columns: D padded; keys: T padded, and more, so that lines meet in no cache set
     float scale;
-    float *floats;  // scratch, as much as `floats_needed` and `pairs_needed` say
-    int32_t *pairs;
-    Part q, k, v, out, to_out;
-    const float *logsums;
-    uint16_t *to_q;
-    float *own_logsums;
-    uint16_t *own_out;
+    // scratch: of the forward pass the first line
+    float *scores, *sums;
+    float *to_k, *to_v, *to_weights;
+    int32_t *part, *k_by_width, *k_by_rows, *q, *line;  // forward, k_by_rows holds the values
+    int32_t *v_by_width, *to_out_rows, *q_by_rows, *to_out_by_rows, *weights, *slopes;
+    // of the head that was chosen
+    Part queries, k, v, out, to_out;
+    uint16_t *own_out, *to_q;
+    float *logsums;
 
-    Head(const Attention &a) : a(a), D(a.width), T(a.positions), C(a.heads * D), columns(padded(D)),
-                               keys(padded(T) + LANES), scale(1 / std::sqrt(float(D))) {}
+    Head(const Attention &a, float *memory = nullptr)
+        : a(a), D(a.width), T(a.positions), C(a.heads * D), columns(padded(D)), keys(padded(T) + LANES),
+          scale(1 / std::sqrt(float(D))) {
+        lay_out(memory);
+    }
 
-    size_t floats_needed() const { return 2 * keys * columns + ROWS * (2 * keys + columns); }
-    size_t pairs_needed() const {
-        return D * keys + keys / 2 * columns + BLOCK * (D + columns + keys) + ROWS * keys / 2 + LANES * D / 2;
+    size_t lay_out(float *memory) {  // returns how many 4-byte words that takes
+        size_t used = 0;
+        auto floats = [&](size_t count) { return used += count, memory ? memory + used - count : nullptr; };
+        auto pairs = [&](size_t count) { return (int32_t *)floats(count); };
+        scores = floats(ROWS * keys), sums = floats(ROWS * columns);
+        part = pairs(LANES * D / 2), k_by_width = pairs(D / 2 * keys), k_by_rows = pairs(keys / 2 * columns);
+        q = pairs(BLOCK * D / 2), line = pairs(ROWS * keys / 2);
+        if (!a.to_out) return used;
+        to_k = floats(keys * columns), to_v = floats(keys * columns), to_weights = floats(ROWS * keys);
+        v_by_width = pairs(D / 2 * keys), to_out_rows = pairs(BLOCK * D / 2);
+        q_by_rows = pairs(BLOCK / 2 * columns), to_out_by_rows = pairs(BLOCK / 2 * columns);
+        weights = pairs(BLOCK / 2 * keys), slopes = pairs(BLOCK / 2 * keys);
+        return used;
     }
 
     void choose(size_t row, size_t head) {
         size_t from = row * T * C + head * D;
-        auto part = [&](size_t which) { return Part{a.qkv + 3 * row * T * C + which * C + head * D, 3 * C, T, D}; };
-        q = part(0), k = part(1), v = part(2);
-        out = {a.out + from, C, T, D}, to_out = {a.to_out + (a.to_out ? from : 0), C, T, D};
-        own_out = a.out + from, own_logsums = a.logsums + (row * a.heads + head) * T;
-        to_q = a.to_qkv + (a.to_qkv ? 3 * row * T * C + head * D : 0);
+        auto third = [&](size_t which) { return Part{a.qkv + 3 * row * T * C + which * C + head * D, 3 * C, T, D}; };
+        queries = third(0), k = third(1), v = third(2);
+        own_out = a.out + from, out = {own_out, C, T, D}, logsums = a.logsums + (row * a.heads + head) * T;
+        if (a.to_out) to_out = {a.to_out + from, C, T, D}, to_q = a.to_qkv + 3 * row * T * C + head * D;
     }
 
     void forward() {
-        int32_t *scratch = pairs, *keys_by_width = scratch + LANES * D / 2, *values = keys_by_width + D / 2 * keys;
-        int32_t *queries = values + keys / 2 * columns, *weights = queries + ROWS * D / 2;
-        float *scores = floats, *sums = scores + ROWS * keys;
-        k.along_width(padded(T), scratch, keys_by_width, keys);
-        v.along_rows(padded(T), values, columns);
+        k.along_width(padded(T), part, k_by_width, keys);
+        v.along_rows(padded(T), k_by_rows, columns);
         for (size_t first = 0; first < T; first += ROWS) {
             size_t end = padded(std::min(first + ROWS, T)), count = std::min<size_t>(ROWS, T - first);
-            q.some(first, ROWS).copy(ROWS, queries);
-            product({queries, D / 2, 1}, {keys_by_width, keys}, D / 2, end, false, scores, keys);
+            queries.some(first, ROWS).copy(ROWS, q);
+            product({q, D / 2, 1}, {k_by_width, keys}, D / 2, end, false, scores, keys);
             for (size_t i = 0; i < ROWS; i++) {
-                float logsum = softmax(scores + i * keys, first + i + 1, end, (uint16_t *)(weights + i * keys / 2));
-                if (i < count) own_logsums[first + i] = logsum;
+                float logsum = softmax(scores + i * keys, first + i + 1, end, (uint16_t *)(line + i * keys / 2));
+                if (i < count) logsums[first + i] = logsum;
             }
-            product({weights, keys / 2, 1}, {values, columns}, end / 2, columns, false, sums, columns);
+            product({line, keys / 2, 1}, {k_by_rows, columns}, end / 2, columns, false, sums, columns);
             write(sums, columns, count, D, own_out + first * C, C);
         }
     }
@@ -173,11 +184,10 @@ struct Head {
         for (int j = 0; j < end; j += LANES) {
             Floats x = first_lanes(load(scores + j) * scale, seen - j, -INFINITY);
             store(scores + j, x);
-            most = x < most ? most : x;  // nan stays
+            most = greater(most, x);
         }
-        float largest = most[0];
-        for (int lane = 1; lane < LANES; lane++) largest = most[lane] < largest ? largest : most[lane];
-        for (int j = 0; j < end; j += LANES) {
+        float largest = greatest(most);
+        for (int j = 0; j < end; j += LANES) {  // nan shows in the sum
             Floats x = first_lanes(exp(load(scores + j) - largest), seen - j, 0);
             store(scores + j, x);
             sum += x;
@@ -187,92 +197,72 @@ struct Head {
         return largest + std::log(whole);
     }
 
-    struct Gradients {
-        float *to_k, *to_v, *scores, *to_weights, *to_q;
-        int32_t *k_by_width, *v_by_width, *k_by_rows, *q, *to_out, *q_by_rows, *to_out_by_rows, *weights, *slopes, *line;
-    };
-
-    Gradients lay_out() const {
-        Gradients g;
-        auto take = [](auto *&at, size_t count) { return (at += count) - count; };
-        float *f = floats;
-        g.to_k = take(f, keys * columns), g.to_v = take(f, keys * columns);
-        g.scores = take(f, ROWS * keys), g.to_weights = take(f, ROWS * keys), g.to_q = take(f, ROWS * columns);
-        int32_t *p = pairs + LANES * D / 2;
-        g.k_by_width = take(p, D / 2 * keys), g.v_by_width = take(p, D / 2 * keys);
-        g.k_by_rows = take(p, keys / 2 * columns);
-        g.q = take(p, BLOCK * D / 2), g.to_out = take(p, BLOCK * D / 2);
-        g.q_by_rows = take(p, BLOCK / 2 * columns), g.to_out_by_rows = take(p, BLOCK / 2 * columns);
-        g.weights = take(p, BLOCK / 2 * keys), g.slopes = take(p, BLOCK / 2 * keys), g.line = take(p, ROWS * keys / 2);
-        return g;
-    }
-
     void backward() {
-        Gradients g = lay_out();
-        memset(g.to_k, 0, keys * columns * sizeof(float));
-        memset(g.to_v, 0, keys * columns * sizeof(float));
-        k.along_width(padded(T), pairs, g.k_by_width, keys);
-        v.along_width(padded(T), pairs, g.v_by_width, keys);
-        k.along_rows(padded(T), g.k_by_rows, columns);
+        memset(to_k, 0, keys * columns * sizeof *to_k);
+        memset(to_v, 0, keys * columns * sizeof *to_v);
+        k.along_width(padded(T), part, k_by_width, keys);
+        v.along_width(padded(T), part, v_by_width, keys);
+        k.along_rows(padded(T), k_by_rows, columns);
         for (size_t start = 0; start < T; start += BLOCK) {
             size_t count = padded(std::min<size_t>(BLOCK, T - start), ROWS), last = padded(std::min(start + BLOCK, T));
-            Part queries = q.some(start, BLOCK), upstream = to_out.some(start, BLOCK);
-            queries.copy(count, g.q), queries.along_rows(count, g.q_by_rows, columns);
-            upstream.copy(count, g.to_out), upstream.along_rows(count, g.to_out_by_rows, columns);
+            Part some = queries.some(start, BLOCK), upstream = to_out.some(start, BLOCK);
+            some.copy(count, q), some.along_rows(count, q_by_rows, columns);
+            upstream.copy(count, to_out_rows), upstream.along_rows(count, to_out_by_rows, columns);
             for (size_t first = 0; first < count; first += ROWS) {
-                size_t end = padded(std::min(start + first + ROWS, T));
-                product({g.q + first * D / 2, D / 2, 1}, {g.k_by_width, keys}, D / 2, end, false, g.scores, keys);
-                product({g.to_out + first * D / 2, D / 2, 1}, {g.v_by_width, keys}, D / 2, end, false, g.to_weights, keys);
-                for (int i = 0; i < ROWS; i += 2) slopes_of_two(g, start, first + i, i, end, last);
-                product({g.line, keys / 2, 1}, {g.k_by_rows, columns}, end / 2, columns, false, g.to_q, columns);
+                size_t end = padded(std::min(start + first + ROWS, T)), at = first * D / 2;
+                product({q + at, D / 2, 1}, {k_by_width, keys}, D / 2, end, false, scores, keys);
+                product({to_out_rows + at, D / 2, 1}, {v_by_width, keys}, D / 2, end, false, to_weights, keys);
+                for (int i = 0; i < ROWS; i += 2) slopes_of_two(start, first + i, i, end, last);
+                product({line, keys / 2, 1}, {k_by_rows, columns}, end / 2, columns, false, sums, columns);
                 if (start + first < T) {
                     size_t rows = std::min<size_t>(ROWS, T - start - first);
-                    write(g.to_q, columns, rows, D, to_q + (start + first) * 3 * C, 3 * C);
+                    write(sums, columns, rows, D, to_q + (start + first) * 3 * C, 3 * C);
                 }
             }
             for (size_t j = 0; j < last; j += ROWS) {
                 size_t skip = j > start ? (j - start) / 2 : 0;  // pairs of queries that come before these keys
-                size_t at = skip * keys + j, from = skip * columns, to = j * columns;
-                int some = int(count / 2 - skip);
-                product({g.slopes + at, 1, keys}, {g.q_by_rows + from, columns}, some, columns, true, g.to_k + to, columns);
-                product({g.weights + at, 1, keys}, {g.to_out_by_rows + from, columns}, some, columns, true, g.to_v + to, columns);
+                size_t at = skip * keys + j, from = skip * columns;
+                int pairs = int(count / 2) - int(skip);  // none where these keys are padding
+                float *to_ks = to_k + j * columns, *to_vs = to_v + j * columns;
+                product({slopes + at, 1, keys}, {q_by_rows + from, columns}, pairs, columns, true, to_ks, columns);
+                product({weights + at, 1, keys}, {to_out_by_rows + from, columns}, pairs, columns, true, to_vs, columns);
             }
         }
-        write(g.to_k, columns, T, D, to_q + C, 3 * C);
-        write(g.to_v, columns, T, D, to_q + 2 * C, 3 * C);
+        write(to_k, columns, T, D, to_q + C, 3 * C);
+        write(to_v, columns, T, D, to_q + 2 * C, 3 * C);
     }
 
     // From scores and gradients of weights, rows `i` and `i` + 1 of those computed, which are queries `row` and `row` + 1
     // of the block from `start` on: their weights and the gradients of their scores, as pairs of the two; the latter
     // also in `line`, query by query. 0 from `end` to `last`.
-    void slopes_of_two(const Gradients &g, size_t start, size_t row, int i, size_t end, size_t last) const {
+    void slopes_of_two(size_t start, size_t row, int i, size_t end, size_t last) const {
         float logsum[2] = {}, mean[2] = {};  // mean: of the weights' gradients, by weight
         int seen[2] = {};
         for (int one = 0; one < 2; one++) {
             size_t at = start + row + one;
             if (at >= T) continue;
-            seen[one] = int(at + 1), logsum[one] = own_logsums[at];
+            seen[one] = int(at + 1), logsum[one] = logsums[at];
             Floats sum = {};
             for (size_t d = 0; d < D; d += LANES)
                 sum += load(to_out.data + at * C + d, D - d) * load(out.data + at * C + d, D - d);
             mean[one] = total(sum);
         }
-        int32_t *weights = g.weights + row / 2 * keys, *slopes = g.slopes + row / 2 * keys;
+        int32_t *weight_pairs = weights + row / 2 * keys, *slope_pairs = slopes + row / 2 * keys;
         for (size_t j = 0; j < end; j += LANES) {
             Ints both_weights = {}, both_slopes = {};
             for (int one = 0; one < 2; one++) {
                 size_t at = (i + one) * keys + j;
-                Floats weight = first_lanes(exp(load(g.scores + at) * scale - logsum[one]), seen[one] - int(j), 0);
-                Halves slope = halve(weight * (load(g.to_weights + at) - mean[one]) * scale);
-                memcpy((uint16_t *)g.line + at, &slope, 32);
+                Floats weight = first_lanes(exp(load(scores + at) * scale - logsum[one]), seen[one] - int(j), 0);
+                Halves slope = halve(weight * (load(to_weights + at) - mean[one]) * scale);
+                memcpy((uint16_t *)line + at, &slope, 32);
                 both_weights |= __builtin_convertvector(halve(weight), Ints) << 16 * one;
                 both_slopes |= __builtin_convertvector(slope, Ints) << 16 * one;
             }
-            memcpy(weights + j, &both_weights, 64);
-            memcpy(slopes + j, &both_slopes, 64);
+            memcpy(weight_pairs + j, &both_weights, 64);
+            memcpy(slope_pairs + j, &both_slopes, 64);
         }
-        memset(weights + end, 0, (last - end) * sizeof *weights);
-        memset(slopes + end, 0, (last - end) * sizeof *slopes);
+        memset(weight_pairs + end, 0, (last - end) * sizeof *weight_pairs);
+        memset(slope_pairs + end, 0, (last - end) * sizeof *slope_pairs);
     }
 };
 
@@ -280,19 +270,16 @@ struct Head {
 
 // The forward pass, or the backward pass if there are gradients; returns 0, or -1 where memory ran out.
 extern "C" int64_t gpt_causal_attention(const Attention *a) {
-    Head sizes(*a);
-    size_t floats = sizes.floats_needed(), each = floats + sizes.pairs_needed();
-    std::unique_ptr<float[]> memory(new (std::nothrow) float[each * a->threads]);
+    size_t words = Head(*a).lay_out(nullptr);
+    std::unique_ptr<float[]> memory(new (std::nothrow) float[words * a->threads]);
     if (!memory) return -1;
 #pragma omp parallel num_threads(a->threads)
     {
-        Head head(*a);
         int thread = 0;
 #ifdef _OPENMP
         thread = omp_get_thread_num();
 #endif
-        head.floats = memory.get() + thread * each;
-        head.pairs = (int32_t *)(head.floats + floats);
+        Head head(*a, memory.get() + thread * words);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < a->rows * a->heads; i++) {
             head.choose(i / a->heads, i % a->heads);

@@ -31,8 +31,8 @@ template <class T> void gelu(const Gelu &g) {
             continue;
         }
         Floats square = value * value;
-        Floats share = 1.0f / (1.0f + exp(value * (square * -0.0713548163f - 1.59576912f)));  // gelu(x) = x share
-        Floats slope = share + value * share * (1.0f - share) * (square * (3 * 0.0713548163f) + 1.59576912f);
+        Floats share = 1.0f / (1.0f + exp(value * (square * -GELU_3 - GELU_1)));  // gelu(x) = x share
+        Floats slope = share + value * share * (1.0f - share) * (square * (3 * GELU_3) + GELU_1);
         store(out + i, load(upstream + i, count) * slope, count);
     }
 }
@@ -40,16 +40,9 @@ template <class T> void gelu(const Gelu &g) {
 template <class T> float largest_of(const T *row, int64_t count) {
     Floats most = Floats{} - INFINITY;
     int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        Floats x = load(row + i);
-        most = x < most ? most : x;  // nan stays
-    }
-    float largest = most[0];
-    for (int lane = 1; lane < LANES; lane++) largest = most[lane] < largest ? largest : most[lane];
-    for (; i < count; i++) {
-        float x = load(row + i, 1)[0];
-        largest = x < largest ? largest : x;
-    }
+    for (; i + LANES <= count; i += LANES) most = greater(most, load(row + i));
+    float largest = greatest(most);
+    for (; i < count; i++) largest = std::max(largest, load(row + i, 1)[0]);
     return largest;
 }
 
@@ -62,7 +55,7 @@ template <class T> void losses(const Losses &l) {
         static thread_local std::vector<float> scratch;
         scratch.resize(l.padded);
         float *powers = scratch.data();
-        Floats sums = {};
+        Floats sums = {};  // nan shows here
         for (int64_t i = 0; i < whole; i += LANES) {
             Floats power = exp(load(row + i) - largest);
             store(powers + i, power);
@@ -83,6 +76,14 @@ template <class T> void losses(const Losses &l) {
 }
 
 }  // namespace
+
+extern "C" bool gpt_has_threads() {
+#ifdef _OPENMP
+    return true;
+#else
+    return false;
+#endif
+}
 
 extern "C" void gpt_gelu(const Gelu *g) { g->is_half ? gelu<uint16_t>(*g) : gelu<float>(*g); }
 

@@ -64,6 +64,7 @@ class TrainingKernels:
         """As loss.losses_of. Raises IndexError for a target that does not exist."""
         if logits.dtype not in KINDS or not logits.is_contiguous():
             return losses_of(logits, targets, vocab_size, gradient)
+        assert targets.dtype == torch.int64 and len(targets) == len(logits)
         least, most = targets.aminmax()
         if least < 0 or most >= vocab_size:
             raise IndexError(f"targets from {least} to {most}, vocabulary {vocab_size}")

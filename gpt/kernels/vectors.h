@@ -95,6 +95,12 @@ template <int COUNT, int STAGE = 0> inline Floats totals(Floats *x) {  // lane i
 inline float total(Floats x) {
     return totals<1>(&x)[0];
 }
+inline Floats greater(Floats a, Floats b) { return a > b ? a : b; }  // of nan and a number perhaps the number
+inline float greatest(Floats x) {
+    float found = x[0];
+    for (int lane = 1; lane < LANES; lane++) found = std::max(found, x[lane]);
+    return found;
+}
 
 inline Floats exp(Floats x) {  // relative error 2e-7; Cephes' polynomial; nan stays nan
     x = x < -87.0f ? Floats{} - 87.0f : x > 88.0f ? Floats{} + 88.0f : x;
@@ -105,8 +111,9 @@ inline Floats exp(Floats x) {  // relative error 2e-7; Cephes' polynomial; nan s
         y = multiply_add(y, r, Floats{} + factor);
     return (multiply_add(y, r * r, r) + 1.0f) * (Floats)((__builtin_convertvector(power, Ints) + 127) << 23);
 }
-inline Floats gelu(Floats x) {  // 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u))
-    return x / (1.0f + exp(x * (x * x * -0.0713548163f - 1.59576912f)));
+constexpr float GELU_1 = 1.59576912f, GELU_3 = 0.0713548163f;  // 2 u = GELU_1 x + GELU_3 x^3
+inline Floats gelu(Floats x) {                                 // 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u))
+    return x / (1.0f + exp(x * (x * x * -GELU_3 - GELU_1)));
 }
 
 }  // namespace
