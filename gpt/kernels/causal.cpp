@@ -102,8 +102,8 @@ struct Part {  // `count` rows of D bf16; those beyond are taken for 0
     }
     Ints wide(size_t row, size_t d) const {
         if (row >= count) return Ints{};
-        Halves some = read<Halves>(data + row * stride + d, 2 * std::min<size_t>(D - d, LANES));
-        return __builtin_convertvector(some, Ints);
+        const uint16_t *from = data + row * stride + d;
+        return __builtin_convertvector(D - d >= LANES ? read<Halves>(from) : read<Halves>(from, 2 * (D - d)), Ints);
     }
 };
 

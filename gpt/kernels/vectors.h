@@ -46,6 +46,10 @@ inline void store(float *to, Floats x, int count = LANES) {
     count >= LANES ? memcpy(to, &x, 64) : memcpy(to, &x, 4 * count);
 }
 inline Halves halve(Floats x) {  // to the nearest bf16, ties to even
+#ifdef __AVX512BF16__
+    auto half = _mm512_cvtneps_pbh((__m512)x);  // values below 1e-38 become 0
+    return read<Halves>(&half);
+#endif
     Ints bits = (Ints)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
     return __builtin_convertvector((x == x ? rounded : bits | 0x400000) >> 16, Halves);
 }
