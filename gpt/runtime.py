@@ -39,7 +39,7 @@ GPU_PEAKS = {
 }
 EAGER_SHARE = 0.25  # of that peak, what an uncompiled step reaches
 COMPILING_SECONDS, COMPILING_SAVES = 60, 0.3  # how long it takes; the least share of a step that it saves
-KERNELS_PAY = 2e13  # FLOPs of a run, a minute or two of a CPU, from which it pays to wait until kernels are built
+KERNELS_PAY = 1e12  # FLOPs of a run, ten seconds or so of a CPU, from which it pays to wait until kernels are built
 # Of one layer's passes over a micro-batch, uncompiled: about 15 forward and 30 backward; what the host takes for each.
 LAUNCHES, LAUNCH_SECONDS = 45, 5e-6
 LAUNCHES_MATTER = 0.25  # of the time of the products, from which a step is captured: it gains, or it loses nothing
@@ -57,7 +57,7 @@ class MachineConfig:
     """torch.compile; auto is on for CUDA runs long enough to pay for it, off elsewhere"""
     kernels: Literal["auto", "on", "off"] = "auto"
     """own C++ for attention, GELU and loss on a CPU, compiled once by the system's compiler; auto is on where that is
-    done, or the run long enough to wait some seconds for it, and the run is not torch.compile's. It rounds otherwise
+    done, or the run long enough to wait a second or two for it, and the run is not torch.compile's. It rounds otherwise
     than torch: a run that is continued goes on as it began"""
     deterministic: bool = False
     """bit-exact repetition on CUDA too, slower there (on CPU it always holds, with the same kernels)"""
@@ -151,13 +151,13 @@ class Runtime:
         if wanted and self.ranks.local_rank == 0:
             build_kernels(wait=setting == "on" or again or flops >= KERNELS_PAY)
         self.ranks.least(0)  # here all wait until they are built
-        library = build.load() if wanted else None
+        library = build.load(build.TRAINING) if wanted else None
         usable = library is not None and (library.gpt_has_threads() or torch.get_num_threads() == 1)
         if self.ranks.least(int(usable)):
             return library
         if setting == "on":
             raise ResourceError(
-                f"kernels on: {build.library_path()} is not there, or was built without OpenMP; use auto"
+                f"kernels on: {build.library_path(build.TRAINING)} is not there, or was built without OpenMP; use auto"
             )
         return None
 
@@ -187,10 +187,10 @@ class Runtime:
 
 
 def build_kernels(wait):
-    """See that the C++ kernels are built: now, or in the background for later runs."""
+    """See that the C++ of training is built: now, or in the background for later runs."""
     if wait:
-        build.build()
-    elif build.load() is None and build.start_build():
+        build.build(build.TRAINING)
+    elif build.load(build.TRAINING) is None and build.start_build(build.TRAINING):
         note("info", "C++ kernels are being built in the background, for later runs; this one uses torch")
 
 

@@ -289,7 +289,7 @@ def test_two_builds_at_once_both_give_a_whole_library(compiler, cache):
         builder.start()
     for builder in builders:
         builder.join()
-    assert len(calls.read_text().splitlines()) == 2 * (len(build.SOURCES) + 1)
+    assert len(calls.read_text().splitlines()) == 2 * (len(build.SOURCES[build.GENERATION]) + 1)
     assert len(found) == 2 and all(library.gpt_forward for library in found)
     assert list(cache.iterdir()) == [build.library_path()]
 
@@ -300,7 +300,7 @@ def test_a_compiler_that_fails_leaves_its_message_and_is_not_tried_again(compile
     assert build.build() is None
     assert build.failed_marker(build.library_path()).read_text() == "no such header\n"
     tried = len(calls.read_text().splitlines())
-    assert tried == len(build.FLAGS) * len(build.SOURCES)
+    assert tried == len(build.FLAGS) * len(build.SOURCES[build.GENERATION])
     assert build.build() is None and build.load() is None
     monkeypatch.setattr(subprocess, "Popen", None)
     build.start_build()
@@ -345,7 +345,7 @@ def test_what_belongs_to_another_user_is_not_loaded_and_nothing_is_built_there(c
     assert build.load() is None
     build.library_path().unlink()
     assert build.build() is None
-    assert len(calls.read_text().splitlines()) == len(build.SOURCES) + 1
+    assert len(calls.read_text().splitlines()) == len(build.SOURCES[build.GENERATION]) + 1
 
 
 @unix

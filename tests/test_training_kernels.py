@@ -27,7 +27,7 @@ SHAPES = [  # rows, positions, heads, width of a head
 
 @pytest.fixture
 def ours(kernels):
-    return TrainingKernels(kernels)
+    return TrainingKernels(build.load(build.TRAINING))
 
 
 @pytest.fixture
@@ -222,8 +222,8 @@ def test_code_for_other_cpus_says_the_same(instructions, tmp_path, monkeypatch):
     flags = [[*build.COMMON, f"-march={instructions}", "-fopenmp"]]
     monkeypatch.setattr(build, "FLAGS", flags)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library = build.build()
-    assert library is not None, build.failed_marker(build.library_path()).read_text()
+    library = build.build(build.TRAINING)
+    assert library is not None, build.failed_marker(build.library_path(build.TRAINING)).read_text()
     ours = TrainingKernels(library)
     for shape in SHAPES:
         test_attention_and_its_gradient_err_no_more_than_torchs_fused_kernel(shape, 1.0, ours)

@@ -1,4 +1,4 @@
-"""The native library: compiled from the C++ files of this folder by the system's compiler, once, into a per-user cache.
+"""The native libraries: compiled from the C++ files of this folder by the system's compiler, once, in a per-user cache.
 
 Nothing here imports torch, nor the rest of gpt: the background build runs this file by itself and starts at once."""
 
@@ -20,8 +20,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
-HEADERS = sorted(Path(__file__).parent.glob("*.h"))
+FOLDER = Path(__file__).parent
+GENERATION, TRAINING = "generation", "training"
+SOURCES = {  # of each library; what takes longest to compile comes first
+    GENERATION: [FOLDER / "forward.cpp", FOLDER / "choose.cpp"],
+    TRAINING: [FOLDER / "causal.cpp", FOLDER / "training.cpp"],
+}
+HEADERS = sorted(FOLDER.glob("*.h"))
 COMMON = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-Wno-psabi"]
 FLAGS = [  # the first that the compiler takes; without OpenMP the library works with one thread
     [*COMMON, "-march=native", "-fopenmp"],
@@ -35,9 +40,9 @@ DIGEST_BYTES = 32
 MESSAGE_CHARACTERS = 10_000  # kept of what a compiler that failed says
 
 
-def load():
-    """The library as ctypes knows it, or None where it is not built or must not be trusted; never waits."""
-    path = library_path()
+def load(purpose=GENERATION):
+    """The library of a purpose as ctypes has it, or None where it is not built or must not be trusted; never waits."""
+    path = library_path(purpose)
     if path is None or not (ours(path.parent) and ours(path) and whole(path)):
         return None
     try:
@@ -46,25 +51,25 @@ def load():
         return None
 
 
-def build():
+def build(purpose=GENERATION):
     """The library, built now unless it is there: takes seconds. None where that cannot be done or has failed before;
     then `<library>.failed` in the cache folder says why."""
-    path = library_path()
+    path = library_path(purpose)
     if path is not None and not whole(path) and may_build(path):
         with contextlib.suppress(OSError):  # the disk is full or read-only
-            compile_into(path)
-    return load()
+            compile_into(path, SOURCES[purpose])
+    return load(purpose)
 
 
-def start_build():
+def start_build(purpose=GENERATION):
     """Let a process of its own build the library, which goes on when this one ends. Does nothing where it is built,
     has failed before, or cannot be. Whether it began."""
-    path = library_path()
+    path = library_path(purpose)
     if path is None or whole(path) or not may_build(path):
         return False
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with contextlib.suppress(OSError):
-        process = subprocess.Popen([sys.executable, "-P", __file__], **quiet, start_new_session=True)
+        process = subprocess.Popen([sys.executable, "-P", __file__, purpose], **quiet, start_new_session=True)
         threading.Thread(target=process.wait, daemon=True).start()  # or a dead process stays in the system's list
         return True
     return False
@@ -73,8 +78,8 @@ def start_build():
 # ---- where
 
 
-def library_path():
-    """Where the library of these sources, this compiler, CPU and torch is or would be; None where there is none."""
+def library_path(purpose=GENERATION):
+    """Where the library of its sources, this compiler, CPU and torch is or would be; None where there is none."""
     command, home = compiler(), os.environ.get("XDG_CACHE_HOME", "")
     if command is None:
         return None
@@ -82,7 +87,7 @@ def library_path():
         cache = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
     except RuntimeError:  # no home
         return None
-    return cache / "gpt-text-generator" / f"kernels-{key(command)}.so"
+    return cache / "gpt-text-generator" / f"{purpose}-{key(command, purpose)}.so"
 
 
 def compiler():
@@ -96,11 +101,11 @@ def compiler():
     return None
 
 
-def key(command):
+def key(command, purpose):
     digest = hashlib.sha256()
     for part in (command, FLAGS, cpu(), torch_version()):
         digest.update(repr(part).encode())
-    for source in [*SOURCES, *HEADERS]:
+    for source in [*SOURCES[purpose], *HEADERS]:
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:32]
 
@@ -162,13 +167,13 @@ def failed_marker(path):
     return path.with_suffix(".failed")
 
 
-def compile_into(path):
+def compile_into(path, sources):
     """Compile to a file of its own, then rename it: whoever builds at the same time, `path` is always whole. Without
     success the marker is written. Raises OSError."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix="building-", suffix=".so")
     os.close(descriptor)
     try:
-        message = try_flags(name)
+        message = try_flags(name, sources)
         if message is None:
             seal(Path(name))
             os.replace(name, path)
@@ -189,10 +194,9 @@ def seal(path):
         os.fsync(file.fileno())
 
 
-def try_flags(target):
+def try_flags(target, sources):
     """Compile with the first of FLAGS that works, all files at once: None, or what the compiler says of the first."""
-    messages, sources = [], sorted(SOURCES, key=lambda source: source.stat().st_size, reverse=True)
-    parent = Path(target).parent
+    messages, parent = [], Path(target).parent
     with tempfile.TemporaryDirectory(dir=parent, prefix="building-") as folder, ThreadPoolExecutor(cores()) as pool:
         objects = [os.path.join(folder, f"{source.stem}.o") for source in sources]
         for flags in FLAGS:
@@ -231,4 +235,4 @@ def step_back():
 if __name__ == "__main__":
     step_back()
     time.sleep(HEAD_START)
-    build()
+    build(*sys.argv[1:])
