@@ -156,9 +156,8 @@ class Runtime:
         if self.ranks.least(int(usable)):
             return library
         if setting == "on":
-            raise ResourceError(
-                f"kernels on: {build.library_path(build.TRAINING)} is not there, or was built without OpenMP; use auto"
-            )
+            path = build.library_path(build.TRAINING)
+            raise ResourceError(f"kernels on: {path} is not there or without OpenMP, or the run is compiled; use auto")
         return None
 
     def captures(self, flops, layers):
