@@ -51,9 +51,10 @@ class KVCache:
 
     def __init__(self, config, rows, dtype=torch.float32, device=None, attention=None):
         self.attention = attention or masked_attention
-        shape = (config.n_layer, rows, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (L, B, H, S, D)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (rows, config.n_head, config.block_size, config.n_embd // config.n_head)
+        # One tensor per layer, (B, H, S, D): the compiler would copy a tensor of all layers at every append.
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # (B,)
         self.counts = np.zeros(rows, dtype=np.int64)  # the same on the host, so that nothing waits for the device
 
@@ -61,14 +62,15 @@ class KVCache:
         """A KVCache of one row, sharing this one's memory: to fill or refill a row on its own."""
         view = object.__new__(KVCache)
         view.attention = self.attention
-        view.keys, view.values = self.keys[:, index : index + 1], self.values[:, index : index + 1]
+        view.keys = [keys[index : index + 1] for keys in self.keys]
+        view.values = [values[index : index + 1] for values in self.values]
         view.lengths, view.counts = self.lengths[index : index + 1], self.counts[index : index + 1]
         return view
 
     def copy_row(self, source, target):
         """Make row `target` hold what row `source` holds."""
-        for buffer in (self.keys, self.values):
-            buffer[:, target] = buffer[:, source]
+        for buffer in (*self.keys, *self.values):
+            buffer[target] = buffer[source]
         self.lengths[target] = self.lengths[source]
         self.counts[target] = self.counts[source]
 
@@ -80,7 +82,8 @@ class KVCache:
     def clear_beyond(self, index):
         """Make 0 what a row's values are beyond its length. masked_attention gives them the weight 0, and 0 times a nan
         or infinity that was left there would be nan."""
-        self.values[:, index, :, int(self.counts[index]) :] = 0
+        for values in self.values:
+            values[index, :, int(self.counts[index]) :] = 0
 
     def append(self, layer, k, v, positions):
         """Store k and v (B, H, T, D) at `positions` (B, T) of `layer`."""

@@ -183,7 +183,8 @@ class Unchanged:
 
     def __init__(self, rows):
         cache = rows.cache
-        self.changed = [cache.lengths, rows.next, rows.turns, cache.keys[:, :, :, :1], cache.values[:, :, :, :1]]
+        self.changed = [cache.lengths, rows.next, rows.turns]
+        self.changed += [buffer[:, :, :1] for buffer in (*cache.keys, *cache.values)]
         self.changed += [] if rows.seen is None else [rows.seen]
 
     def __enter__(self):

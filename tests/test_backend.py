@@ -1,12 +1,14 @@
 """Every way to run the step against the uncached rule and against plain torch: launches ahead, compiled, int8."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from test_generate import CONFIG, EOT, PROMPTS, greedy, random_model, window_logits
+from torch._inductor.utils import run_and_get_code
 
 from gpt import backend, step
 from gpt.backend import make_backend, pick_backend
@@ -93,14 +95,14 @@ def test_a_row_that_few_candidates_do_not_decide_is_taken_back_and_repeated(eage
 def test_steps_run_to_warm_up_leave_no_trace(eager):
     rows = Rows(eager.model, 2, EOT)
     rows.cache.lengths += torch.tensor([3, 7])
-    for tensor in (rows.cache.keys, rows.cache.values):
+    for tensor in (*rows.cache.keys, *rows.cache.values):
         tensor.normal_()
-    before = [t.clone() for t in (rows.cache.lengths, rows.cache.keys, rows.cache.values, rows.next, rows.turns)]
+    tensors = (rows.cache.lengths, *rows.cache.keys, *rows.cache.values, rows.next, rows.turns)
+    before = [tensor.clone() for tensor in tensors]
     with Unchanged(rows), torch.inference_mode():
         rows.cache.lengths.zero_()
         rows.step(make_backend("eager", eager.model))
-    after = (rows.cache.lengths, rows.cache.keys, rows.cache.values, rows.next, rows.turns)
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
 # ---- choosing
@@ -193,6 +195,18 @@ def test_fault_083_compiled_greedy_text_is_that_of_the_uncached_rule(dtype):
         check_greedy(model, prompts, found, 1e-4 if dtype == torch.float32 else 0.5)
 
 
+@pytest.mark.slow
+def test_a_compiled_step_copies_no_layer_of_the_cache():
+    model = random_model(ModelConfig(n_layer=3, n_head=2, n_embd=32, block_size=64))
+    cache = KVCache(model.config, 4)
+    with torch.inference_mode():
+        step = torch.compile(model.decode, dynamic=False, fullgraph=True)
+        _, sources = run_and_get_code(step, torch.tensor([1, 2, 3, 4]), cache)
+    allocated = re.findall(r"empty_strided_\w+\(\(([\d, ]+)\)", "".join(sources))
+    assert allocated
+    assert not [shape for shape in allocated if math.prod(map(int, shape.split(", "))) >= cache.keys[0].numel()]
+
+
 def check_greedy(model, prompts, found, tolerance):
     """Every chosen token's uncached logit is within `tolerance` of the largest."""
     for prompt, (completion,) in zip(prompts, found, strict=True):
@@ -273,7 +287,7 @@ def test_out_of_memory_names_rows_and_context_and_the_flag_to_lower(eager, monke
 def test_no_more_rows_are_chosen_than_memory_has_room_for(eager, monkeypatch):
     row = 2 * CONFIG.n_layer * CONFIG.block_size * CONFIG.n_embd * 4
     cache = KVCache(CONFIG, 1)
-    assert step.row_bytes(eager.model) == row == cache.keys.nbytes + cache.values.nbytes
+    assert step.row_bytes(eager.model) == row == sum(t.nbytes for t in (*cache.keys, *cache.values))
     for free, rows in ((row * 7, 3), (1, 1), (10**12, 8)):
         monkeypatch.setattr("gpt.generate.free_memory", lambda _, free=free: free)
         assert eager.fitting_rows(100) == rows

@@ -192,7 +192,8 @@ def test_what_lies_beyond_a_rows_length_does_not_matter(kernels, kind):
     model = as_kind(make_model(2, 64), kind)
     native, ids = NativeModel(model, kernels), random_ids(1, 6)
     clean, dirty = (KVCache(model.config, 1, model.dtype) for _ in range(2))
-    dirty.keys.fill_(math.nan), dirty.values.fill_(math.nan)
+    for buffer in (*dirty.keys, *dirty.values):
+        buffer.fill_(math.nan)
     for cache in (clean, dirty):
         native.prefill(ids[:, :5], cache)
     assert torch.equal(native.decode(ids[:, 5], clean), native.decode(ids[:, 5], dirty))

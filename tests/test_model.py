@@ -123,8 +123,9 @@ def test_cached_logits_are_uncached_logits_for_a_prompt_split_5_1_1_3_2(model, d
 @torch.no_grad()
 def test_rows_of_unequal_length_continue_each_at_its_own_position(model):
     ids, lengths, cache = random_ids(4, SMALL.block_size), [1, 7, 18, 3], KVCache(SMALL, 4)
-    cache.keys.fill_(1e3)  # what a row does not hold must not matter
-    cache.values.fill_(-1e3)
+    for keys, values in zip(cache.keys, cache.values, strict=True):  # what a row does not hold must not matter
+        keys.fill_(1e3)
+        values.fill_(-1e3)
     for row, length in enumerate(lengths):
         model(ids[row : row + 1, :length], cache=cache.row(row))
     for step in range(5):

@@ -29,8 +29,8 @@ struct Model {
     const float *position, *norm, *shift;
 };
 struct Cache {
-    int64_t is_half, rows, positions, stride;  // stride: values from one layer to the next
-    void *keys, *values;                       // (layers, rows, H, S, D)
+    int64_t is_half, rows, positions;
+    void *const *keys, *const *values;  // of each layer: (rows, H, S, D)
 };
 struct Batch {
     int64_t tokens, outputs, threads;
@@ -116,8 +116,8 @@ template <class Kind, class T> struct Run {
     const int N = batch.tokens, C = model.width, F = 4 * C, H = model.heads, D = C / H, S = cache.positions;
     const size_t WIDE = padded(F);
 
-    T *cached(void *all, size_t layer, size_t row, size_t head, size_t place) const {
-        return (T *)all + layer * cache.stride + ((row * H + head) * S + place) * D;
+    T *cached(void *of_layer, size_t row, size_t head, size_t place) const {
+        return (T *)of_layer + ((row * H + head) * S + place) * D;
     }
     template <class Work> void each(const Team &team, int count, Work work) const {
         for (int i = team.thread; i < count; i += team.threads) work(i);
@@ -139,8 +139,8 @@ template <class Kind, class T> struct Run {
         for (int head = 0; head < H; head++)
             for (int which = 1; which < 3; which++) {
                 const float *from = mixed + token * WIDE + which * C + head * D;
-                void *all = which == 1 ? cache.keys : cache.values;
-                T *to = cached(all, layer, batch.rows[token], head, batch.places[token]);
+                void *of_layer = (which == 1 ? cache.keys : cache.values)[layer];
+                T *to = cached(of_layer, batch.rows[token], head, batch.places[token]);
                 for (int d = 0; d < D; d += LANES) store(to + d, load(from + d, D - d), D - d);
             }
     }
@@ -155,8 +155,8 @@ template <class Kind, class T> struct Run {
             if (size < GROUP) size = 1;
             for (int head = 0; head < H; head++) {
                 if (work++ % team.threads != team.thread) continue;
-                T *keys = cached(cache.keys, layer, batch.rows[token], head, 0);
-                T *values = cached(cache.values, layer, batch.rows[token], head, 0);
+                T *keys = cached(cache.keys[layer], batch.rows[token], head, 0);
+                T *values = cached(cache.values[layer], batch.rows[token], head, 0);
                 auto *function = D % PADDING ? (size == 1 ? attend<T, 1, 1> : attend<T, GROUP, 1>)
                                              : (size == 1 ? attend<T, 1, 4> : attend<T, GROUP, 4>);
                 size_t at = token * WIDE + head * D;

@@ -40,8 +40,8 @@ class Model(ctypes.Structure):
 
 class Cache(ctypes.Structure):
     _fields_ = [
-        *((name, Number) for name in ("is_half", "rows", "positions", "stride")),
-        *((name, Pointer) for name in ("keys", "values")),
+        *((name, Number) for name in ("is_half", "rows", "positions")),
+        *((name, ctypes.POINTER(Pointer)) for name in ("keys", "values")),
     ]
 
 
@@ -161,6 +161,6 @@ class NativeModel:
 
 def describe(cache):
     """A KVCache, or one row of it, for the library."""
-    keys, values = cache.keys, cache.values
-    half = keys.dtype == torch.bfloat16
-    return Cache(half, keys.shape[1], keys.shape[3], keys.stride(0), keys.data_ptr(), values.data_ptr())
+    keys, values = ((Pointer * len(every))(*(t.data_ptr() for t in every)) for every in (cache.keys, cache.values))
+    rows, _, positions, _ = cache.keys[0].shape
+    return Cache(cache.keys[0].dtype == torch.bfloat16, rows, positions, keys, values)
