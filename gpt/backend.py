@@ -1,6 +1,8 @@
 """What runs the model while it generates: plain torch, compiled, native kernels or CUDA graphs, all of one meaning."""
 
+import functools
 import math
+import subprocess
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,31 +81,50 @@ def make_backend(name, model):
 
 
 def eager(model):
-    return Backend("eager", model, model.prefill, model.decode, choose)
+    return Backend("eager", model, prefill_on_gpu(model), model.decode, choose)
 
 
 def captured(model):
-    attention = triton_attention()
+    attention = triton_attention(model.device)
     reads_beyond = attention is None
-    return Backend("captured", model, model.prefill, model.decode, choose, attention, reads_beyond, narrow=True)
+    return Backend("captured", model, prefill_on_gpu(model), model.decode, choose, attention, reads_beyond, narrow=True)
 
 
 def compiled(model):
     """The step compiled; on a GPU its kernels are then captured too."""
     on_gpu = model.device.type == "cuda"
     # On a CPU `choose` decides on the host how much to sort.
-    chooser, attention = (compile_static(choose), triton_attention()) if on_gpu else (choose, None)
+    chooser, attention = (compile_static(choose), triton_attention(model.device)) if on_gpu else (choose, None)
     decode, reads_beyond = compile_static(model.decode), attention is None
-    return Backend("compiled", model, model.prefill, decode, chooser, attention, reads_beyond, narrow=on_gpu)
+    return Backend("compiled", model, prefill_on_gpu(model), decode, chooser, attention, reads_beyond, narrow=on_gpu)
 
 
-def triton_attention():
-    """The Triton kernel for attention, where this torch came with Triton."""
+@functools.cache
+def triton_attention(device):
+    """Returns the Triton kernel for attention, or None with a note where Triton is missing or cannot compile: its first
+    launch needs a C compiler and Python's headers."""
     try:
         from gpt.kernels.attention import decode_attention
-    except ImportError:
+
+        q, cached = (torch.zeros(1, 1, length, 16, device=device) for length in (1, 8))
+        decode_attention(q, cached, cached, torch.zeros(1, 1, dtype=torch.int64, device=device))
+    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        note("info", f"no Triton kernel for attention: {str(error).partition(chr(10))[0]}; plain torch is used")
         return None
     return decode_attention
+
+
+def prefill_on_gpu(model):
+    """Returns GPT.prefill without cuDNN's attention, which builds a plan, for up to a second, at every new length."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+    def prefill(ids, cache):
+        with sdpa_kernel(others):
+            model.prefill(ids, cache)
+
+    return prefill if model.device.type == "cuda" else model.prefill
 
 
 def compile_static(function):

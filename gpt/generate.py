@@ -75,6 +75,7 @@ class TextGenerator:
         self.decoders = {}  # the last Decoder, unless it is in use, by its back end's name and number of rows
 
     @classmethod
+    @torch.inference_mode(False)  # weights loaded within that mode could not be trained later
     def load(cls, path, device="auto", dtype="auto", quantize="none", backend="auto"):
         """The TextGenerator of a checkpoint folder, run folder or hub name, on a device and in a precision by name;
         `quantize` is "none" or "int8"."""
@@ -195,6 +196,7 @@ class TextGenerator:
 
 
 def weights_now(model):
-    """What tells a model's weights from later ones: where they lie, and how often they were changed there."""
+    """Returns what tells a model's weights from later ones: their addresses and how often they were changed in place.
+    Tensors made in inference mode count no changes."""
     tensors = [*model.parameters(), *model.buffers()]
-    return [(tensor.data_ptr(), tensor.dtype, tensor._version) for tensor in tensors]
+    return [(t.data_ptr(), t.dtype, None if t.is_inference() else t._version) for t in tensors]

@@ -34,7 +34,8 @@ def compiled_losses_of(logits, targets, vocab_size, gradient):
     """The same, for the compiler to make one loop of."""
     values = logits[:, :vocab_size].float().log_softmax(-1)
     if gradient:
-        logits[:, :vocab_size] = values.exp() - (torch.arange(vocab_size, device=targets.device) == targets[:, None])
+        is_target = torch.arange(vocab_size, device=targets.device) == targets[:, None]
+        logits[:, :vocab_size] = values.exp() - is_target.to(values.dtype)
         logits[:, vocab_size:] = 0
     return -values.gather(1, targets[:, None])[:, 0]
 

@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import re
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -302,7 +303,10 @@ def eager_speed(device):
 
 
 def has_compiler():
-    return platform.system() != "Windows"
+    """Returns whether torch.compile and Triton find the C compiler that both need, by Triton's rules."""
+    if platform.system() == "Windows":
+        return False
+    return bool(os.environ.get("CC")) or any(map(shutil.which, ("gcc", "clang")))
 
 
 def device_name(device):

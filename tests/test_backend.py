@@ -2,15 +2,20 @@
 
 import math
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_generate import CONFIG, EOT, PROMPTS, greedy, random_model, window_logits
 from torch._inductor.utils import run_and_get_code
+from training_helpers import save_step
 
-from gpt import backend, step
+from gpt import backend, runtime, step
 from gpt.backend import make_backend, pick_backend
 from gpt.errors import InputError, NonFiniteError, ResourceError
 from gpt.generate import TextGenerator, weights_now
@@ -341,6 +346,66 @@ def test_generating_in_inference_mode_leaves_nothing_that_fails_outside_of_it(ke
     assert greedy(generator, "abc") == expected
     ids = torch.tensor([[1, 2, 3]])
     generator.model(ids, ids).sum().backward()
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_a_model_loaded_in_inference_mode_generates_there_and_can_be_trained_later(tmp_path, quantize):
+    folder = save_step(tmp_path, 1, random_model())
+    shutil.rmtree(folder / "training")  # no manifest of ours: as any Hugging Face folder
+    with torch.inference_mode():
+        generator = TextGenerator.load(folder, dtype="fp32", quantize=quantize, backend="eager")
+        expected = greedy(generator, "abc")
+    assert greedy(generator, "abc") == expected
+    if quantize == "none":
+        ids = torch.tensor([[1, 2, 3]])
+        generator.model(ids, ids).sum().backward()
+
+
+def test_a_model_whose_weights_were_made_in_inference_mode_generates():
+    with torch.inference_mode():
+        generator = generator_of(random_model())
+        expected = greedy(generator, "abc")
+    assert greedy(generator, "abc") == expected == greedy(generator_of(random_model()), "abc")
+
+
+# ---- on a GPU, as far as a CPU shows it
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+        subprocess.CalledProcessError(1, ["gcc", "Python.h"]),
+        FileNotFoundError("gcc"),
+        ImportError("no triton"),
+    ],
+)
+def test_fault_132_where_triton_cannot_compile_plain_torch_runs_the_attention(monkeypatch, capsys, error):
+    def launch(*_):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "gpt.kernels.attention", SimpleNamespace(decode_attention=launch))
+    backend.triton_attention.cache_clear()
+    assert backend.triton_attention(torch.device("cpu")) is None
+    assert "no Triton kernel" in capsys.readouterr().err
+    backend.triton_attention.cache_clear()
+
+
+@pytest.mark.parametrize(("cc", "known", "expected"), [("", (), False), ("", ("clang",), True), ("icx", (), True)])
+def test_fault_132_a_c_compiler_is_looked_for_as_triton_does(monkeypatch, cc, known, expected):
+    monkeypatch.setenv("CC", cc)
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: name if name in known else None)
+    assert runtime.has_compiler() is expected
+
+
+def test_a_prompt_on_a_gpu_never_makes_cudnn_plan_its_attention():
+    seen = []
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled
+    model = SimpleNamespace(device=torch.device("cuda"), prefill=lambda ids, cache: seen.append(cudnn()))
+    before = cudnn()
+    backend.prefill_on_gpu(model)(None, None)
+    assert seen == [False]
+    assert cudnn() == before
 
 
 # ---- settings of each prompt, and what is reported
