@@ -8,12 +8,10 @@ import time
 from collections import Counter
 
 from gpt.errors import InputError, ResourceError
+from gpt.files import lock_file
 
 LONGEST_LINE = 1 << 30  # bytes; what is longer is no answer
 OTHER = "give --out another name"
-
-if os.name != "nt":
-    import fcntl
 
 
 def answer_line(prompt, completion, escape=False):
@@ -110,24 +108,14 @@ def opened(path, answers=None):
     # A lone surrogate from a JSONL prompt becomes \\udXXX, which is its JSON escape.
     with open(path, "a" if answers else "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         if answers and os.path.isfile(path):
-            lock(file, path)
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                if not lock_file(file):
+                    raise ResourceError(f"{path}: another program is writing to it; wait for it, or {OTHER}")
             if os.fstat(file.fileno()).st_size != answers.size:
                 raise ResourceError(f"{path}: another program has changed it meanwhile; start again")
             if answers.end < answers.size:
                 file.truncate(answers.end)
         yield file
-
-
-def lock(file, path):
-    """Keep other programs that ask the same from `file` until it is closed, where the system can."""
-    if os.name == "nt":
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ResourceError(f"{path}: another program is writing to it; wait for it, or {OTHER}") from None
-    except OSError:  # some network file systems have no locks
-        pass
 
 
 class Progress:

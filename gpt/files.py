@@ -1,4 +1,4 @@
-"""Files and folders handled with care: durable writes, names from elsewhere, hashes, JSON, a lock on a run folder."""
+"""Files and folders handled with care: durable writes, names from elsewhere, hashes, JSON, locks, the cache folder."""
 
 import contextlib
 import hashlib
@@ -7,18 +7,17 @@ import os
 import platform
 import re
 import shutil
+import sys
 import time
+from pathlib import Path
+from typing import IO, Any
 
 from gpt.errors import IntegrityError, ResourceError, note
-
-if os.name == "nt":
-    import msvcrt
-else:
-    import fcntl
 
 JSON_LIMIT = 1 << 28  # bytes; the tokenizer.json of a vocabulary of 200,000 takes 15 MB
 LOCK = "lock"
 LOCKED_BYTE = 1 << 30  # where Windows locks: far behind the text, which must stay readable
+LOCK_POLL_SECONDS = 0.1
 
 
 # ---- writing
@@ -130,20 +129,67 @@ def lock_folder(folder):
 
 def take_lock(file, folder):
     try:
-        if os.name == "nt":
-            file.seek(LOCKED_BYTE)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        holder = file.read(200).decode("utf-8", "replace").strip() or "another program"
-        raise ResourceError(f"{folder}: in use by {holder}; wait for it or give another --out") from None
+        free = lock_file(file)
     except OSError as error:  # some network file systems have no locks
         note("warning", f"{folder}: cannot be locked ({error.strerror}); take care not to start a second run in it")
+        return
+    if not free:
+        file.seek(0)
+        holder = file.read(200).decode("utf-8", "replace").strip() or "another program"
+        raise ResourceError(f"{folder}: in use by {holder}; wait for it or give another --out")
 
 
 def write_holder(file, text):
     with contextlib.suppress(OSError):  # a full disk: the lock holds without it
         file.truncate(0)
         file.write(text.encode("utf-8", "replace"))
+
+
+def lock_file(file: IO[Any], wait_seconds: float = 0) -> bool:
+    """Locks an open file against other programs that call this. Returns False if another one still holds the lock after
+    `wait_seconds`. Raises OSError if the file system has no locks.
+
+    The lock belongs to the open file: it is free again when this process, and every process that inherited the file,
+    has closed it or ended. On Windows this moves the file's position, so open the file for appending."""
+    deadline = time.monotonic() + wait_seconds
+    while not try_lock(file.fileno()):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(LOCK_POLL_SECONDS)
+    return True
+
+
+def try_lock(descriptor: int) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+# ---- the cache
+
+
+def cache_folder() -> Path | None:
+    """Returns the folder for what this program can make or download again, or None without a home folder. It may not
+    exist yet: see make_private."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        cache = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return cache / "gpt-text-generator"
+
+
+def make_private(folder: Path) -> None:
+    """Creates a folder and the missing folders above it, all for this user alone."""
+    for path in reversed([folder, *folder.parents]):
+        path.mkdir(mode=0o700, exist_ok=True)

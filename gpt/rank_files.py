@@ -14,6 +14,7 @@ import tiktoken.load
 
 from gpt.download import download
 from gpt.errors import InputError, IntegrityError, ResourceError
+from gpt.files import cache_folder, make_private
 from gpt.interop_tokenizer import Vocabulary, read_bytes, read_json
 
 LIMIT_BYTES = 1 << 26  # of a download; the largest has 3.6 MB
@@ -59,20 +60,18 @@ def own_cache(name):
         tiktoken.load.read_file_cached = original
 
 
-def cache_folder():
-    """Where downloaded rank files are kept: TIKTOKEN_CACHE_DIR (tiktoken's own variable), else a folder of this user;
-    None where there is neither."""
+def download_folder() -> Path | None:
+    """Returns the folder for downloaded rank files: TIKTOKEN_CACHE_DIR (tiktoken's own variable), else one in the cache
+    folder. Returns None if the variable is empty or there is no cache folder."""
     if "TIKTOKEN_CACHE_DIR" in os.environ:
         return Path(os.environ["TIKTOKEN_CACHE_DIR"]) if os.environ["TIKTOKEN_CACHE_DIR"] else None
-    try:
-        return Path.home() / ".cache" / "gpt-text-generator" / "tiktoken"
-    except RuntimeError:
-        return None
+    cache = cache_folder()
+    return cache / "tiktoken" if cache else None
 
 
 def rank_file(name, url, expected_hash=None):
     """The bytes of a rank file from the cache, else from the network. Never those of a damaged file."""
-    folder = cache_folder()
+    folder = download_folder()
     path = folder / hashlib.sha1(url.encode()).hexdigest() if folder else None
     damaged = False
     if path and path.exists():
@@ -101,6 +100,6 @@ def store(path, data):
         return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private(path.parent)
         temporary.write_bytes(data)
         os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Durable writes, JSON from elsewhere, and the lock on a run folder."""
+"""Durable writes, JSON from elsewhere, locks, and the cache folder."""
 
 import errno
 import json
@@ -15,7 +15,16 @@ from training_helpers import make_data, snapshot, train_here
 
 from gpt import files
 from gpt.errors import IntegrityError, ResourceError
-from gpt.files import is_folder, lock_folder, read_json, remove_tree, write_durably
+from gpt.files import (
+    cache_folder,
+    is_folder,
+    lock_file,
+    lock_folder,
+    make_private,
+    read_json,
+    remove_tree,
+    write_durably,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -203,3 +212,49 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(fcntl, "flock", fail)
     with lock_folder(tmp_path):
         assert "No locks available" in capsys.readouterr().err
+
+
+def test_a_lock_can_be_waited_for_and_is_free_once_the_last_process_has_closed_the_file(tmp_path):
+    path = tmp_path / "x.lock"
+    with open(path, "ab") as first, open(path, "ab") as second:
+        assert lock_file(first)
+        assert not lock_file(second)
+        heir = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"], stdin=first)
+        first.close()
+        assert not lock_file(second)
+        assert lock_file(second, wait_seconds=60)
+        assert heir.poll() == 0 or heir.wait(5) == 0
+
+
+# ---- the cache
+
+
+def test_the_cache_folder_follows_xdg_cache_home_if_that_is_an_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "gpt-text-generator"
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "me")
+    for value in ("", "relative/path"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert cache_folder() == tmp_path / "me" / ".cache" / "gpt-text-generator"
+
+
+def test_without_a_home_folder_there_is_no_cache_folder(monkeypatch):
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(Path, "home", fail)
+    assert cache_folder() is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX modes")
+def test_fault_117_private_folders_are_for_their_owner_and_folders_that_exist_keep_their_mode(tmp_path):
+    tmp_path.chmod(0o755)
+    mask = os.umask(0)
+    try:
+        for _ in range(2):
+            make_private(tmp_path / "a" / "b")
+    finally:
+        os.umask(mask)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (tmp_path, tmp_path / "a", tmp_path / "a" / "b")]
+    assert modes == [0o755, 0o700, 0o700]

@@ -1,6 +1,8 @@
 """tiktoken's own files: from the cache or the network, never damaged, never without limit."""
 
 import hashlib
+import os
+import stat
 import subprocess
 import sys
 import threading
@@ -69,13 +71,32 @@ def test_a_name_look_up_that_hangs_is_given_up(tmp_path, monkeypatch, no_network
     released.set()
 
 
-def test_a_downloaded_file_is_kept_for_the_next_time(bpe_cache, tmp_path, monkeypatch, no_network):
-    copy = {name: (bpe_cache / name).read_bytes() for name in GPT2_FILES}
+@pytest.fixture
+def downloads(bpe_cache, monkeypatch, no_network):
+    """Name -> bytes of gpt2's files, which the network delivers meanwhile."""
+    files = {name: (bpe_cache / name).read_bytes() for name in GPT2_FILES}
 
     def answer(url, file, sha256, limit):
-        file.write(copy[hashlib.sha1(url.encode()).hexdigest()])
+        file.write(files[hashlib.sha1(url.encode()).hexdigest()])
 
     monkeypatch.setattr("gpt.rank_files.download", answer)
+    return files
+
+
+def test_a_downloaded_file_is_kept_for_the_next_time(downloads, tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
     assert load_tokenizer("gpt2").encode("hello world") == [31373, 995]
-    assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == copy
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == downloads
+
+
+def test_downloads_are_kept_in_the_programs_cache_folder_which_stays_private(downloads, tmp_path, monkeypatch):
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    mask = os.umask(0o002)  # the default of many systems: others of the same group may write
+    try:
+        load_tokenizer("gpt2")
+    finally:
+        os.umask(mask)
+    folder = tmp_path / "gpt-text-generator"
+    assert {path.name: path.read_bytes() for path in (folder / "tiktoken").iterdir()} == downloads
+    assert os.name == "nt" or stat.S_IMODE(folder.stat().st_mode) == 0o700  # else no C++ would be built there

@@ -441,7 +441,6 @@ def test_more_samples_than_before_are_refused_and_no_answer_is_lost(cli, generat
     assert "holds 1 texts for prompt 1, not 2" in err
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX locks")
 def test_two_runs_do_not_write_to_one_file_of_answers(cli, tmp_path):
     (tmp_path / "p.txt").write_text("a\nb\n")
     out = tmp_path / "o.jsonl"
