@@ -140,16 +140,16 @@ def compile_static(function):
 
 
 def native(model):
-    kernels = NativeModel(model, build.load())
-    choice = NativeChoice(build.load())
+    kernels = NativeModel(model, build.load_library())
+    choice = NativeChoice(build.load_library())
     made = kernels.prefill, kernels.decode, choice.choose
     return Backend("native", model, *made, reads_beyond=False, take=choice.take)
 
 
 def library(wait):
-    """The compiled kernels; None where they are not there. Unless it pays to wait for them, they are then built in the
-    background for the next program."""
-    found = build.build() if wait else build.load()
-    if found is None and not wait and build.start_build():
+    """Returns the compiled kernels, or None if they cannot be had. If they are missing, `wait` builds them first;
+    otherwise starts a build for the next program and returns None."""
+    kernels = build.build_now() if wait else build.load_library()
+    if kernels is None and not wait and build.start_background_build():
         note("info", "the C++ kernels are being built in the background; until then --backend eager runs the model")
-    return found
+    return kernels

@@ -152,7 +152,7 @@ class Runtime:
         if wanted and self.ranks.local_rank == 0:
             build_kernels(wait=setting == "on" or again or flops >= KERNELS_PAY)
         self.ranks.least(0)  # here all wait until they are built
-        library = build.load(build.TRAINING) if wanted else None
+        library = build.load_library(build.TRAINING) if wanted else None
         usable = library is not None and (library.gpt_has_threads() or torch.get_num_threads() == 1)
         if self.ranks.least(int(usable)):
             return library
@@ -187,10 +187,10 @@ class Runtime:
 
 
 def build_kernels(wait):
-    """See that the C++ of training is built: now, or in the background for later runs."""
+    """Builds the C++ of training if it is missing: now, or in the background for later runs."""
     if wait:
-        build.build(build.TRAINING)
-    elif build.load(build.TRAINING) is None and build.start_build(build.TRAINING):
+        build.build_now(build.TRAINING)
+    elif build.load_library(build.TRAINING) is None and build.start_background_build(build.TRAINING):
         note("info", "C++ kernels are being built in the background, for later runs; this one uses torch")
 
 

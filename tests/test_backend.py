@@ -123,17 +123,17 @@ def test_what_cannot_run_here_is_refused_with_the_reason(eager):
 
 def test_a_short_text_does_not_wait_for_the_kernels_to_be_built_and_a_long_job_does(eager, monkeypatch):
     calls = []
-    for name, result in (("load", None), ("build", object()), ("start_build", None)):
+    for name, result in (("load_library", None), ("build_now", object()), ("start_background_build", None)):
         monkeypatch.setattr(backend.build, name, lambda name=name, result=result: calls.append(name) or result)
     monkeypatch.setattr(backend, "supports", lambda _: True)
     assert pick_backend("auto", eager.model, 10_000) == "eager"  # ten thousand steps of so small a model are short too
-    assert calls == ["load", "start_build"]
+    assert calls == ["load_library", "start_background_build"]
     with torch.device("meta"):
         large = GPT(ModelConfig(), 50257)
     large.position.weight = torch.nn.Parameter(torch.zeros(1, 768))  # says "cpu"
     assert pick_backend("auto", large, 100) == "eager"
     assert pick_backend("auto", large, 1000) == "native"
-    assert calls[4:] == ["build"]
+    assert calls[4:] == ["build_now"]
 
 
 # ---- native

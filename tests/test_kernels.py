@@ -1,20 +1,12 @@
-"""The native forward pass against the model without a cache, and against itself in other company; how it is built."""
+"""The native forward pass against the model without a cache, and against itself in other company."""
 
 import copy
 import math
-import os
-import shutil
-import stat
-import subprocess
-import sys
-import threading
-import time
 
 import pytest
 import torch
 import torch.nn as nn
 
-from gpt.kernels import build
 from gpt.kernels.native import CHUNK, NativeModel, supports
 from gpt.model import GPT, KVCache, ModelConfig
 from gpt.quantize import to_int8
@@ -236,144 +228,3 @@ def test_two_of_one_model_work_side_by_side_and_after_it_is_gone(kernels):
         parameter.data = torch.zeros(0)
     for native in natives:
         assert (native.decode(ids, KVCache(native.config, 1)) - expected).abs().max() < 1e-4
-
-
-# ---- how it is built
-
-unix = pytest.mark.skipif(os.name == "nt", reason="nothing is built on Windows")
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty home for the cache folder; that folder's path."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "gpt-text-generator"
-
-
-@pytest.fixture
-def compiler(tmp_path, monkeypatch, kernels_cache):
-    """A function that puts a shell script in the compiler's place. It notes its calls in the file that is returned;
-    there $TARGET is what it should write and $LIBRARY a library that works."""
-    monkeypatch.setenv("XDG_CACHE_HOME", kernels_cache)
-    library, calls = build.library_path(), tmp_path / "calls"
-
-    def place(script):
-        path = tmp_path / "compiler"
-        path.write_text(f'#!/bin/sh\nfor TARGET; do :; done\nLIBRARY="{library}"\necho "$*" >> "{calls}"\n{script}\n')
-        path.chmod(0o755)
-        monkeypatch.setenv("CXX", str(path))
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        return calls
-
-    return place
-
-
-WORKS = 'cp "$LIBRARY" "$TARGET"'
-
-
-@unix
-def test_the_cache_folder_is_private_and_nothing_but_the_library_stays_in_it(compiler, cache):
-    compiler(WORKS)
-    assert build.load() is None
-    assert build.build() is not None
-    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-    assert list(cache.iterdir()) == [build.library_path()]
-    assert build.load() is not None
-
-
-@unix
-def test_two_builds_at_once_both_give_a_whole_library(compiler, cache):
-    calls = compiler(f"sleep 0.3; {WORKS}")
-    found = []
-    builders = [threading.Thread(target=lambda: found.append(build.build())) for _ in range(2)]
-    for builder in builders:
-        builder.start()
-    for builder in builders:
-        builder.join()
-    assert len(calls.read_text().splitlines()) == 2 * (len(build.SOURCES[build.GENERATION]) + 1)
-    assert len(found) == 2 and all(library.gpt_forward for library in found)
-    assert list(cache.iterdir()) == [build.library_path()]
-
-
-@unix
-def test_a_compiler_that_fails_leaves_its_message_and_is_not_tried_again(compiler, cache, monkeypatch):
-    calls = compiler('echo "no such header" >&2; exit 1')
-    assert build.build() is None
-    assert build.failed_marker(build.library_path()).read_text() == "no such header\n"
-    tried = len(calls.read_text().splitlines())
-    assert tried == len(build.FLAGS) * len(build.SOURCES[build.GENERATION])
-    assert build.build() is None and build.load() is None
-    monkeypatch.setattr(subprocess, "Popen", None)
-    build.start_build()
-    assert len(calls.read_text().splitlines()) == tried
-    assert list(cache.iterdir()) == [build.failed_marker(build.library_path())]
-
-
-@unix
-def test_flags_that_a_compiler_does_not_know_are_left_out(compiler, cache):
-    calls = compiler(f'case "$*" in *-fopenmp*|*-march*) exit 1;; esac; {WORKS}')
-    assert build.build() is not None
-    assert "-mcpu=native" in calls.read_text().splitlines()[-1]
-
-
-@unix
-def test_a_background_build_outlives_the_process_that_began_it(compiler, cache):
-    compiler(f"sleep 1; {WORKS}")
-    begin = "import sys; from gpt.kernels import build; build.start_build(); assert 'torch' not in sys.modules"
-    started = time.monotonic()
-    subprocess.run([sys.executable, "-c", begin], check=True, cwd=os.path.dirname(os.path.dirname(__file__)))
-    while build.load() is None and time.monotonic() - started < 30:
-        time.sleep(0.05)
-    assert build.load() is not None
-
-
-@unix
-@pytest.mark.parametrize("bits", [stat.S_IWGRP, stat.S_IWOTH])
-@pytest.mark.parametrize("what", ["folder", "library"])
-def test_what_others_may_write_to_is_not_loaded(compiler, cache, what, bits):
-    compiler(WORKS)
-    assert build.build() is not None
-    path = cache if what == "folder" else build.library_path()
-    path.chmod(0o700 | bits)
-    assert build.load() is None and build.build() is None
-
-
-@unix
-def test_what_belongs_to_another_user_is_not_loaded_and_nothing_is_built_there(compiler, cache, monkeypatch):
-    calls = compiler(WORKS)
-    assert build.build() is not None
-    monkeypatch.setattr(os, "geteuid", lambda: cache.stat().st_uid + 1)
-    assert build.load() is None
-    build.library_path().unlink()
-    assert build.build() is None
-    assert len(calls.read_text().splitlines()) == len(build.SOURCES[build.GENERATION]) + 1
-
-
-@unix
-def test_a_library_that_was_cut_is_not_loaded_but_built_again(compiler, cache):
-    compiler(WORKS)
-    assert build.build() is not None
-    path = build.library_path()
-    whole = path.read_bytes()
-    path.unlink()  # another file in its place: to cut the one that is loaded would kill this process
-    path.write_bytes(whole[: len(whole) // 3])
-    assert build.load() is None
-    assert build.build() is not None
-    assert path.stat().st_size == len(whole)
-
-
-def test_without_a_compiler_there_is_no_library(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    build.start_build()
-    assert build.load() is None and build.build() is None
-    assert list(tmp_path.iterdir()) == []
-
-
-@unix
-@pytest.mark.parametrize("name", ["cpu", "torch_version"])
-def test_another_cpu_or_torch_gets_a_library_of_its_own(compiler, cache, monkeypatch, name):
-    compiler(WORKS)
-    path = build.library_path()
-    monkeypatch.setattr(build, name, lambda: "another")
-    assert build.library_path() not in (path, None)

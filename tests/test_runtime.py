@@ -126,9 +126,9 @@ class Library:
 def builds(monkeypatch):
     """Where kernels are not built yet: what was done about it, "built" or "begun"."""
     done, library = [], Library()
-    monkeypatch.setattr(build, "load", lambda purpose: library if "built" in done else None)
-    monkeypatch.setattr(build, "build", lambda purpose: done.append("built"))
-    monkeypatch.setattr(build, "start_build", lambda purpose: done.append("begun") or True)
+    monkeypatch.setattr(build, "load_library", lambda purpose: library if "built" in done else None)
+    monkeypatch.setattr(build, "build_now", lambda purpose: done.append("built"))
+    monkeypatch.setattr(build, "start_background_build", lambda purpose: done.append("begun") or True)
     return done
 
 
@@ -137,9 +137,9 @@ def test_a_long_run_waits_for_its_kernels_and_a_short_one_has_them_built_for_the
     assert run.kernels("auto", False, runtime.KERNELS_PAY / 2) is None
     assert builds == ["begun"]
     assert "built in the background" in capsys.readouterr().err
-    assert run.kernels("auto", False, runtime.KERNELS_PAY) is build.load(build.TRAINING) is not None
+    assert run.kernels("auto", False, runtime.KERNELS_PAY) is build.load_library(build.TRAINING) is not None
     assert builds == ["begun", "built"]
-    assert run.kernels("auto", False, 1) is build.load(build.TRAINING)
+    assert run.kernels("auto", False, 1) is build.load_library(build.TRAINING)
     assert builds == ["begun", "built"]
 
 
@@ -170,14 +170,14 @@ def test_kernels_that_one_rank_lacks_or_that_have_no_threads_are_not_used(settin
     run.ranks = type("Ranks", (Alone,), {"least": lambda self, number: 0})()
     assert run.kernels("auto", False, 1e21) is None
     run.ranks = Alone()
-    monkeypatch.setattr(build, "load", lambda purpose: Library(has_threads=False))
+    monkeypatch.setattr(build, "load_library", lambda purpose: Library(has_threads=False))
     assert run.kernels("auto", False, 1e21) is None
     torch.set_num_threads(1)
     assert run.kernels("auto", False, 1e21) is not None
 
 
 def test_where_kernels_cannot_be_had_auto_goes_without_and_on_is_an_error(settings_back, monkeypatch):
-    for name in ("load", "build", "start_build"):
+    for name in ("load_library", "build_now", "start_background_build"):
         monkeypatch.setattr(build, name, lambda purpose: None)
     run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
     assert run.kernels("auto", False, 1e21) is None

@@ -80,6 +80,8 @@ def test_gpt_never_imports_the_scripts(path):
         ("gpt.muon", set()),
         ("gpt.budget", set()),
         ("gpt.files", {"gpt.errors"}),
+        ("gpt.answers", {"gpt.errors", "gpt.files"}),
+        ("gpt.kernels.build", {"gpt.errors", "gpt.files"}),
         ("gpt.memory", {"gpt.errors", "gpt.model"}),
         ("gpt.shards", {"gpt.errors", "gpt.files"}),
         ("gpt.reader", {"gpt.errors", "gpt.files", "gpt.shards"}),

@@ -1,6 +1,8 @@
-"""The native libraries: compiled from the C++ files of this folder by the system's compiler, once, in a per-user cache.
+"""Builds and loads the native libraries: the C++ files of this folder, compiled once into the user's cache folder.
 
-Nothing here imports torch, nor the rest of gpt: the background build runs this file by itself and starts at once."""
+Every build runs in a process of its own, `python -m gpt.kernels.build`, which must start fast: never import torch here.
+The standard input of that process and of its compilers is the locked file `<purpose>.lock` in the cache folder. The
+system frees the lock when all of them have ended, however they end. So only one build of a library runs at a time."""
 
 import contextlib
 import ctypes
@@ -9,8 +11,10 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -19,31 +23,44 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
+
+from gpt.errors import ResourceError, note
+from gpt.files import cache_folder, lock_file, make_private, no_link, write_durably
 
 FOLDER = Path(__file__).parent
-GENERATION, TRAINING = "generation", "training"
-SOURCES = {  # of each library; what takes longest to compile comes first
+GENERATION, TRAINING = "generation", "training"  # the purpose of a library
+SOURCES = {  # the file that takes longest to compile comes first
     GENERATION: [FOLDER / "forward.cpp", FOLDER / "choose.cpp"],
     TRAINING: [FOLDER / "causal.cpp", FOLDER / "training.cpp"],
 }
 HEADERS = sorted(FOLDER.glob("*.h"))
 COMMON = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-Wno-psabi"]
-FLAGS = [  # the first that the compiler takes; without OpenMP the library works with one thread
+FLAGS = [  # in order of preference; without OpenMP a library uses one thread
     [*COMMON, "-march=native", "-fopenmp"],
     [*COMMON, "-march=native"],
     [*COMMON, "-mcpu=native", "-fopenmp"],
     [*COMMON, "-mcpu=native"],
 ]
-HEAD_START = 2  # seconds that the program which starts a background build has the machine to itself
-COMPILE_SECONDS = 300  # at most
+BACKGROUND_NICENESS = 10  # with 19, a build on a busy machine may never end
+HEAD_START = 2  # seconds in which a background build leaves the machine to the program that started it
+BUILD_SECONDS = 600  # limit for a build
+WAIT_SECONDS = 120  # limit for waiting for another build, and then for one's own; ranks wait 300 seconds for each other
+RETRY_SECONDS = 24 * 3600  # after a compiler error; a system update may have repaired the compiler
 DIGEST_BYTES = 32
-MESSAGE_CHARACTERS = 10_000  # kept of what a compiler that failed says
+MESSAGE_CHARACTERS = 10_000  # kept of a compiler's message
+INTERRUPTED = re.compile(  # a compiler that says this did not run to its end, because of the state of the machine
+    r"signal terminated program|terminated with signal|due to signal|unable to execute command|out of memory"
+    r"|memory exhausted|cannot allocate memory|bad_alloc|no space left|quota exceeded|read-only file system"
+    r"|input/output error|stale file handle|resource temporarily unavailable|too many open files",
+    re.IGNORECASE,
+)
 
 
-def load(purpose=GENERATION):
-    """The library of a purpose as ctypes has it, or None where it is not built or must not be trusted; never waits."""
+def load_library(purpose: str = GENERATION) -> ctypes.CDLL | None:
+    """Returns the library, or None if it is not built or if another user may have written it. Never waits."""
     path = library_path(purpose)
-    if path is None or not (ours(path.parent) and ours(path) and whole(path)):
+    if path is None or not (is_ours(path.parent) and is_ours(path) and is_whole(path)):
         return None
     try:
         return ctypes.CDLL(str(path))
@@ -51,57 +68,65 @@ def load(purpose=GENERATION):
         return None
 
 
-def build(purpose=GENERATION):
-    """The library, built now unless it is there: takes seconds. None where that cannot be done or has failed before;
-    then `<library>.failed` in the cache folder says why."""
-    path = library_path(purpose)
-    if path is not None and not whole(path) and may_build(path):
-        with contextlib.suppress(OSError):  # the disk is full or read-only
-            compile_into(path, SOURCES[purpose])
-    return load(purpose)
+def build_now(purpose: str = GENERATION) -> ctypes.CDLL | None:
+    """Returns the library. If it is missing, builds it or waits for the process that builds it, which takes seconds.
+
+    Returns None if the build is impossible, fails or takes longer than WAIT_SECONDS. After a compiler error,
+    `<library>.failed` holds the reason."""
+    library = load_library(purpose)
+    if library is None:
+        builder = start_builder(purpose, wait_seconds=WAIT_SECONDS)
+        if builder is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the builder goes on, as it does after Ctrl-C
+                builder.wait(WAIT_SECONDS)
+        library = load_library(purpose)
+    return library
 
 
-def start_build(purpose=GENERATION):
-    """Let a process of its own build the library, which goes on when this one ends. Does nothing where it is built,
-    has failed before, or cannot be. Whether it began."""
-    path = library_path(purpose)
-    if path is None or whole(path) or not may_build(path):
+def start_background_build(purpose: str = GENERATION) -> bool:
+    """Starts a build at low priority, which goes on when this program ends, and returns whether one was started.
+
+    Starts none if the library exists, cannot be built, or is being built by another process."""
+    builder = start_builder(purpose, "background")
+    if builder is None:
         return False
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with contextlib.suppress(OSError):
-        process = subprocess.Popen([sys.executable, "-P", __file__, purpose], **quiet, start_new_session=True)
-        threading.Thread(target=process.wait, daemon=True).start()  # or a dead process stays in the system's list
-        return True
-    return False
+    threading.Thread(target=builder.wait, daemon=True).start()  # otherwise the ended builder remains as a zombie
+    return True
 
 
-# ---- where
+# ---- the path of a library
 
 
-def library_path(purpose=GENERATION):
-    """Where the library of its sources, this compiler, CPU and torch is or would be; None where there is none."""
-    command, home = compiler(), os.environ.get("XDG_CACHE_HOME", "")
-    if command is None:
+def library_path(purpose: str = GENERATION) -> Path | None:
+    """Returns the path for these sources, flags, CPU, compiler and torch. None without a compiler or a home folder."""
+    command, folder = compiler(), cache_folder()
+    if command is None or folder is None:
         return None
-    try:
-        cache = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
-    except RuntimeError:  # no home
-        return None
-    return cache / "gpt-text-generator" / f"{purpose}-{key(command, purpose)}.so"
+    return folder / f"{purpose}-{cache_key(command, purpose)}.so"
 
 
-def compiler():
-    """The command that compiles C++, a list of words; None where there is none."""
+def compiler() -> list[str] | None:
+    """Returns the words of the command that compiles C++, or None without one."""
     if os.name == "nt":
         return None
-    for command in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
-        words = shlex.split(command)
-        if words and shutil.which(words[0]):
-            return [shutil.which(words[0]), *words[1:]]
+    for words in (split_command(os.environ.get("CXX", "")), ["c++"], ["g++"], ["clang++"]):
+        program = shutil.which(words[0]) if words else None
+        if program:
+            return [program, *words[1:]]
     return None
 
 
-def key(command, purpose):
+@functools.cache  # warns once
+def split_command(text: str) -> list[str]:
+    """Returns the words of CXX, or [] with a warning if a quote is not closed."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        note("warning", f"CXX={text}: not a command ({error}), ignored; correct or unset this environment variable")
+        return []
+
+
+def cache_key(command: list[str], purpose: str) -> str:
     digest = hashlib.sha256()
     for part in (command, FLAGS, cpu(), torch_version()):
         digest.update(repr(part).encode())
@@ -111,29 +136,30 @@ def key(command, purpose):
 
 
 @functools.cache
-def cpu():
-    """What the instructions that -march=native chooses depend on."""
+def cpu() -> tuple[str, list[str]]:
+    """Returns the properties of the CPU on which the effect of -march=native depends."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    first = text.split("\n\n")[0].splitlines()
-    named = [
-        line for line in first if line.lower().startswith(("model", "cpu family", "flags", "features", "cpu part"))
-    ]
-    return platform.machine(), platform.processor(), named
+    names = ("model", "cpu family", "flags", "features", "cpu part")
+    lines = [line for line in text.split("\n\n")[0].splitlines() if line.lower().startswith(names)]
+    return platform.machine(), lines
 
 
 @functools.cache
-def torch_version():
+def torch_version() -> str:
     try:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         return ""
 
 
-def ours(path):
-    """Whether a file or folder is there, belongs to this user, and nobody else may write to it."""
+# ---- the state of the cache folder
+
+
+def is_ours(path: Path) -> bool:
+    """Returns whether a file or folder exists, belongs to this user, and no other user may write to it."""
     try:
         status = path.stat()
     except OSError:
@@ -141,8 +167,8 @@ def ours(path):
     return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def whole(path):
-    """Whether a library is there as `seal` left it: the system kills a program that loads one whose end is missing."""
+def is_whole(path: Path) -> bool:
+    """Returns whether a library ends in its own sha256. The system would kill a program that loads a truncated one."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -150,89 +176,119 @@ def whole(path):
     return hashlib.sha256(data[:-DIGEST_BYTES]).digest() == data[-DIGEST_BYTES:]
 
 
-# ---- building
-
-
-def may_build(path):
-    """Make the cache folder; whether it is ours and no build has failed there."""
-    try:
-        path.parent.parent.mkdir(parents=True, exist_ok=True)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-    except OSError:
-        return False
-    return ours(path.parent) and not failed_marker(path).exists()
-
-
-def failed_marker(path):
+def failed_marker(path: Path) -> Path:
     return path.with_suffix(".failed")
 
 
-def compile_into(path, sources):
-    """Compile to a file of its own, then rename it: whoever builds at the same time, `path` is always whole. Without
-    success the marker is written. Raises OSError."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix="building-", suffix=".so")
-    os.close(descriptor)
+def needs_build(path: Path) -> bool:
+    """Returns whether a library is missing or damaged, and no compiler has rejected it in the last RETRY_SECONDS."""
     try:
-        message = try_flags(name, sources)
-        if message is None:
-            seal(Path(name))
-            os.replace(name, path)
-        else:
-            failed_marker(path).write_text(message, encoding="utf-8")
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        failed = abs(time.time() - failed_marker(path).stat().st_mtime) < RETRY_SECONDS
+    except OSError:
+        failed = False
+    return not failed and not is_whole(path)
 
 
-def seal(path):
-    """Append the sha256 of a library to it, which loaders pass over."""
-    path.chmod(0o700)
-    with open(path, "r+b") as file:
-        digest = hashlib.sha256(file.read()).digest()
-        file.write(digest)
-        file.flush()
-        os.fsync(file.fileno())
+# ---- the process that builds
 
 
-def try_flags(target, sources):
-    """Compile with the first of FLAGS that works, all files at once: None, or what the compiler says of the first."""
-    messages, parent = [], Path(target).parent
-    with tempfile.TemporaryDirectory(dir=parent, prefix="building-") as folder, ThreadPoolExecutor(cores()) as pool:
-        objects = [os.path.join(folder, f"{source.stem}.o") for source in sources]
+def start_builder(purpose: str, *arguments: str, wait_seconds: float = 0) -> subprocess.Popen[bytes] | None:
+    """Starts a process that holds the lock and calls `run_builder(path, purpose, *arguments)`. Returns None if there is
+    no need or no way to build, or if another process still holds the lock after `wait_seconds`."""
+    path = library_path(purpose)
+    if path is None or not needs_build(path):
+        return None
+    search_path = filter(None, [str(FOLDER.parents[1]), os.environ.get("PYTHONPATH")])
+    try:
+        make_private(path.parent)
+        if not is_ours(path.parent):
+            return None
+        with open(path.parent / f"{purpose}.lock", "ab", opener=no_link) as lock:
+            if not lock_and_sweep(lock, path.parent, purpose, wait_seconds) or not needs_build(path):
+                return None
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", "gpt.kernels.build", str(path), purpose, *arguments],
+                stdin=lock,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(search_path)},
+                start_new_session=True,
+            )
+    except OSError:  # the disk is full or read-only
+        return None
+
+
+def lock_and_sweep(lock: BinaryIO, folder: Path, purpose: str, wait_seconds: float) -> bool:
+    """Takes the lock and removes the leftovers of killed builds. Returns False if another process keeps the lock."""
+    try:
+        if not lock_file(lock, wait_seconds):
+            return False
+    except OSError:  # a file system without locks: other builds may be running, whose files must stay
+        return True
+    for leftover in folder.glob(f"building-{purpose}-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return True
+
+
+def run_builder(path: str, purpose: str, priority: str = "normal") -> None:
+    """Builds a library. Only for the leader of a process group: it kills the group, compilers included, after
+    BUILD_SECONDS."""
+    signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGKILL))
+    signal.alarm(BUILD_SECONDS)
+    if priority == "background":
+        os.nice(BACKGROUND_NICENESS)
+        time.sleep(HEAD_START)
+    compile_library(Path(path), purpose)
+
+
+def compile_library(path: Path, purpose: str) -> None:
+    """Writes the library, or `<library>.failed` with the date and the message if the compiler rejects the sources.
+    Raises ResourceError or OSError, and writes neither, if the compiler does not run to its end."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"building-{purpose}-") as folder:
+        target = Path(folder) / path.name
+        message = try_flags(target, SOURCES[purpose])
+        if not message:
+            data = target.read_bytes()
+            write_durably(target, data + hashlib.sha256(data).digest())
+            os.replace(target, path)
+    if message:
+        date = time.strftime("%Y-%m-%d %H:%M:%S")
+        write_durably(failed_marker(path), f"{date}\n{message[:MESSAGE_CHARACTERS]}")
+    else:
+        failed_marker(path).unlink(missing_ok=True)
+
+
+def try_flags(target: Path, sources: list[Path]) -> str:
+    """Compiles with the first of FLAGS that the compiler accepts. Returns "", or its message about FLAGS[0]."""
+    objects = [str(target.with_name(f"{source.stem}.o")) for source in sources]
+    messages = []
+    with ThreadPoolExecutor(len(sources)) as pool:
         for flags in FLAGS:
             parts = [[*flags, "-c", str(source), "-o", part] for source, part in zip(sources, objects, strict=True)]
-            found = [message for message in pool.map(run_compiler, parts) if message is not None]
-            message = found[0] if found else run_compiler([*flags, *objects, "-o", target])
-            if message is None:
-                return None
+            errors = list(filter(None, pool.map(run_compiler, parts)))
+            message = errors[0] if errors else run_compiler([*flags, *objects, "-o", str(target)])
+            if not message:
+                return ""
             messages.append(message)
-    return messages[0][:MESSAGE_CHARACTERS]
+    return messages[0]
 
 
-def run_compiler(arguments):
-    """None, or what it says of why it failed."""
-    try:
-        run = subprocess.run(
-            [*compiler(), *arguments], capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return None if run.returncode == 0 else run.stderr or f"exit code {run.returncode}"
-
-
-def cores():
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def step_back():
-    """Let everything else on the machine go first."""
-    os.nice(19)
-    with contextlib.suppress(OSError):  # Linux may weigh the processes of sessions against each other instead
-        Path("/proc/self/autogroup").write_text("19")
+def run_compiler(arguments: list[str]) -> str:
+    """Returns "", or the compiler's message if it rejects its input. Raises ResourceError if it was killed or if memory
+    or disk space ran out, which says nothing about the input."""
+    command = compiler()
+    if command is None:
+        raise ResourceError("the C++ compiler is gone; install it again")
+    english = os.environ | {"LC_ALL": "C"}  # for INTERRUPTED
+    # The compiler inherits the standard input, so that it keeps the lock if it outlives a killed builder.
+    run = subprocess.run([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=english)
+    if run.returncode == 0:
+        return ""
+    message = run.stdout.decode("utf-8", "replace") or f"exit code {run.returncode}"
+    if run.returncode < 0 or 128 < run.returncode < 193 or INTERRUPTED.search(message):  # a shell adds 128 to a signal
+        raise ResourceError(f"compiler ended early: {message}; start again")
+    return message
 
 
 if __name__ == "__main__":
-    step_back()
-    time.sleep(HEAD_START)
-    build(*sys.argv[1:])
+    run_builder(*sys.argv[1:])

@@ -83,7 +83,7 @@ def move_together(tensors):
 
 
 class NativeModel:
-    """A GPT that `supports` accepts, run by the library that build.load gave. May move the model's matrices."""
+    """A GPT that `supports` accepts, run by a library from build.load_library. May move the model's matrices."""
 
     @torch.no_grad()
     def __init__(self, model, library):
