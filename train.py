@@ -35,13 +35,12 @@ from gpt.config import (
 from gpt.corpus import Corpus, check_tokenizer
 from gpt.data import Prefetch
 from gpt.errors import InputError, ResourceError, Stopped, note, run_main, tell, unheard
-from gpt.fp8 import MULTIPLE
 from gpt.generate import TextGenerator
-from gpt.graph import CudaGraph, GraphedStep
-from gpt.kernels.training import TrainingKernels
+from gpt.graph import GraphedStep
+from gpt.kernels.cuda_graph import CudaGraph
 from gpt.log import Log, NoLog, Recorder, exit_record, logged_evaluation, start_wandb
 from gpt.loss import IGNORED
-from gpt.model import GPT, ModelConfig, flops_per_token
+from gpt.model import GPT, REFERENCE, ModelConfig, flops_per_token
 from gpt.optim import LossScaler, OptimConfig, clip_gradients, gated_step, learning_rate, make_optimizer
 from gpt.ranks import join
 from gpt.runtime import MachineConfig, Runtime, StopFlag, launched, profiler, seed_step
@@ -85,8 +84,6 @@ class TrainConfig:
             found.append("data is not given; make a folder with data/prepare.py and pass --data FOLDER")
         if self.optim.warmup_steps >= 1 and 0 < self.length.max_steps < self.optim.warmup_steps:
             found.append(f"warmup_steps {self.optim.warmup_steps:g} is more than max_steps {self.length.max_steps}")
-        if self.machine.fp8_head and self.model.n_embd % MULTIPLE:
-            found.append(f"n_embd {self.model.n_embd} must be a multiple of {MULTIPLE} with fp8_head")
         if self.seed < 0:
             found.append(f"seed {self.seed} must be 0 or more")
         refuse(found)
@@ -151,7 +148,7 @@ def train(config, corpus, budget, run, state, step, log, saver, stop):
         while True:
             always = budget.spent(progress) or (config.init and progress.step == 0)  # the base model of a fine-tune
             if corpus.has_validation() and progress.evaluation_due(rhythm.eval_every, always):
-                losses = evaluate(state.model, corpus, rhythm.eval_tokens, progress.micro_batch_size, run, stop)
+                losses = evaluate(state, corpus, rhythm.eval_tokens, run, stop)
                 recorder.read(always=True)
                 if losses and recorder.evaluated(*losses):
                     saver.save()
@@ -219,7 +216,7 @@ def accumulate(state, batch, run):
     with run.autocast():  # around all of them: weights, but the head's, are cast once
         for number, (some_ids, some_targets) in enumerate(pieces, 1):
             forward = ranks.forward(state.model, last=number == len(pieces))
-            share = forward(some_ids, some_targets).sum() / count
+            share = forward(some_ids, some_targets, ops=state.ops).sum() / count
             with run.autocast(enabled=False):
                 (share * state.scaler.scale).backward()
             loss += share.detach()
@@ -227,13 +224,14 @@ def accumulate(state, batch, run):
 
 
 @torch.no_grad()
-def evaluate(model, corpus, eval_tokens, batch_size, run, stop):
+def evaluate(state, corpus, eval_tokens, run, stop):
     """(nats per token, bits per byte) on the validation set, or None if a signal asks to stop meanwhile."""
+    model, batch_size = state.model, state.progress.micro_batch_size
     model.eval()
     ranks, sums, count, size = run.ranks, [], 0, 0
     for ids, targets in corpus.validation(batch_size, eval_tokens, ranks.rank, ranks.size):
         with run.autocast():
-            sums.append(model(run.ready(ids), run.ready(targets)).sum())
+            sums.append(model(run.ready(ids), run.ready(targets), ops=state.ops).sum())
         counted = targets[targets != IGNORED]
         count += len(counted)
         size += int(corpus.byte_lengths[counted].sum())
@@ -311,7 +309,6 @@ def load_model(config, base, corpus, checkpoint):
 def build(config, model, budget, progress, run, checkpoint):
     """(State on the device, compiled if asked; record of the machine): new, or as the checkpoint left it."""
     model.to(run.device).train()
-    model.token.fp8 = run.fp8_head
     progress.micro_batch_size = micro_batch_size(config, progress, model, run)
     optimizer = make_optimizer(model, config.optim, muon_dtype(run), run.ranks)
     scaler = LossScaler(run.device, enabled=run.dtype == torch.float16)
@@ -319,19 +316,17 @@ def build(config, model, budget, progress, run, checkpoint):
     flops = flops_per_token(config.model, model.vocab_size) * config.model.block_size
     flops *= config.batch.global_batch_size / run.ranks.size * budget.total_steps(progress)
     compiled = run.compiles(config.machine.compile, flops, before)
-    library = run.kernels(config.machine.kernels, compiled, flops, before)
-    if library:
-        TrainingKernels(library).install(model)
-    record = run.record(compiled, library is not None, progress.micro_batch_size)
+    ops = run.native_attention(config.machine.kernels, config.model, compiled, flops, before)
+    record = run.record(compiled, ops is not None, progress.micro_batch_size)
     if checkpoint:
         if checkpoint.step > 0:  # before the first step the optimizer holds nothing yet
             checkpoints.load_optimizer(optimizer, model, checkpoint)
         scaler.load(checkpoint.state["scaler"])
         resume.check_runtime(before, record)
-    state = checkpoints.State(model, optimizer, scaler, progress)
+    state = checkpoints.State(model, optimizer, scaler, progress, ops or REFERENCE)
     size, kind = progress.micro_batch_size, config.optim.optimizer
     needs = memory.estimate(config.model, model.vocab_size, size, run.dtype, run.device, kind)
-    kernels = ", C++ kernels" if library else ""
+    kernels = ", C++ attention" if ops else ""
     note("info", f"{model.num_parameters():,} parameters on {record['device']}, {record['precision']}{kernels}")
     note("info", memory.describe(needs))
     run.ranks.share_gradients(model)

@@ -1,15 +1,61 @@
-"""Causal attention over whole sequences, in training and prefill.
+"""Causal attention in plain torch: over whole sequences, and of new tokens over a cache.
 
-Shapes: B batch rows, H heads, T positions, D width of a head, C = H D."""
+Shapes: B batch rows, H heads, T new positions, S cache positions, D width of a head, C = H D."""
 
+import math
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 
 
 def causal_attention(qkv, heads, dropout=0.0):
-    """Attention of each position to itself and those before it: queries, keys and values (B, T, 3 C) -> (B, T, C). On
-    CUDA torch knows the fastest fused kernel that is safe: cuDNN's on Hopper and its successor from cuDNN 9.15.1 on
-    (earlier ones read beyond sequences), FlashAttention elsewhere and where results must repeat to the bit."""
+    """Attention of each position to itself and the earlier ones: queries, keys and values (B, T, 3 C) -> (B, T, C).
+
+    Torch picks the fused kernel. On CUDA it knows which is fastest and safe: cuDNN's on Hopper and newer GPUs from
+    cuDNN 9.15.1 on (earlier versions read beyond sequences), FlashAttention elsewhere and where results must repeat to
+    the bit."""
     return merge_heads(F.scaled_dot_product_attention(*split_heads(qkv, heads), is_causal=True, dropout_p=dropout))
+
+
+@dataclass
+class LayerCache:
+    """One layer's part of a KVCache during one forward pass."""
+
+    keys: torch.Tensor
+    """(B, H, S, D)"""
+    values: torch.Tensor
+    """(B, H, S, D)"""
+    positions: torch.Tensor
+    """(B, T) of the new tokens"""
+    is_empty: bool
+    """whether the new tokens are the first of every row"""
+
+    def append(self, qkv, heads):
+        """Stores the keys and values of qkv (B, T, 3 C) at their positions; returns the queries (B, H, T, D)."""
+        q, k, v = split_heads(qkv, heads)
+        rows = torch.arange(len(self.positions), device=self.positions.device)[:, None]
+        self.keys[rows, :, self.positions] = k.transpose(1, 2)
+        self.values[rows, :, self.positions] = v.transpose(1, 2)
+        return q
+
+
+def cached_attention(qkv, heads, layer):
+    """Appends the new keys and values of qkv (B, T, 3 C) to a LayerCache, then attends to all that each row holds:
+    (B, T, C)."""
+    q = layer.append(qkv, heads)
+    return merge_heads(masked_attention(q, layer.keys, layer.values, layer.positions))
+
+
+def masked_attention(q, keys, values, positions):
+    """Attention of q (B, H, T, D) at `positions` (B, T) to the cache positions up to its own: (B, H, T, D).
+
+    It is two plain products: torch's fused CPU kernel rounds differently in different threads, so a text would depend
+    on its row; and for one query in bf16 it takes five times as long."""
+    mask = torch.arange(keys.shape[2], device=q.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+    scores = (q * q.shape[-1] ** -0.5) @ keys.transpose(-2, -1)  # (B, H, T, S)
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=torch.float32)
+    return weights.to(q.dtype) @ values
 
 
 def split_heads(qkv, heads):

@@ -22,7 +22,7 @@ from gpt.adamw import AdamW
 from gpt.budget import Progress
 from gpt.errors import InputError, IntegrityError, NonFiniteError, ResourceError, note
 from gpt.files import inside, is_folder, read_json, remove_tree, sha256_of, sync_folder
-from gpt.model import GPT
+from gpt.model import GPT, REFERENCE, Ops
 from gpt.muon import MuonAdamW
 from gpt.optim import LossScaler, state_names
 from gpt.sampling import SamplingParams
@@ -46,6 +46,7 @@ class State:
     optimizer: AdamW | MuonAdamW
     scaler: LossScaler
     progress: Progress
+    ops: Ops = REFERENCE
 
 
 @dataclass(frozen=True)

@@ -1,48 +1,56 @@
-"""Texts in row slots: prefill, steps, sliding past the context, refilling; whatever runs the step.
+"""Texts in row slots: which text a row holds, prefill, steps, sliding past the context, refilling.
 
-Shapes: R row slots, S cache positions (block_size). Each text under way (a Sequence) holds one slot; all slots advance
-together by one token a step, and a slot whose text is finished takes the next one that waits."""
+Shapes: R row slots, S cache positions (block_size). Each text in progress (a Sequence) holds one slot. All slots
+advance together by one token per step, and a slot whose text is finished takes the next waiting one."""
 
 import re
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from gpt.backend import Backend
 from gpt.errors import NonFiniteError
 from gpt.sampling import UNDECIDED
-from gpt.step import Rows, out_of_memory
+from gpt.sequence import Sequence
+from gpt.step import CapturedStep, Report, Results, Step, out_of_memory
 
-NO_MEMORY = "out of memory|can't allocate memory|not enough memory"  # what torch says, on GPUs and on CPUs
+NO_MEMORY = "out of memory|can't allocate memory|not enough memory"  # torch's words, on GPUs and on CPUs
 
 
-class Launch:
-    """Steps under way: where each row stood when they began, and which Sequence it held."""
+class Launch(NamedTuple):
+    """Steps under way."""
 
-    def __init__(self, wait, steps, slots, counts):
-        self.wait, self.steps, self.slots, self.counts = wait, steps, list(slots), counts.copy()
+    wait: Callable[[], Results]
+    slots: list[Sequence | None]
+    """the Sequence that each row held when they began; None also where the results no longer count"""
+    lengths: np.ndarray
+    """(R,) positions that each row's cache held when they began"""
 
 
 class Decoder:
-    """R row slots over one static cache; R is backend.slots(rows). What a row computes depends on its own text and on R
-    alone: it is prefilled by itself, and in the common step every row's arithmetic is its own."""
+    """R row slots over one static cache, R being `backend.slots(rows)`. A text depends on its own prompt and on R
+    alone: each row is prefilled by itself, and in the common step every row's arithmetic is its own."""
 
-    def __init__(self, backend, rows, eot, banned=()):
-        self.backend, self.model = backend, backend.model
-        self.rows = Rows(self.model, backend.slots(rows), eot, banned, backend.attention)
-        self.launcher = backend.launcher(self.rows)
-        self.cache = self.rows.cache
-        self.slots = [None] * len(self.rows)  # the Sequence of each row; an idle row goes on with whatever it chooses
-        self.begins_with = [None] * len(self.rows)  # the prompt that a row's cache begins with
-        self.under_way = deque()  # Launches whose results were not fetched yet
+    def __init__(self, backend: Backend, rows: int, eot: int, banned=()):
+        self.model = backend.model
+        self.step = Step(backend, backend.slots(rows), eot, banned)
+        self.launcher = CapturedStep(self.step) if backend.captures else self.step
+        self.capacity = self.model.config.block_size
+        self.slots: list[Sequence | None] = [None] * len(self.step)  # an idle row goes on with whatever it chooses
+        self.prompts: list[list | None] = [None] * len(self.step)  # the prompt that a row's cache begins with
+        self.lengths = np.zeros(len(self.step), dtype=np.int64)  # positions of each row, with all steps under way
+        self.under_way: deque[Launch] = deque()
 
-    def run(self, waiting, reports=(False, 0)):
-        """Generate the Sequences of the iterable `waiting`, taken as slots become free. Yields (sequence, piece of
-        text) after each token; `sequence.finish_reason` is set with the last. `reports`: see Rows. Raises
-        NonFiniteError, and ResourceError where memory runs out."""
+    def run(self, waiting: Iterable[Sequence], report: Report = Report()) -> Iterator[tuple[Sequence, str]]:  # noqa: B008
+        """Generates the Sequences of `waiting`, taken as slots become free. Yields (sequence, piece of text) after each
+        token; with the last one `sequence.finish_reason` is set. Raises NonFiniteError, and ResourceError where memory
+        runs out."""
         waiting, training = iter(waiting), self.model.training
-        self.empty(reports)
-        if training:  # to visit all modules takes milliseconds
+        self.empty(report)
+        if training:  # eval() visits all modules, which takes milliseconds
             self.model.eval()
         try:
             while True:
@@ -55,28 +63,32 @@ class Decoder:
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
                 raise
-            raise out_of_memory(self.model, len(self.rows)) from None
+            raise out_of_memory(self.model, len(self.step)) from None
         finally:
             if training:
                 self.model.train()
 
-    def empty(self, reports):
-        """Forget what an earlier run, perhaps an interrupted one, left here."""
-        self.slots = [None] * len(self.rows)
-        self.begins_with = [None] * len(self.rows)
+    def empty(self, report: Report) -> None:
+        """Drops what an earlier run, perhaps an interrupted one, left here."""
+        self.slots = [None] * len(self.step)
+        self.prompts = [None] * len(self.step)
         self.under_way.clear()
-        self.rows.reports = reports
-        self.launcher.backend = self.backend  # perhaps few candidates decide again
-        for row in range(len(self.rows)):
-            self.rows.filters.set(row, None)
-            self.cache.keep(row, 0)  # an interrupt may have come between a step and the host's count of it
+        self.step.report = report
+        self.step.narrow = self.step.backend.narrow
+        for row in range(len(self.step)):
+            self.step.filters.set(row, None)
+            self.set_length(row, 0)
 
-    def must_wait(self):
-        """Whether the next launch needs the results of all before it: a row is to slide, or none has work."""
-        return self.cache.counts.max() == self.model.config.block_size or not any(self.slots)
+    def set_length(self, row: int, tokens: int) -> None:
+        self.step.cache.set_length(row, tokens)
+        self.lengths[row] = tokens
 
-    def fill_slots(self, waiting):
-        """Start the next waiting sequences in the free slots; one that asks for no token is finished at once."""
+    def must_wait(self) -> bool:
+        """Returns whether the next launch needs the results of all before it: a row is full, or none has work."""
+        return self.lengths.max() == self.capacity or not any(self.slots)
+
+    def fill_slots(self, waiting: Iterator[Sequence]) -> Iterator[tuple[Sequence, str]]:
+        """Starts the next waiting sequences in the free slots; one that asks for no token is finished at once."""
         for slot in range(len(self.slots)):
             while self.slots[slot] is None and (sequence := next(waiting, None)) is not None:
                 if sequence.params.max_new_tokens == 0:
@@ -85,78 +97,61 @@ class Decoder:
                     self.start(slot, sequence)
 
     @torch.inference_mode()
-    def start(self, slot, sequence):
-        """Give `slot` to `sequence`. All of its prompt but the last id, which the next step reads, goes into the cache:
-        copied from a row that begins with it, if there is one."""
-        source = next((row for row, prompt in enumerate(self.begins_with) if prompt is sequence.prompt), None)
+    def start(self, slot: int, sequence: Sequence) -> None:
+        """Gives `slot` to `sequence`. All of its prompt but the last id, which the next step reads, goes into the
+        cache: copied from a row that begins with the same prompt, if there is one."""
+        source = next((row for row, prompt in enumerate(self.prompts) if prompt is sequence.prompt), None)
         ids = self.on_device(sequence.prompt)
         if source is None:
-            self.prefill(slot, ids[:-1])
+            self.step.prefill(slot, ids[:-1])
         else:
-            if source != slot:
-                self.cache.copy_row(source, slot)
-            self.cache.keep(slot, len(ids) - 1)
-            self.clear_beyond(slot)
-        self.slots[slot], self.begins_with[slot] = sequence, sequence.prompt
-        self.rows.next[slot] = ids[-1]
-        self.rows.begin(slot, sequence.params.sampling, sequence.params.ignore_eot)
-        self.rows.mark_seen(slot, ids)
+            self.step.copy_prompt(source, slot, len(ids) - 1)
+        self.slots[slot], self.prompts[slot], self.lengths[slot] = sequence, sequence.prompt, len(ids) - 1
+        self.step.start(slot, ids, sequence.params.sampling, sequence.params.ignore_eot)
 
-    def prefill(self, slot, ids):
-        """Empty the row and read `ids` (T,) into it."""
-        self.cache.keep(slot, 0)
-        self.clear_beyond(slot)
-        if len(ids):
-            self.backend.prefill(ids[None], self.cache.row(slot))
+    def on_device(self, ids: list[int]) -> torch.Tensor:
+        """Returns ids as a tensor. The copy to a GPU is asynchronous."""
+        tensor = torch.tensor(ids)
+        device = self.step.device
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
-    def clear_beyond(self, slot):
-        if self.backend.reads_beyond:
-            self.cache.clear_beyond(slot)
-
-    def on_device(self, ids):
-        """A list of ids as a tensor; the copy to a GPU waits its turn there, and nobody waits for it."""
-        ids = torch.tensor(ids)
-        return ids.pin_memory().to(self.rows.device, non_blocking=True) if self.rows.device.type == "cuda" else ids
-
-    def launch(self):
-        """Begin the next steps: as many as the launcher takes at once, or one where a row comes to the end of its
-        cache."""
-        capacity = self.model.config.block_size
-        if self.cache.counts.max() == capacity:  # seldom
+    def launch(self) -> None:
+        """Starts the next steps: as many as one launch may have, or one where a row is almost full."""
+        if self.lengths.max() == self.capacity:
             self.make_room()
-        room = capacity - self.cache.counts.max()
-        steps = self.launcher.steps if room >= self.launcher.steps else 1
+        room = self.capacity - self.lengths.max()
+        steps = self.launcher.most if room >= self.launcher.most else 1
         for slot, sequence in enumerate(self.slots):
             if sequence is not None and sequence.params.sampling.temperature:
-                self.rows.draw_ahead(slot, (sequence.params.seed, sequence.prompt_id, sequence.sample), steps)
-        counts = self.cache.counts.copy()
-        self.under_way.append(Launch(self.launcher.launch(steps), steps, self.slots, counts))
-        self.cache.counts += steps
-        self.rows.launched += steps
+                self.step.draw_ahead(slot, (sequence.params.seed, sequence.prompt_id, sequence.sample), steps)
+        lengths = self.lengths.copy()
+        self.under_way.append(Launch(self.launcher.launch(steps), list(self.slots), lengths))
+        self.lengths += steps
+        self.step.launched += steps
 
     @torch.inference_mode()
-    def make_room(self):
-        """A row that holds S ids when another was chosen keeps the last S // 2 of its text, that one included. They are
-        read afresh from position 0: learned positions cannot slide inside a cache. An idle row is emptied."""
-        capacity = self.model.config.block_size
-        for slot in np.flatnonzero(self.cache.counts == capacity):
+    def make_room(self) -> None:
+        """Shortens full rows. Learned positions cannot slide inside a cache, so the last S // 2 ids of the text, the
+        one just chosen included, are prefilled anew from position 0. An idle row is emptied."""
+        for slot in np.flatnonzero(self.lengths == self.capacity):
             sequence = self.slots[slot]
-            self.begins_with[slot] = None
+            self.prompts[slot] = None
             if sequence is None:
-                self.cache.keep(slot, 0)
+                self.set_length(slot, 0)
                 continue
-            kept = self.on_device(sequence.window(max(1, capacity // 2)))
-            self.prefill(slot, kept[:-1])
-            self.rows.mark_seen(slot, kept)
+            kept = self.on_device(sequence.window(max(1, self.capacity // 2)))
+            self.step.prefill(slot, kept[:-1])
+            self.lengths[slot] = len(kept) - 1
+            self.step.mark_seen(slot, kept)
 
-    def deliver(self, launch):
-        """Give the tokens of a launch to the sequences it was for; those chosen past a text's end are dropped."""
-        for step, (ids, logprobs, likeliest) in enumerate(launch.wait()):
+    def deliver(self, launch: Launch) -> Iterator[tuple[Sequence, str]]:
+        """Gives the tokens of a launch to its sequences; tokens chosen past a text's end are dropped."""
+        for number, (ids, logprobs, likeliest) in enumerate(launch.wait()):
             for slot, sequence in enumerate(launch.slots):
                 if sequence is None or sequence.finish_reason:
                     continue
                 if ids[slot] == UNDECIDED:
-                    self.repeat(slot, launch, step)
+                    self.repeat(slot, launch, number)
                     continue
                 if ids[slot] < 0:
                     raise non_finite(sequence)
@@ -166,23 +161,19 @@ class Decoder:
                 yield sequence, piece
 
     @torch.inference_mode()
-    def repeat(self, slot, launch, step):
-        """Take a row back to before `step` of `launch`, which looked at too few tokens to choose one; look at all of
-        them from now on. What the row did since is dropped: nothing was read anew into its cache meanwhile."""
+    def repeat(self, slot: int, launch: Launch, number: int) -> None:
+        """Takes a row back to before step `number` of `launch`, which looked at too few tokens to choose one; from now
+        on steps look at all tokens. The row's later steps no longer count: none of them prefilled its cache anew."""
         sequence = launch.slots[slot]
-        self.launcher.widen()
+        self.step.narrow = False
         for later in (launch, *self.under_way):
             later.slots[slot] = None
-        held = launch.counts[slot] + step
-        self.cache.lengths[slot] = int(held)
-        self.cache.counts[slot] = held
-        window = self.on_device(sequence.window(int(held) + 1))
-        self.rows.next[slot] = window[-1]
-        self.rows.rewind(slot, len(sequence.ids))
-        self.rows.mark_seen(slot, window)
+        length = int(launch.lengths[slot]) + number
+        self.lengths[slot] = length
+        self.step.take_back(slot, self.on_device(sequence.window(length + 1)), turn=len(sequence.ids))
 
 
-def non_finite(sequence):
+def non_finite(sequence: Sequence) -> NonFiniteError:
     return NonFiniteError(
         f"non-finite logits at token {len(sequence.ids) + 1}: prompt {sequence.prompt_id}; "
         "the weights are damaged, or too large for this precision (try --dtype fp32)"

@@ -10,12 +10,12 @@ import torch
 from gpt.backend import make_backend, pick_backend
 from gpt.config import GROUP, defaults, fields, refuse, suggestion, unflatten
 from gpt.decode import Decoder
+from gpt.device import free_memory, pick_device, pick_dtype, set_precision
 from gpt.errors import InputError
-from gpt.memory import free_memory
 from gpt.sampling import SamplingParams
 from gpt.score import score_text
 from gpt.sequence import Sequence
-from gpt.step import row_bytes
+from gpt.step import Report, row_bytes
 
 MOST_ROWS = {"cpu": 8, "mps": 16, "cuda": 64}  # row slots where the user names no number: more gain little
 CACHE_SHARE = 0.5  # of the free memory, that their caches may fill
@@ -80,7 +80,6 @@ class TextGenerator:
         """The TextGenerator of a checkpoint folder, run folder or hub name, on a device and in a precision by name;
         `quantize` is "none" or "int8"."""
         from gpt.checkpoint import load_pretrained  # a model in training is sampled without any of this
-        from gpt.runtime import pick_device, pick_dtype, set_precision
 
         device = pick_device(device)
         dtype = pick_dtype(dtype, device)
@@ -142,18 +141,18 @@ class TextGenerator:
                 raise InputError(f"{name}: {len(values)} for {len(prompts)} prompts; give one for each")
         names = [f"prompt {prompt_id}" if len(prompts) > 1 else "prompt" for prompt_id in prompt_ids]
         encoded = [self.encode(*each) for each in zip(prompts, names, params, strict=True)]
-        reports = any(each.logprobs for each in params), max((each.top_logprobs for each in params), default=0)
-        return self.decoded(self.sequences(encoded, prompt_ids, params), params, reports)
+        report = Report(any(p.logprobs for p in params), max((p.top_logprobs for p in params), default=0))
+        return self.decoded(self.sequences(encoded, prompt_ids, params), params, report)
 
-    def decoded(self, sequences, params, reports):
+    def decoded(self, sequences, params, report):
         """Run the Sequences in the Decoder that is there if it suits, or else in a new one."""
         texts = sum(each.num_samples for each in params)
         rows = (params[0].rows if params else 0) or self.fitting_rows(texts)
         steps = sum(each.num_samples * each.max_new_tokens for each in params) // rows
-        name = pick_backend(self.backend, self.model, steps)
+        name = pick_backend(self.backend, self.model, steps, rows)
         decoder = self.decoder(name, rows)
         try:
-            yield from decoder.run(sequences, reports)
+            yield from decoder.run(sequences, report)
         finally:
             self.decoders[name, rows] = decoder
 

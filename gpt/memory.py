@@ -1,21 +1,15 @@
 """What a training step needs in memory, estimated before it runs, and the micro-batch that fits."""
 
-import math
-import os
-from pathlib import Path
-
 import torch
 
+from gpt.device import GIB, free_memory, total_memory
 from gpt.errors import InputError
-from gpt.model import VOCAB_MULTIPLE
+from gpt.model import count_parameters, hidden_parameters, padded_vocabulary
 
-GIB = 1024**3
 MIB = 1024**2
 MUON_WORKS = 18  # bytes for each weight between embedding and head, while Muon makes their steps
 USABLE = 0.6  # share of the free memory that a chosen micro-batch may fill
 MOST_CPU_TOKENS = 4096  # per micro-batch on a CPU: more gains nothing
-OWN_GROUPS = Path("/proc/self/cgroup")  # Linux's control groups: what bounds a container or a batch job
-GROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def estimate(model_config, vocab_size, micro_batch_size, dtype, device, optimizer="adamw"):
@@ -35,19 +29,9 @@ def estimate(model_config, vocab_size, micro_batch_size, dtype, device, optimize
     }
 
 
-def count_parameters(config, vocab_size):
-    """Weights of the matrices; the vectors beside them are too few to count."""
-    return (vocab_size + config.block_size) * config.n_embd + hidden_parameters(config)
-
-
-def hidden_parameters(config):
-    """Weights of the matrices between embedding and head."""
-    return 12 * config.n_layer * config.n_embd**2
-
-
 def kept_for_backward(config, vocab_size, micro_batch_size, dtype, device):
     """Bytes that the forward pass over a micro-batch keeps for the backward pass."""
-    padded = math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    padded = padded_vocabulary(vocab_size)
     c, width = config.n_embd, torch.finfo(dtype).bits // 8
     per_layer = 11 * width * c + 2 * 4 * c  # inputs of products and of GELU; of layer norms, which stay fp32
     if keeps_scores(config, device):  # q, k, v in fp32, some of them twice; scores, the mask of dropout, their product
@@ -69,69 +53,6 @@ def passing_for_backward(config, device):
 def keeps_scores(config, device):
     """Whether attention keeps its T x T matrices: off CUDA, torch's fused kernels know no dropout."""
     return config.dropout > 0 and device.type != "cuda"
-
-
-def free_memory(device):
-    """Bytes that can still be taken on `device`."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, for later
-        return torch.cuda.mem_get_info(device)[0] + unused
-    room = [limit - used for limit, used in group_limits()]
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        room.append(available_memory() or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(room, default=8 * GIB)
-
-
-def available_memory():
-    """Linux's own estimate, page cache that can be dropped included; 0 elsewhere."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":") for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return 0
-
-
-def total_memory(device):
-    """Bytes that `device` has for this process, or infinity where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    totals = [limit for limit, _ in group_limits()]
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        totals.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(totals, default=math.inf)
-
-
-def group_limits():
-    """(limit, used) in bytes of each control group around this process that has a limit; page cache that can be dropped
-    is not counted as used."""
-    found = []
-    for folder, limit, used in control_groups():
-        try:
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            cache = int(stat.get("total_inactive_file", stat["inactive_file"]))
-            found.append((int((folder / limit).read_text()), int((folder / used).read_text()) - cache))
-        except (OSError, KeyError, ValueError):  # not ours to see, or no limit: "max"
-            continue
-    return found
-
-
-def control_groups():
-    """(folder, name of its limit, name of its use) of this process's memory groups, from its own to the root."""
-    try:
-        lines = OWN_GROUPS.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, kinds, path = line.split(":", 2)
-        if kinds == "":
-            root, names = GROUP_ROOT, ("memory.max", "memory.current")
-        elif kinds == "memory":  # version 1
-            root, names = GROUP_ROOT / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        own = root / path.lstrip("/")
-        yield from ((folder, *names) for folder in (own, *own.parents) if folder.is_relative_to(root))
 
 
 def check_fits(model_config, vocab_size, device, optimizer="adamw"):

@@ -1,18 +1,18 @@
-"""The GPT-2 architecture (Radford et al. 2019), exactly: ModelConfig, KVCache, Attention, MLP, Block, GPT.
+"""The GPT-2 architecture (Radford et al. 2019), exactly: ModelConfig, Ops, KVCache, Attention, MLP, Block, GPT.
 
 Shapes: B batch rows, T new tokens, S cache positions (block_size), C n_embd, H heads, D = C / H, V vocabulary."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt.attention import causal_attention, merge_heads, split_heads
+from gpt.attention import LayerCache, cached_attention, causal_attention
 from gpt.config import refuse
-from gpt.loss import cross_entropy, losses_of
+from gpt.loss import cross_entropy
 
 VOCAB_MULTIPLE = 64  # the embedding has zero rows up to this multiple: odd sizes are slow in matrix products
 INIT_STD = 0.02
@@ -42,86 +42,69 @@ class ModelConfig:
         return found
 
 
+@dataclass(frozen=True)
+class Ops:
+    """The parts of a forward pass that faster kernels may replace. The defaults are the reference implementations, in
+    plain torch; gpt.kernels makes other sets, outside of the model."""
+
+    attention: Callable[[torch.Tensor, int, float], torch.Tensor] = causal_attention
+    """over whole sequences: qkv (B, T, 3 C), number of heads, dropout -> (B, T, C)"""
+    cached_attention: Callable[[torch.Tensor, int, LayerCache], torch.Tensor] = cached_attention
+    """of new tokens over all that their rows hold: qkv (B, T, 3 C), number of heads, cache of the layer -> (B, T, C);
+    appends the new keys and values"""
+
+
+REFERENCE = Ops()
+
+
 class KVCache:
-    """Keys and values of all layers for `rows` rows of up to block_size positions each, and how many each row holds.
+    """Keys and values of all layers for `rows` rows of up to block_size positions each, and the length of each row.
 
-    A forward pass appends T positions to every row. Rows are independent, and attention gives positions beyond a row's
-    length the weight 0, so what they hold does not matter as long as it is finite: see `clear_beyond`. `attention` is
-    masked_attention, or another of its meaning for one new token a row."""
+    A forward pass appends T positions to every row. Rows are independent. Attention gives positions beyond a row's
+    length the weight 0, so their values do not matter as long as they are finite: see `clear_beyond`."""
 
-    def __init__(self, config, rows, dtype=torch.float32, device=None, attention=None):
-        self.attention = attention or masked_attention
+    def __init__(self, config, rows, dtype=torch.float32, device=None):
         shape = (rows, config.n_head, config.block_size, config.n_embd // config.n_head)
         # One tensor per layer, (B, H, S, D): the compiler would copy a tensor of all layers at every append.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # (B,)
-        self.counts = np.zeros(rows, dtype=np.int64)  # the same on the host, so that nothing waits for the device
+        self.is_empty = True  # the next tokens are the first of every row, so they need only each other
 
-    def row(self, index):
-        """A KVCache of one row, sharing this one's memory: to fill or refill a row on its own."""
+    def empty_row(self, index: int) -> "KVCache":
+        """Empties a row and returns it as a KVCache of one row on the same memory, to be filled on its own."""
+        self.is_empty = False  # that row is about to be filled
+        self.set_length(index, 0)
         view = object.__new__(KVCache)
-        view.attention = self.attention
         view.keys = [keys[index : index + 1] for keys in self.keys]
         view.values = [values[index : index + 1] for values in self.values]
-        view.lengths, view.counts = self.lengths[index : index + 1], self.counts[index : index + 1]
+        view.lengths, view.is_empty = self.lengths[index : index + 1], True
         return view
 
-    def copy_row(self, source, target):
-        """Make row `target` hold what row `source` holds."""
-        for buffer in (*self.keys, *self.values):
+    def copy_row(self, source: int, target: int) -> None:
+        """Copies row `source` to row `target`."""
+        for buffer in (*self.keys, *self.values, self.lengths):
             buffer[target] = buffer[source]
-        self.lengths[target] = self.lengths[source]
-        self.counts[target] = self.counts[source]
 
-    def keep(self, index, tokens):
-        """Let a row hold only its first `tokens` positions."""
+    def set_length(self, index: int, tokens: int) -> None:
+        """Cuts a row to its first `tokens` positions."""
         self.lengths[index] = tokens
-        self.counts[index] = tokens
 
-    def clear_beyond(self, index):
-        """Make 0 what a row's values are beyond its length. masked_attention gives them the weight 0, and 0 times a nan
-        or infinity that was left there would be nan."""
+    def clear_beyond(self, index: int, tokens: int) -> None:
+        """Sets a row's values from position `tokens` on to 0. Attention gives them the weight 0, and 0 times a nan or
+        infinity that an earlier text left there would be nan."""
         for values in self.values:
-            values[index, :, int(self.counts[index]) :] = 0
+            values[index, :, tokens:] = 0
 
-    def append(self, layer, k, v, positions):
-        """Store k and v (B, H, T, D) at `positions` (B, T) of `layer`."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.keys[layer][rows, :, positions] = k.transpose(1, 2)
-        self.values[layer][rows, :, positions] = v.transpose(1, 2)
+    def layers(self, positions: torch.Tensor) -> list[LayerCache]:
+        """Returns each layer's part for a forward pass whose new tokens stand at `positions` (B, T)."""
+        pairs = zip(self.keys, self.values, strict=True)
+        return [LayerCache(keys, values, positions, self.is_empty) for keys, values in pairs]
 
-    def advance(self, tokens):
+    def advance(self, tokens: int) -> None:
+        """Counts `tokens` more positions in every row."""
         self.lengths += tokens
-        self.counts += tokens
-
-
-class LayerCache:
-    """One layer's part of a KVCache during one forward pass. `attention` is of q over the whole cache; None where the
-    rows were empty, and the new tokens are all there is."""
-
-    def __init__(self, cache, layer, positions, attention):
-        self.cache, self.layer, self.positions, self.attention = cache, layer, positions, attention
-
-    def attend(self, qkv, heads):
-        """Append the keys and values of qkv (B, T, 3 C), then attention over all that each row holds: (B, T, C)."""
-        q, k, v = split_heads(qkv, heads)
-        self.cache.append(self.layer, k, v, self.positions)
-        if self.attention is None:
-            return causal_attention(qkv, heads)
-        keys, values = self.cache.keys[self.layer], self.cache.values[self.layer]
-        return merge_heads(self.attention(q, keys, values, self.positions))
-
-
-def masked_attention(q, keys, values, positions):
-    """Attention of q (B, H, T, D) at `positions` (B, T) over all cache positions up to its own: (B, H, T, D).
-
-    Two plain products: in the rounding of torch's fused CPU kernel it matters which thread a row falls to, so a text
-    would depend on its slot; and for one query in bf16 it takes five times as long."""
-    mask = torch.arange(keys.shape[2], device=q.device) <= positions[:, None, :, None]  # (B, 1, T, S)
-    scores = (q * q.shape[-1] ** -0.5) @ keys.transpose(-2, -1)  # (B, H, T, S)
-    weights = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=torch.float32)
-    return weights.to(q.dtype) @ values
+        self.is_empty = False
 
 
 class Attention(nn.Module):
@@ -131,14 +114,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.attend = causal_attention  # kernels may take its place, and that of `gelu` and `losses_of` below
 
-    def forward(self, x, layer=None):  # (B, T, C) -> (B, T, C)
+    def forward(self, x, ops, layer=None):  # (B, T, C) -> (B, T, C)
         qkv = self.qkv(x)
-        if layer is None:
-            x = self.attend(qkv, self.n_head, self.dropout if self.training else 0.0)
-        else:
-            x = layer.attend(qkv, self.n_head)
+        if layer is not None and not layer.is_empty:
+            x = ops.cached_attention(qkv, self.n_head, layer)
+        else:  # the new tokens are all there is
+            if layer is not None:
+                layer.append(qkv, self.n_head)
+            x = ops.attention(qkv, self.n_head, self.dropout if self.training else 0.0)
         return self.drop(self.proj(x))
 
 
@@ -148,15 +132,9 @@ class MLP(nn.Module):
         self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.gelu = gelu
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
-        return self.drop(self.proj(self.gelu(self.fc(x))))
-
-
-def gelu(x):
-    """GELU by its approximation with tanh, as GPT-2 has it. Source: Hendrycks and Gimpel 2016, arXiv:1606.08415."""
-    return F.gelu(x, approximate="tanh")
+        return self.drop(self.proj(F.gelu(self.fc(x), approximate="tanh")))
 
 
 class Block(nn.Module):
@@ -167,21 +145,18 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, layer=None):  # (B, T, C) -> (B, T, C)
-        x = x + self.attn(self.ln_1(x), layer)
+    def forward(self, x, ops, layer=None):  # (B, T, C) -> (B, T, C)
+        x = x + self.attn(self.ln_1(x), ops, layer)
         return x + self.mlp(self.ln_2(x))
 
 
 class Embedding(nn.Module):
-    """A table of vectors, by row. Its values are left to `initialize`: nn.Embedding's own normal_, on the meta device
-    where checkpoints are loaded, would import the compiler, which takes seconds."""
-
-    fp8 = False  # whether logits are made of 8-bit numbers in training
+    """A table of vectors, one per row. `initialize` sets the values: nn.Embedding's own normal_ would import the
+    compiler on the meta device, where checkpoints are loaded, and that takes seconds."""
 
     def __init__(self, rows, width):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, width))
-        self.losses_of = losses_of
 
     def forward(self, ids):  # (...) -> (..., C)
         return F.embedding(ids, self.weight)
@@ -190,65 +165,54 @@ class Embedding(nn.Module):
         return F.linear(x, self.weight)
 
     def losses(self, x, targets, vocab_size):  # (N, C), (N,) -> (N,)
-        return cross_entropy(x, self.weight, targets, vocab_size, self.fp8, self.losses_of)
+        return cross_entropy(x, self.weight, targets, vocab_size)
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer. `vocab_size` comes from the tokenizer; inside it is padded with rows that are zero
-    and stay zero: they take part in no softmax, get no gradient and are never saved."""
+    """A decoder-only transformer. `vocab_size` comes from the tokenizer. Inside, the vocabulary is padded with rows
+    that are zero and stay zero: no softmax includes them, they get no gradient and are never saved."""
 
     def __init__(self, config, vocab_size):
         super().__init__()
         refuse(config.problems())
         self.config, self.vocab_size = config, vocab_size
-        padded = math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        self.token = Embedding(padded, config.n_embd)  # the head too: GPT-2 ties them
+        self.token = Embedding(padded_vocabulary(vocab_size), config.n_embd)  # also the head: GPT-2 ties them
         self.position = Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         initialize(self)
 
-    def forward(self, ids, targets=None, cache=None):
-        """ids (B, T) -> losses (B, T) in nats if there are targets (B, T), else logits (B, V) of the last position;
-        both in float32. Losses at targets IGNORED are 0. With a cache, the T tokens continue its rows.
-        Raises ValueError for a position past block_size."""
-        x = self.ln_f(self.hidden(ids, cache))
+    def forward(self, ids, targets=None, cache=None, ops=REFERENCE):
+        """ids (B, T) -> with targets (B, T) the losses (B, T) in nats, else the logits (B, V) of the last position;
+        both in float32. The loss at a target IGNORED is 0. With a cache, the T tokens continue its rows. Raises
+        ValueError for a position past block_size, where that can be known without waiting for a GPU."""
+        x = self.hidden(ids, cache, ops)
         return self.head(x[:, -1]) if targets is None else self.losses(x, targets)
 
-    def prefill(self, ids, cache):
-        """Let the T tokens of ids (B, T) continue the rows of a cache; no logits are made."""
-        self.hidden(ids, cache)
-
-    def decode(self, ids, cache):
-        """One more token for every row: ids (B,) -> logits (B, V) of the next one, in float32. Nothing is read on the
-        host, so this can be compiled or captured; the caller keeps `cache.counts`, and them below block_size."""
-        positions = cache.lengths[:, None]
-        x = self.stack(ids[:, None], positions, self.layers_of(cache, positions, cache.attention))
-        cache.lengths += 1
-        return self.head(self.ln_f(x[:, -1]))
-
-    def hidden(self, ids, cache=None):
-        """ids (B, T) -> (B, T, C), what the last layer norm reads. Raises ValueError for a position past block_size."""
-        held = 0 if cache is None else int(cache.counts.max())
-        if held + ids.shape[1] > self.config.block_size:
-            raise ValueError(f"position {held + ids.shape[1]} is past block_size {self.config.block_size}")
+    def hidden(self, ids, cache=None, ops=REFERENCE):
+        """ids (B, T) -> (B, T, C), the input of the head. With a cache, the T tokens continue its rows: to read a
+        prompt, this is enough."""
+        self.check_positions(ids.shape[1], cache)
         positions = torch.arange(ids.shape[1], device=ids.device)
         if cache is None:
-            return self.stack(ids, positions, [None] * len(self.blocks))
-        positions = cache.lengths[:, None] + positions  # (B, T)
-        x = self.stack(ids, positions, self.layers_of(cache, positions, masked_attention if held else None))
-        cache.advance(ids.shape[1])
-        return x
-
-    def stack(self, ids, positions, layers):
+            layers = [None] * len(self.blocks)
+        else:
+            positions = cache.lengths[:, None] + positions  # (B, T)
+            layers = cache.layers(positions)
         x = self.drop(self.token(ids) + self.position(positions))
         for block, layer in zip(self.blocks, layers, strict=True):
-            x = block(x, layer)
-        return x
+            x = block(x, ops, layer)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return self.ln_f(x)
 
-    def layers_of(self, cache, positions, attention):
-        return [LayerCache(cache, index, positions, attention) for index in range(len(self.blocks))]
+    def check_positions(self, tokens, cache):
+        held = 0
+        if cache is not None and cache.lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+            held = int(cache.lengths.max())  # on a GPU whoever fills the cache counts, and nothing waits
+        if held + tokens > self.config.block_size:
+            raise ValueError(f"position {held + tokens} is past block_size {self.config.block_size}")
 
     def head(self, x):  # (..., C) -> logits (..., V), float32
         return self.token.logits(x)[..., : self.vocab_size].float()
@@ -257,7 +221,7 @@ class GPT(nn.Module):
         return self.token.losses(x.flatten(0, 1), targets.flatten(), self.vocab_size).view(targets.shape)
 
     def set_dropout(self, dropout):
-        """Change the share of activations that training drops."""
+        """Changes the share of activations that training drops."""
         self.config = replace(self.config, dropout=dropout)
         for module in self.modules():
             if isinstance(module, nn.Dropout):
@@ -267,7 +231,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def crop_context(self, block_size):
-        """Shorten the context to its first `block_size` positions."""
+        """Shortens the context to its first `block_size` positions."""
         self.config = replace(self.config, block_size=block_size)
         shorter = Embedding(block_size, self.config.n_embd)
         shorter.weight = nn.Parameter(self.position.weight[:block_size].clone())
@@ -275,7 +239,7 @@ class GPT(nn.Module):
 
     @property
     def dtype(self):
-        """Of the activations; that of the weights too, unless they are quantized."""
+        """The type of the activations; unless the weights are quantized, theirs too."""
         return self.position.weight.dtype
 
     @property
@@ -283,15 +247,16 @@ class GPT(nn.Module):
         return self.position.weight.device
 
     def num_parameters(self):
-        """Parameters of the architecture: the padding is not counted, the tied head once."""
+        """Returns the number of parameters of the architecture: without padding, the tied head once."""
         padding = (len(self.token.weight) - self.vocab_size) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
 
 
 @torch.no_grad()
 def initialize(model):
-    """GPT-2's initialisation: normal with std 0.02, projections into the residual stream divided by sqrt(2 n_layer),
-    biases 0, layer norms 1; nothing on the meta device. Raises ValueError for a parameter it does not know."""
+    """Sets GPT-2's initial weights: normal with std 0.02, projections into the residual stream divided by
+    sqrt(2 n_layer), biases 0, layer norms 1. Does nothing on the meta device. Raises ValueError for an unknown
+    parameter."""
     if model.token.weight.is_meta:
         return
     projection_std = INIT_STD / math.sqrt(2 * model.config.n_layer)
@@ -311,7 +276,22 @@ def initialize(model):
 
 
 def flops_per_token(config, vocab_size):
-    """FLOPs of training on one token, forward and backward: products with weights, and full attention. Source: PaLM
-    (Chowdhery et al. 2022), appendix B."""
+    """Returns the FLOPs of training on one token, forward and backward: products with weights, and full attention.
+    Source: PaLM (Chowdhery et al. 2022), appendix B."""
     products = 12 * config.n_layer * config.n_embd**2 + vocab_size * config.n_embd
     return 6 * products + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+def padded_vocabulary(vocab_size):
+    """Returns the number of embedding rows: `vocab_size` rounded up to VOCAB_MULTIPLE."""
+    return math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def count_parameters(config, vocab_size):
+    """Returns the number of weights in the matrices; the vectors beside them are too few to count."""
+    return (vocab_size + config.block_size) * config.n_embd + hidden_parameters(config)
+
+
+def hidden_parameters(config):
+    """Returns the number of weights in the matrices between embedding and head."""
+    return 12 * config.n_layer * config.n_embd**2

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt.loss import losses_of_logits
+from gpt.loss import IGNORED, losses_of_logits
 
 LARGEST = 127  # -128 is left out, so that a row and its negative are quantized alike
 CHUNK = 4096  # rows quantized at once: the fp32 copies between stay small
@@ -44,7 +44,8 @@ class Int8Embedding(nn.Module):
         return int8_product(x, self.weight, self.scale)
 
     def losses(self, x, targets, vocab_size):  # (N, C), (N,) -> (N,)
-        return losses_of_logits(self.logits(x), targets, vocab_size)
+        counted = targets != IGNORED
+        return losses_of_logits(self.logits(x), targets.where(counted, 0), vocab_size) * counted
 
 
 def int8_product(x, weight, scale):

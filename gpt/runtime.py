@@ -4,9 +4,7 @@ else knows what hardware is used."""
 import contextlib
 import ctypes
 import os
-import platform
 import re
-import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -16,12 +14,14 @@ import numpy as np
 import torch
 
 from gpt.data import mix
-from gpt.errors import InputError, ResourceError, note, tell
-from gpt.fp8 import CAPABILITY
+from gpt.device import device_name, has_compiler, pick_device, pick_dtype, set_precision, set_threads
+from gpt.errors import InputError, ResourceError, tell
 from gpt.kernels import build
+from gpt.kernels.native_attention import NativeAttention
+from gpt.kernels.select import attention_is_faster, training_library
+from gpt.model import Ops
 from gpt.ranks import ALONE
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Dense bf16/fp16 tensor-core peaks in FLOP/s, by words of the device's name. Source: NVIDIA's data sheets.
 GPU_PEAKS = {
     "B200": 2250e12,
@@ -57,13 +57,11 @@ class MachineConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto is on for CUDA runs long enough to pay for it, off elsewhere"""
     kernels: Literal["auto", "on", "off"] = "auto"
-    """own C++ for attention, GELU and loss on a CPU, compiled once by the system's compiler; auto is on where that is
-    done, or the run long enough to wait a second or two for it, and the run is not torch.compile's. It rounds otherwise
-    than torch: a run that is continued goes on as it began"""
+    """C++ for attention in bf16 on a CPU, built once by the system's compiler; auto uses it where a measurement finds
+    it faster and it is built, or the run is long enough to wait a second or two for it. It rounds otherwise than torch,
+    so a run that is continued goes on as it began"""
     deterministic: bool = False
     """bit-exact repetition on CUDA too, slower there (on CPU it always holds, with the same kernels)"""
-    fp8_head: bool = False
-    """logits of training from 8-bit numbers, on GPUs from compute capability 8.9 (Ada, Hopper)"""
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch"""
 
@@ -92,11 +90,9 @@ class Runtime:
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # for kernels and streams that are not told a device
         self.dtype = pick_dtype(config.dtype, self.device)
-        self.fp8_head = config.fp8_head
-        if self.fp8_head:
-            check_fp8(self.device, self.dtype)
-        if config.kernels == "on" and (self.device.type != "cpu" or build.compiler() is None):
-            raise InputError("kernels on: they need a CPU and a C++ compiler; use auto")
+        kernels_can_run = self.device.type == "cpu" and self.dtype == torch.bfloat16 and build.compiler() is not None
+        if config.kernels == "on" and not kernels_can_run:
+            raise InputError("kernels on: the C++ attention needs a CPU, bf16 and a C++ compiler; use auto")
         self.deterministic = config.deterministic or self.device.type == "cpu"
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -142,23 +138,24 @@ class Runtime:
             return before["compile"]
         return self.device.type == "cuda" and has_compiler() and compiling_pays(flops, self.device)
 
-    def kernels(self, setting, compiled, flops, before=None):
-        """The library of C++ kernels if a run of so many FLOPs is to use them on this device, else None; all ranks do,
-        or none. `before` as in `compiles`. Raises ResourceError where the setting is "on" and they cannot be had."""
-        wanted = self.device.type == "cpu" and not compiled and setting != "off"
+    def native_attention(self, setting, config, compiled, flops, before=None):
+        """Returns Ops with the C++ attention if a run of so many FLOPs is to use it, else None; all ranks agree.
+        `config` is the ModelConfig, `before` as in `compiles`. Raises ResourceError where the setting is "on" and the
+        library cannot be had."""
+        width = config.n_embd // config.n_head
+        takes = self.device.type == "cpu" and self.dtype == torch.bfloat16 and not config.dropout and width % 2 == 0
         again = before is not None and before["device"] == device_name(self.device)
+        wanted = takes and not compiled and setting != "off"
         if setting == "auto" and again:
-            wanted = wanted and before.get("kernels", False)
-        if wanted and self.ranks.local_rank == 0:
-            build_kernels(wait=setting == "on" or again or flops >= KERNELS_PAY)
-        self.ranks.least(0)  # here all wait until they are built
-        library = build.load_library(build.TRAINING) if wanted else None
+            wanted = wanted and before["kernels"]
+        library = training_library(wait=setting == "on" or again or flops >= KERNELS_PAY) if wanted else None
         usable = library is not None and (library.gpt_has_threads() or torch.get_num_threads() == 1)
+        if usable and setting == "auto" and not again:
+            usable = attention_is_faster(library, config.n_head, width, config.block_size, self.dtype)
         if self.ranks.least(int(usable)):
-            return library
+            return Ops(attention=NativeAttention(library))
         if setting == "on":
-            path = build.library_path(build.TRAINING)
-            raise ResourceError(f"kernels on: {path} is not there or without OpenMP, or the run is compiled; use auto")
+            raise ResourceError("kernels on: the library could not be built, or the run is compiled; use auto")
         return None
 
     def captures(self, flops, layers):
@@ -173,7 +170,6 @@ class Runtime:
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "precision": str(self.dtype).removeprefix("torch."),
-            "fp8_head": self.fp8_head,
             "compile": compiled,
             "kernels": kernels,
             "micro_batch_size": micro_batch_size,
@@ -184,35 +180,6 @@ class Runtime:
     def sharers(self):
         """How many processes of the run share the device's memory."""
         return self.ranks.local_size if self.device.type == "cpu" else 1
-
-
-def build_kernels(wait):
-    """Builds the C++ of training if it is missing: now, or in the background for later runs."""
-    if wait:
-        build.build_now(build.TRAINING)
-    elif build.load_library(build.TRAINING) is None and build.start_background_build(build.TRAINING):
-        note("info", "C++ kernels are being built in the background, for later runs; this one uses torch")
-
-
-def pick_device(name):
-    """The torch.device of a name. Raises InputError for one that is not there."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        warn_about_cpu_torch()
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device {name!r}: not a device name; use auto, cpu, cuda, cuda:1 or mps") from None
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available.get(device.type, False):
-        raise InputError(f"device {name}: this torch ({torch.__version__}) finds none; use --device auto")
-    return device
 
 
 def own_device(device, ranks):
@@ -229,42 +196,6 @@ def own_device(device, ranks):
     return torch.device("cuda", ranks.local_rank)
 
 
-def warn_about_cpu_torch():
-    if torch.version.cuda is None and os.path.exists("/proc/driver/nvidia/version"):
-        note("warning", f"an NVIDIA driver is here, but torch {torch.__version__} is a CPU build; see README, Install")
-
-
-def pick_dtype(name, device):
-    """The torch.dtype of a precision name on `device`."""
-    if name != "auto":
-        return DTYPES[name]
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        return torch.bfloat16 if capability >= (8, 0) else torch.float16 if capability >= (7, 0) else torch.float32
-    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
-
-
-def check_fp8(device, dtype):
-    """Raise InputError for a device without products of 8-bit floating point, or another precision than bf16."""
-    if device.type == "mps" or (device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY):
-        raise InputError(f"fp8_head: {device_name(device)} has no 8-bit floating point; leave it off")
-    if dtype != torch.bfloat16:
-        raise InputError(f"fp8_head: needs bf16, the precision is {str(dtype).removeprefix('torch.')}; leave it off")
-
-
-def cpu_has_bf16():
-    """Whether the CPU multiplies bf16 natively (AMX or AVX512-BF16)."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if capabilities:
-        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-
-
-def set_threads(threads):
-    if threads:
-        torch.set_num_threads(threads)
-
-
 def keep_freed_memory():
     """Have glibc reuse the memory of large tensors that are gone. It would give it back to the system, which hands out
     new pages one by one, zeroed: up to a fifth of a training step on a CPU."""
@@ -272,11 +203,6 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def set_precision(dtype):
-    """fp32 means fp32: TF32 is only for runs whose products are in a shorter type anyway."""
-    torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
 
 
 def be_deterministic():
@@ -300,17 +226,6 @@ def launches_matter(flops, layers, device):
 def eager_speed(device):
     """FLOP/s of an uncompiled step on a GPU; an A100's where its peak is not known."""
     return EAGER_SHARE * (gpu_peak(torch.cuda.get_device_name(device)) or GPU_PEAKS["A100"])
-
-
-def has_compiler():
-    """Returns whether torch.compile and Triton find the C compiler that both need, by Triton's rules."""
-    if platform.system() == "Windows":
-        return False
-    return bool(os.environ.get("CC")) or any(map(shutil.which, ("gcc", "clang")))
-
-
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
 
 
 def seed_step(seed, step, rank=0):

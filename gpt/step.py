@@ -1,191 +1,196 @@
-"""One token for every row: the step that all back ends run, on the device alone, and how it is launched.
+"""One token for every row: the step that generation repeats, on the device alone, and the same step as CUDA graphs.
 
-Shapes: R row slots, S cache positions (block_size), V vocabulary, N likeliest tokens reported."""
+Shapes: R rows, S cache positions (block_size), V vocabulary, N likeliest tokens reported."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from gpt.backend import Backend
+from gpt.device import GIB, free_memory
 from gpt.errors import ResourceError
-from gpt.memory import GIB, free_memory
+from gpt.kernels.cuda_graph import CudaGraph
 from gpt.model import KVCache
 from gpt.sampling import Filters, random_draws, top_logprobs
 
 DRAWS_AHEAD = 512  # positions whose random numbers are made at once: their 120 small operations cost as much as a step
-WARM_UPS = 2  # steps run before a graph is captured: compilers and libraries set themselves up in them
+WARM_UPS = 2  # steps before a capture: compilers and libraries set themselves up in them
+TOKENS_PER_LAUNCH = 16  # of a CUDA graph, over all rows: with fewer the GPU waits, more are lost at the end of a text
 
 
-class Rows:
-    """What a step reads and writes: the cache and, for each of R rows, the next id, the random numbers, the settings.
-    Everything is filled in place, so that a captured step finds it where it was."""
+class Report(NamedTuple):
+    """What a step gives beside ids."""
 
-    def __init__(self, model, rows, eot, banned=(), attention=None):
+    logprobs: bool = False
+    top_logprobs: int = 0
+    """the number N of likeliest tokens"""
+
+
+class Chosen(NamedTuple):
+    """What a step chose, on the device; None for what was not asked for."""
+
+    ids: torch.Tensor
+    """(R,); below 0 for a row without a choice: see sampling.choose"""
+    logprobs: torch.Tensor | None
+    """(R,)"""
+    top_ids: torch.Tensor | None
+    """(R, N)"""
+    top_logprobs: torch.Tensor | None
+    """(R, N)"""
+
+
+Results = list[tuple[list, list, list]]  # of each step: ids, log-probabilities, [(id, log-probability)], by row
+
+
+class Step:
+    """The tensors of R rows, and the step that changes them: each row's cache, next id, random numbers and settings.
+    All are filled in place, so that a captured step finds them where it left them."""
+
+    most, lag = 1, 0  # steps in one launch; launches that may be under way when the results of one are read
+
+    def __init__(self, backend: Backend, rows: int, eot: int, banned=()):
+        model, device = backend.model, backend.model.device
         assert 0 <= eot < model.vocab_size
-        device = model.device
-        self.model, self.device, self.eot = model, device, eot
-        self.cache = new_cache(model, rows, attention)
+        self.backend, self.device, self.eot, self.vocab_size = backend, device, eot, model.vocab_size
+        self.cache = new_cache(model, rows)
         self.next = torch.full((rows,), eot, device=device)  # (R,) chosen, not yet in the cache
         self.turns = torch.zeros_like(self.next)  # (R,) tokens chosen since the row's start
-        self.draws = torch.zeros(rows, 2 * DRAWS_AHEAD, dtype=torch.int64, device=device)  # two blocks, by turns
+        self.draws = torch.zeros(rows, 2 * DRAWS_AHEAD, dtype=torch.int64, device=device)  # two blocks, used in turns
         self.drawn = np.zeros(rows, dtype=np.int64)  # draws made since each row's start
         self.launched = np.zeros(rows, dtype=np.int64)  # `turns` on the host, with all steps that are under way
         self.filters = Filters(rows, device)
-        self.goes_on = torch.zeros(rows, dtype=torch.bool, device=device)  # (R,) where end-of-text is never chosen
+        self.ignores_eot = torch.zeros(rows, dtype=torch.bool, device=device)  # (R,) rows that never choose `eot`
         self.banned = torch.tensor(banned, dtype=torch.int64, device=device) if len(banned) else None
-        self.seen = None  # (R, V) the tokens in each row's window, where a row has a repetition penalty
-        self.reports = (False, 0)  # what a step gives beside ids: log-probabilities of them, and of the N likeliest
+        self.seen: torch.Tensor | None = None  # (R, V) tokens in each row's window, if a row has a repetition penalty
+        self.report = Report()
+        self.narrow = backend.narrow  # whether `choose` looks at few candidates and may leave a row undecided
 
     def __len__(self):
         return len(self.drawn)
 
-    def step(self, backend):
-        """Append `next` to every row's cache and choose the token that follows: ids (R,), their log-probabilities (R,)
-        or None, and the N likeliest (R, N) with theirs or None."""
-        logits = backend.decode(self.next, self.cache)  # (R, V)
-        report = [None, None, None]
-        wants_logprobs, likeliest = self.reports
-        if likeliest:
-            report[1:] = top_logprobs(logits, likeliest)
-        logprobs = logits.log_softmax(-1) if wants_logprobs else None
+    def run(self) -> Chosen:
+        """Appends `next` to every row's cache and chooses the token after it."""
+        logits = self.backend.decode(self.next, self.cache)  # (R, V)
+        top = top_logprobs(logits, self.report.top_logprobs) if self.report.top_logprobs else (None, None)
+        logprobs = logits.log_softmax(-1) if self.report.logprobs else None
         if self.seen is not None:
             self.seen.scatter_(1, self.next[:, None], True)
-        ids = backend.take(self, logits) if backend.take else self.take(logits, backend)
-        if wants_logprobs:
-            report[0] = logprobs.gather(1, self.next[:, None])[:, 0]
-        return ids, *report
+        ids = self.backend.choose(logits, self)  # sets `next` and counts `turns`; may change the logits
+        chosen = None if logprobs is None else logprobs.gather(1, self.next[:, None])[:, 0]
+        return Chosen(ids, chosen, *top)
 
-    def take(self, logits, backend):
-        """Choose `next` from logits (R, V), which it changes: ids (R,), or what stands for none."""
-        # Not -inf, which would look like damaged weights.
-        logits[:, self.eot].masked_fill_(self.goes_on, torch.finfo(torch.float32).min)
-        draws = self.draws.gather(1, self.turns[:, None] % self.draws.shape[1])[:, 0]
-        ids = backend.choose(logits, self.filters, draws, self.seen, self.banned, backend.narrow)
-        self.turns += 1
-        self.next.copy_(ids.clamp(min=0))
-        return ids
+    @torch.inference_mode()
+    def launch(self, count: int) -> Callable[[], Results]:
+        """Starts `count` steps. Returns a function that waits for them and returns their results."""
+        chosen = [self.run() for _ in range(count)]
+        return lambda: [on_host(each) for each in chosen]
 
-    def begin(self, row, params, eot_is_ignored):
-        """Give a row its settings; its draws begin anew."""
-        self.filters.set(row, params)
-        self.goes_on[row] = eot_is_ignored
-        self.rewind(row, 0)
+    # ---- rows
+
+    def start(self, row: int, ids: torch.Tensor, sampling, ignore_eot: bool) -> None:
+        """Begins a text in a row whose cache holds all of its prompt's `ids` (T,) but the last."""
+        self.next[row] = ids[-1]
+        self.filters.set(row, sampling)
+        self.ignores_eot[row] = ignore_eot
         if self.filters.penalizes and self.seen is None:
-            self.seen = torch.zeros(len(self), self.model.vocab_size, dtype=torch.bool, device=self.device)
+            self.seen = torch.zeros(len(self), self.vocab_size, dtype=torch.bool, device=self.device)
+        self.mark_seen(row, ids)
+        self.set_turn(row, 0)
 
-    def rewind(self, row, turn):
-        """Let a row's next draw be the one of `turn`."""
+    def prefill(self, row: int, ids: torch.Tensor) -> None:
+        """Empties a row and reads `ids` (T,) into its cache."""
+        cache = self.cache.empty_row(row)
+        if self.backend.reads_beyond:
+            self.cache.clear_beyond(row, 0)
+        if len(ids):
+            self.backend.prefill(ids[None], cache)
+
+    def copy_prompt(self, source: int, target: int, tokens: int) -> None:
+        """Fills a row's cache with the first `tokens` positions of another row, or of its own."""
+        if source != target:
+            self.cache.copy_row(source, target)
+        self.cache.set_length(target, tokens)
+        if self.backend.reads_beyond:
+            self.cache.clear_beyond(target, tokens)
+
+    def take_back(self, row: int, window: torch.Tensor, turn: int) -> None:
+        """Takes a row back to before an earlier step, which had `window` (T,), its last id included, as its text."""
+        self.cache.set_length(row, len(window) - 1)
+        self.next[row] = window[-1]
+        self.set_turn(row, turn)
+        self.mark_seen(row, window)
+
+    def mark_seen(self, row: int, ids: torch.Tensor) -> None:
+        """Sets the tokens that the repetition penalty of a row is for to `ids` (T,)."""
+        if self.seen is not None:
+            self.seen[row] = False
+            self.seen[row, ids] = True
+
+    def set_turn(self, row: int, turn: int) -> None:
         self.turns[row] = turn
         self.launched[row] = turn
         self.drawn[row] = turn // DRAWS_AHEAD * DRAWS_AHEAD
 
-    def draw_ahead(self, row, key, steps):
-        """Make the draws of a row's next `steps`; `key` is (seed, prompt id, sample)."""
+    def draw_ahead(self, row: int, key: tuple, steps: int) -> None:
+        """Makes the random numbers of a row's next `steps`; `key` is (seed, prompt id, sample)."""
         while self.drawn[row] < self.launched[row] + steps:
             start = int(self.drawn[row])
             place = start % self.draws.shape[1]
             self.draws[row, place : place + DRAWS_AHEAD] = random_draws(*key, start, DRAWS_AHEAD, self.device)
             self.drawn[row] += DRAWS_AHEAD
 
-    def mark_seen(self, row, ids):
-        """Let `ids` (T,) be the tokens that the repetition penalty of a row is for."""
-        if self.seen is not None:
-            self.seen[row] = False
-            self.seen[row, ids] = True
 
+class CapturedStep:
+    """Launches a Step as CUDA graphs, which it captures when they are first needed: one launch for `most` steps, whose
+    results cross to the host while the next launch runs."""
 
-def new_cache(model, rows, attention=None):
-    """A KVCache for `rows` rows; `attention` as there. Raises ResourceError if there is no memory for it."""
-    needed, free = rows * row_bytes(model), free_memory(model.device)
-    if needed > free:
-        raise out_of_memory(model, rows, f": their cache needs {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free")
-    try:
-        return KVCache(model.config, rows, model.dtype, model.device, attention)
-    except (RuntimeError, MemoryError):  # of torch.zeros: there is no memory
-        raise out_of_memory(model, rows) from None
+    lag = 1
 
+    def __init__(self, step: Step):
+        self.step, self.most = step, max(1, TOKENS_PER_LAUNCH // len(step))
+        self.graphs: dict[tuple, tuple[CudaGraph, list[Chosen]]] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(step.device)  # one for all graphs: libraries keep a workspace for each stream
 
-def out_of_memory(model, rows, detail=""):
-    context = model.config.block_size
-    return ResourceError(f"out of memory: {rows} rows, context of {context} tokens{detail}; lower --rows")
-
-
-def row_bytes(model):
-    """Bytes that one row's keys and values take."""
-    config = model.config
-    return 2 * config.n_layer * config.block_size * config.n_embd * model.dtype.itemsize
-
-
-class Launcher:
-    """Runs steps one after another. Results of a launch are fetched when `lag` further launches are under way."""
-
-    def __init__(self, rows, backend, steps=1, lag=0):
-        self.rows, self.backend, self.steps, self.lag = rows, backend, steps, lag
-
-    def launch(self, steps):
-        """Begin `steps` steps; a function that waits for their results: for each step its ids, log-probabilities and
-        likeliest tokens, as lists by row."""
-        with torch.inference_mode():
-            results = [self.rows.step(self.backend) for _ in range(steps)]
-        return lambda: [on_host(result) for result in results]
-
-    def widen(self):
-        """From now on look at all tokens: see sampling.choose."""
-        self.backend = self.backend.wide()
-
-
-class GraphLauncher(Launcher):
-    """Replays steps as CUDA graphs, captured when they are first needed: the host hands over one launch for them all,
-    and their results cross to it while the next launch runs."""
-
-    def __init__(self, rows, backend, steps, lag=1):
-        super().__init__(rows, backend, steps, lag)
-        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(rows.device)  # one for all: libraries keep a workspace for each
-
-    def launch(self, steps):
-        with torch.inference_mode(), torch.cuda.device(self.rows.device):  # streams and events are the current device's
-            return self.replay(steps)
-
-    def replay(self, steps):
-        rows = self.rows
-        kind = (steps, rows.reports, rows.filters.kind, rows.seen is None, self.backend.narrow)
-        if kind not in self.graphs:
-            self.graphs[kind] = self.capture(steps)
-        graph, results = self.graphs[kind]
-        graph.replay()
-        copies = [[None if t is None else pinned_copy(t) for t in result] for result in results]
-        done = torch.cuda.Event()
-        done.record()
+    @torch.inference_mode()
+    def launch(self, count: int) -> Callable[[], Results]:
+        """As Step.launch."""
+        step = self.step
+        kind = (count, step.report, step.filters.kind, step.seen is None, step.narrow)
+        with torch.cuda.device(step.device):  # streams and events belong to the current device
+            if kind not in self.graphs:
+                self.graphs[kind] = self.capture(count)
+            graph, chosen = self.graphs[kind]
+            graph.replay()
+            copies = [Chosen(*[None if t is None else pinned_copy(t) for t in each]) for each in chosen]
+            done = torch.cuda.Event()
+            done.record()
 
         def wait():
             done.synchronize()
-            return [on_host(copy) for copy in copies]
+            return [on_host(each) for each in copies]
 
         return wait
 
-    def capture(self, steps):
-        """(graph, its results): `steps` steps recorded, not run."""
-        with Unchanged(self.rows):
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                for _ in range(WARM_UPS):
-                    self.rows.cache.lengths.zero_()  # at the first position, wherever the rows are: there is room
-                    self.rows.step(self.backend)
-            torch.cuda.current_stream().wait_stream(self.stream)
-        graph = torch.cuda.CUDAGraph()
-        # In training another thread may fetch the next batch meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            results = [self.rows.step(self.backend) for _ in range(steps)]
-        return graph, results
+    def capture(self, count: int) -> tuple[CudaGraph, list[Chosen]]:
+        graph = CudaGraph(self.step.device, self.stream, self.pool)
+        with Unchanged(self.step):
+            for _ in range(WARM_UPS):
+                self.step.cache.lengths.zero_()  # the first position: there is room, wherever the rows are
+                graph.warm_up(self.step.run)
+        return graph, graph.capture(lambda: [self.step.run() for _ in range(count)])
 
 
 class Unchanged:
-    """A context in which steps are run at the first position for no result: afterwards the rows are as before."""
+    """A context for steps at the first position whose results nobody reads: afterwards the rows are as before."""
 
-    def __init__(self, rows):
-        cache = rows.cache
-        self.changed = [cache.lengths, rows.next, rows.turns]
+    def __init__(self, step: Step):
+        cache = step.cache
+        self.changed = [cache.lengths, step.next, step.turns]
         self.changed += [buffer[:, :, :1] for buffer in (*cache.keys, *cache.values)]
-        self.changed += [] if rows.seen is None else [rows.seen]
+        self.changed += [] if step.seen is None else [step.seen]
 
     def __enter__(self):
         self.kept = [tensor.clone() for tensor in self.changed]
@@ -195,19 +200,41 @@ class Unchanged:
             tensor.copy_(kept)
 
 
-def pinned_copy(tensor):
-    """A copy on the host that is under way: it may be read once the stream has come to it."""
+def pinned_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Starts a copy to the host; it may be read once the stream has come to it."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
 
 
-def on_host(result):
-    """A step's results as lists by row; the likeliest tokens as (id, log-probability)."""
-    ids, logprobs, top_ids, top_values = [None if tensor is None else tensor.tolist() for tensor in result]
+def on_host(chosen: Chosen) -> tuple[list, list, list]:
+    """Returns a step's results as lists by row; the likeliest tokens as (id, log-probability)."""
+    ids, logprobs, top_ids, top_values = [None if tensor is None else tensor.tolist() for tensor in chosen]
     nothing = [None] * len(ids)
-    top = (
-        nothing
-        if top_ids is None
-        else [list(zip(*pair, strict=True)) for pair in zip(top_ids, top_values, strict=True)]
-    )
-    return ids, logprobs or nothing, top
+    if top_ids is None:
+        return ids, logprobs or nothing, nothing
+    return ids, logprobs or nothing, [list(zip(*row, strict=True)) for row in zip(top_ids, top_values, strict=True)]
+
+
+# ---- memory
+
+
+def new_cache(model, rows: int) -> KVCache:
+    """Returns an empty KVCache. Raises ResourceError where memory does not suffice."""
+    needed, free = rows * row_bytes(model), free_memory(model.device)
+    if needed > free:
+        raise out_of_memory(model, rows, f": their cache needs {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free")
+    try:
+        return KVCache(model.config, rows, model.dtype, model.device)
+    except (RuntimeError, MemoryError):  # what torch.zeros raises without memory
+        raise out_of_memory(model, rows) from None
+
+
+def out_of_memory(model, rows: int, detail: str = "") -> ResourceError:
+    context = model.config.block_size
+    return ResourceError(f"out of memory: {rows} rows, context of {context} tokens{detail}; lower --rows")
+
+
+def row_bytes(model) -> int:
+    """Returns the bytes of one row's keys and values."""
+    config = model.config
+    return 2 * config.n_layer * config.block_size * config.n_embd * model.dtype.itemsize

@@ -126,8 +126,16 @@ def server():
         running.shutdown()
 
 
+def replace_decode(monkeypatch, decode):
+    """Makes plain torch's back end call `decode(ids, cache)` instead of the model."""
+    from gpt.backend import Backend
+
+    monkeypatch.setattr(Backend, "decode", staticmethod(decode))
+
+
 def scripted_decode(ids, eot=256):
-    """In place of GPT.decode: whatever the prompt, exactly these ids are chosen, then end-of-text for ever."""
+    """Returns a function in place of Backend.decode: whatever the prompt, exactly these ids are chosen, then
+    end-of-text for ever."""
     import torch
 
     choices = iter([*ids, *[eot] * 1000])

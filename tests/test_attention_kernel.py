@@ -11,8 +11,8 @@ from conftest import ROOT
 
 PROGRAM = """
 import torch
-from gpt.kernels.attention import decode_attention
-from gpt.model import masked_attention
+from gpt.kernels.triton_attention import decode_attention
+from gpt.attention import masked_attention
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,15 +14,16 @@ from test_generate import CONFIG, EOT, PROMPTS, greedy, random_model, window_log
 from torch._inductor.utils import run_and_get_code
 from training_helpers import save_step
 
-from gpt import backend, runtime, step
-from gpt.backend import make_backend, pick_backend
+from gpt import backend, device, step
+from gpt.backend import Backend, make_backend, pick_backend
 from gpt.errors import InputError, NonFiniteError, ResourceError
-from gpt.generate import TextGenerator, weights_now
-from gpt.kernels.native import NativeModel
+from gpt.generate import TextGenerator
+from gpt.kernels import select
+from gpt.kernels.native_model import NativeModel
 from gpt.model import GPT, KVCache, ModelConfig
 from gpt.quantize import int8_rows, to_int8
 from gpt.sampling import Filters, SamplingParams, choose, random_draws
-from gpt.step import Launcher, Rows, Unchanged
+from gpt.step import Step, Unchanged
 from gpt.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,16 +39,16 @@ def eager():
 
 
 def launching(generator, steps, lag):
-    """The same generator with launches of several steps whose results are fetched later, as on a GPU."""
-    made = make_backend("eager", generator.model)
-
-    class Ahead(type(made)):
-        def launcher(self, rows):
-            return Launcher(rows, self, steps, lag)
-
+    """Returns the same generator with launches of several steps whose results are fetched later, as on a GPU."""
     ahead = generator_of(generator.model)
-    ahead.weights = weights_now(generator.model)  # or what is put there would be made anew
-    ahead.made["eager"] = Ahead(*(getattr(made, name) for name in made.__dataclass_fields__))
+    make = ahead.decoder
+
+    def decoder(name, rows):
+        made = make(name, rows)
+        made.launcher = SimpleNamespace(launch=made.step.launch, most=steps, lag=lag)
+        return made
+
+    ahead.decoder = decoder
     return ahead
 
 
@@ -90,23 +90,24 @@ def test_a_row_that_few_candidates_do_not_decide_is_taken_back_and_repeated(eage
     settings = {"max_new_tokens": 50, "seed": 2, "rows": 3, "num_samples": 2, "logprobs": True}
     settings |= {"top_p": 0.8, "temperature": 2.0, "repetition_penalty": 1.2}
     expected = eager.generate(PROMPTS, **settings)
-    ahead, widened, original = launching(eager, 4, 1), [], Launcher.widen
-    ahead.made["eager"] = replace(ahead.made["eager"], narrow=True)
-    monkeypatch.setattr(Launcher, "widen", lambda self: widened.append(1) or original(self))
+    monkeypatch.setattr(Backend, "narrow", True)
+    ahead = launching(eager, 4, 1)
     assert ahead.generate(PROMPTS, **settings) == expected
-    assert widened
+    [decoder] = ahead.decoders.values()
+    assert not decoder.step.narrow
 
 
 def test_steps_run_to_warm_up_leave_no_trace(eager):
-    rows = Rows(eager.model, 2, EOT)
-    rows.cache.lengths += torch.tensor([3, 7])
-    for tensor in (*rows.cache.keys, *rows.cache.values):
+    decoder_step = Step(make_backend("eager", eager.model), 2, EOT)
+    cache = decoder_step.cache
+    cache.lengths += torch.tensor([3, 7])
+    for tensor in (*cache.keys, *cache.values):
         tensor.normal_()
-    tensors = (rows.cache.lengths, *rows.cache.keys, *rows.cache.values, rows.next, rows.turns)
+    tensors = (cache.lengths, *cache.keys, *cache.values, decoder_step.next, decoder_step.turns)
     before = [tensor.clone() for tensor in tensors]
-    with Unchanged(rows), torch.inference_mode():
-        rows.cache.lengths.zero_()
-        rows.step(make_backend("eager", eager.model))
+    with Unchanged(decoder_step), torch.inference_mode():
+        cache.lengths.zero_()
+        decoder_step.run()
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
@@ -126,13 +127,16 @@ def test_a_short_text_does_not_wait_for_the_kernels_to_be_built_and_a_long_job_d
     for name, result in (("load_library", None), ("build_now", object()), ("start_background_build", None)):
         monkeypatch.setattr(backend.build, name, lambda name=name, result=result: calls.append(name) or result)
     monkeypatch.setattr(backend, "supports", lambda _: True)
-    assert pick_backend("auto", eager.model, 10_000) == "eager"  # ten thousand steps of so small a model are short too
+    monkeypatch.setattr(backend, "native_is_faster", lambda *_: True)
+    assert (
+        pick_backend("auto", eager.model, 10_000, 1) == "eager"
+    )  # ten thousand steps of so small a model are short too
     assert calls == ["load_library", "start_background_build"]
     with torch.device("meta"):
         large = GPT(ModelConfig(), 50257)
     large.position.weight = torch.nn.Parameter(torch.zeros(1, 768))  # says "cpu"
-    assert pick_backend("auto", large, 100) == "eager"
-    assert pick_backend("auto", large, 1000) == "native"
+    assert pick_backend("auto", large, 100, 1) == "eager"
+    assert pick_backend("auto", large, 1000, 1) == "native"
     assert calls[4:] == ["build_now"]
 
 
@@ -205,8 +209,9 @@ def test_a_compiled_step_copies_no_layer_of_the_cache():
     model = random_model(ModelConfig(n_layer=3, n_head=2, n_embd=32, block_size=64))
     cache = KVCache(model.config, 4)
     with torch.inference_mode():
-        step = torch.compile(model.decode, dynamic=False, fullgraph=True)
-        _, sources = run_and_get_code(step, torch.tensor([1, 2, 3, 4]), cache)
+        cache.is_empty = False
+        compiled = torch.compile(Backend(model).decode, dynamic=False, fullgraph=True)
+        _, sources = run_and_get_code(compiled, torch.tensor([1, 2, 3, 4]), cache)
     allocated = re.findall(r"empty_strided_\w+\(\(([\d, ]+)\)", "".join(sources))
     assert allocated
     assert not [shape for shape in allocated if math.prod(map(int, shape.split(", "))) >= cache.keys[0].numel()]
@@ -276,14 +281,14 @@ def test_out_of_memory_names_rows_and_context_and_the_flag_to_lower(eager, monke
         ):
             eager.generate(["a"] * 20, rows=8)
 
-    def full(*_):
+    def full(*_, **_named):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     broken = generator_of(random_model())
-    broken.model.decode = full
+    broken.model.forward = full
     with pytest.raises(ResourceError, match=r"out of memory: 2 rows, context of 24 tokens; lower --rows"):
         broken.generate(["a"] * 20, rows=2)
-    broken.model.prefill = lambda *_: torch.zeros(1 << 50)  # as the CPU's allocator says it
+    broken.model.hidden = lambda *_: torch.zeros(1 << 50)  # as the CPU's allocator says it
     broken.made.clear()
     with pytest.raises(ResourceError, match=r"out of memory: 3 rows, context of 24 tokens; lower --rows"):
         broken.generate(["abc"] * 20, rows=3)
@@ -384,28 +389,27 @@ def test_fault_132_where_triton_cannot_compile_plain_torch_runs_the_attention(mo
     def launch(*_):
         raise error
 
-    monkeypatch.setitem(sys.modules, "gpt.kernels.attention", SimpleNamespace(decode_attention=launch))
-    backend.triton_attention.cache_clear()
-    assert backend.triton_attention(torch.device("cpu")) is None
+    monkeypatch.setitem(sys.modules, "gpt.kernels.triton_attention", SimpleNamespace(decode_attention=launch))
+    select.triton_attention.cache_clear()
+    assert select.triton_attention(torch.device("cpu")) is None
     assert "no Triton kernel" in capsys.readouterr().err
-    backend.triton_attention.cache_clear()
+    select.triton_attention.cache_clear()
 
 
 @pytest.mark.parametrize(("cc", "known", "expected"), [("", (), False), ("", ("clang",), True), ("icx", (), True)])
 def test_fault_132_a_c_compiler_is_looked_for_as_triton_does(monkeypatch, cc, known, expected):
     monkeypatch.setenv("CC", cc)
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: name if name in known else None)
-    assert runtime.has_compiler() is expected
+    monkeypatch.setattr(device.shutil, "which", lambda name: name if name in known else None)
+    assert device.has_compiler() is expected
 
 
 def test_a_prompt_on_a_gpu_never_makes_cudnn_plan_its_attention():
-    seen = []
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled
-    model = SimpleNamespace(device=torch.device("cuda"), prefill=lambda ids, cache: seen.append(cudnn()))
-    before = cudnn()
-    backend.prefill_on_gpu(model)(None, None)
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    seen, before = [], enabled()
+    model = SimpleNamespace(device=torch.device("cuda"), hidden=lambda *_: seen.append(enabled()))
+    Backend(model).prefill(None, None)
     assert seen == [False]
-    assert cudnn() == before
+    assert enabled() == before
 
 
 # ---- settings of each prompt, and what is reported

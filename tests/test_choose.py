@@ -1,7 +1,6 @@
 """The C++ version of the sampler against its plain-torch twin, brute force and the distributions."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +14,11 @@ from sampling_helpers import (
     same_for_all,
 )
 
-from gpt.kernels.choosing import NativeChoice
+from gpt.backend import Backend
+from gpt.kernels.native_sampler import NativeSampler
 from gpt.model import GPT, ModelConfig
 from gpt.sampling import DRAWS, NOT_FINITE, UNITS, SamplingParams, choose, draw, kept_weights, random_draws
-from gpt.step import Rows
+from gpt.step import Step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,7 +33,7 @@ LOGITS = {
 
 @pytest.fixture
 def native(kernels):
-    return NativeChoice(kernels).choose
+    return NativeSampler(kernels).choose_ids
 
 
 @pytest.mark.parametrize("kind", LOGITS)
@@ -139,9 +139,10 @@ def test_the_end_of_a_step_is_that_of_plain_torch_in_every_respect(kernels):
     """Draws that go around, rows begun anew, a penalty that begins late, banned ids, end-of-text that is not chosen,
     rows that are not finite."""
     model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8), 300)
-    native, eot, other = NativeChoice(kernels), 299, 7
-    ours, theirs = (Rows(model, 3, eot, banned=[other, 9]) for _ in range(2))
-    backend = SimpleNamespace(choose=native.choose, narrow=False)
+    native, eot, other = NativeSampler(kernels), 299, 7
+    backend = Backend(model)
+    backend.choose_ids = native.choose_ids
+    ours, theirs = (Step(backend, 3, eot, banned=[other, 9]) for _ in range(2))
     given = torch.empty(3, 300)  # in the same place at every step, as the native model's
     generator = torch.Generator().manual_seed(0)
     for turn in range(1200):
@@ -150,22 +151,21 @@ def test_the_end_of_a_step_is_that_of_plain_torch_in_every_respect(kernels):
         logits[turn % 3, eot] = 40
         if turn % 97 == 5:
             logits[1, 3] = math.nan
-        for rows in (ours, theirs):
-            begin(rows, turn)
-            if rows.seen is not None:
-                rows.seen.scatter_(1, rows.next[:, None], True)
-        expected = theirs.take(logits.clone(), backend)
-        assert torch.equal(native.take(ours, given.copy_(logits)), expected)
+        for step in (ours, theirs):
+            begin(step, turn)
+            if step.seen is not None:
+                step.seen.scatter_(1, step.next[:, None], True)
+        expected = backend.choose(logits.clone(), theirs)
+        assert torch.equal(native.choose(given.copy_(logits), ours), expected)
         assert torch.equal(ours.next, theirs.next)
         assert torch.equal(ours.turns, theirs.turns)
 
 
-def begin(rows, turn):
-    """What is due before step `turn`: rows begin at 0, one of them anew at 500 and another, with a penalty, at 800."""
+def begin(step, turn):
+    """Does what is due before step `turn`: rows start at 0, one again at 500, another, with a penalty, at 800."""
     for row in range(3):
         if turn == 0 or (turn, row) in ((500, 1), (800, 2)):
             settings = SamplingParams(temperature=0.9, top_k=5 * row, repetition_penalty=1.3 if turn == 800 else 1.0)
-            rows.begin(row, settings, eot_is_ignored=row != 1)
-            rows.mark_seen(row, torch.tensor([row, 4]))
-        rows.draw_ahead(row, (1, 2, row), 1)
-    rows.launched += 1
+            step.start(row, torch.tensor([row, 4]), settings, ignore_eot=row != 1)
+        step.draw_ahead(row, (1, 2, row), 1)
+    step.launched += 1

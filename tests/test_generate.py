@@ -10,9 +10,9 @@ import torch
 from conftest import scripted_decode
 
 from gpt import step
-from gpt.backend import make_backend
+from gpt.backend import Backend, make_backend
 from gpt.errors import InputError, NonFiniteError
-from gpt.generate import TextGenerator
+from gpt.generate import TextGenerator, weights_now
 from gpt.model import GPT, ModelConfig
 from gpt.step import DRAWS_AHEAD
 from gpt.tokenizer import load_tokenizer
@@ -174,7 +174,7 @@ def test_fault_087_what_damaged_weights_left_in_the_cache_does_not_reach_a_later
 
 
 def test_an_interrupt_within_a_step_spoils_no_later_text(monkeypatch):
-    generator, decode, interrupts = TextGenerator(random_model(), load_tokenizer("byte")), GPT.decode, []
+    generator, decode, interrupts = TextGenerator(random_model(), load_tokenizer("byte")), Backend.decode, []
 
     def interrupted(self, ids, cache):
         logits = decode(self, ids, cache)
@@ -182,7 +182,7 @@ def test_an_interrupt_within_a_step_spoils_no_later_text(monkeypatch):
             raise interrupts.pop()
         return logits
 
-    monkeypatch.setattr(GPT, "decode", interrupted)
+    monkeypatch.setattr(Backend, "decode", interrupted)
     expected = [greedy(generator, prompts, rows=4) for prompts in (["ab"] * 5, ["abc"])]
     interrupts.append(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
@@ -271,7 +271,9 @@ def test_fault_094_tensors_do_not_pile_up_over_many_tokens_and_carry_no_graph(ge
 def scripted(ids):
     """A TextGenerator whose model chooses exactly these ids, one after another, then end-of-text for ever."""
     generator = TextGenerator(random_model(ModelConfig(1, 1, 16, 64)), load_tokenizer("byte"))
-    generator.model.decode = scripted_decode(ids)
+    backend = make_backend("eager", generator.model)
+    backend.decode = scripted_decode(ids)
+    generator.made, generator.weights = {"eager": backend}, weights_now(generator.model)
     return generator
 
 

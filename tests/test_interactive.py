@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import scripted_decode
+from conftest import replace_decode, scripted_decode
 from test_sample import start
 
 from gpt.generate import TextGenerator
@@ -68,12 +68,11 @@ def test_what_is_typed_is_added_to_the_text_so_far_and_an_empty_line_goes_on_wit
 def test_a_text_that_ends_in_a_line_break_gets_no_second_one(type_in, generator, monkeypatch):
     asked, encode = [], generator.encode
     monkeypatch.setattr(generator, "encode", lambda text, *rest: asked.append(text) or encode(text, *rest))
-    monkeypatch.setattr(generator.model, "decode", scripted_decode(b"x\ny"))
+    replace_decode(monkeypatch, scripted_decode(b"x\ny"))
     written, _ = type_in("a\nb\n\n", stop="never", ignore_eot=False)
     assert written == "x\ny\n\n\n"
     assert asked == ["a", "ax\ny\nb", "ax\ny\nb"]
-    monkeypatch.setattr(generator.model, "decode", scripted_decode(b"x\n"))
-    generator.made, generator.decoders = {}, {}
+    replace_decode(monkeypatch, scripted_decode(b"x\n"))
     type_in("a\nb\n", ignore_eot=False)
     assert asked[3:] == ["a", "ax\nb"]
 
@@ -91,8 +90,7 @@ def test_the_text_is_cut_to_the_context_without_a_word(type_in, generator):
 
 def test_control_characters_are_escaped_where_that_is_asked(type_in, generator, monkeypatch):
     for escape, shown in ((True, "\\x1b[2Jé\n"), (False, "\x1b[2Jé\n")):
-        monkeypatch.setattr(generator.model, "decode", scripted_decode("\x1b[2Jé".encode()))
-        generator.made, generator.decoders = {}, {}
+        replace_decode(monkeypatch, scripted_decode("\x1b[2Jé".encode()))
         assert type_in("a\n", escape=escape, ignore_eot=False)[0] == shown
 
 
@@ -230,7 +228,7 @@ def test_fault_087_logits_that_are_not_finite_end_one_text_which_is_then_as_befo
         calls.append(1)
         return decode(ids, cache) * (float("nan") if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(generator.model, "decode", broken)
+    replace_decode(monkeypatch, broken)
     monkeypatch.setattr(generator, "encode", lambda text, *rest: asked.append(text) or encode(text, *rest))
     written, told = type_in("a\nb\nc\n", ignore_eot=False, max_new_tokens=2)
     assert asked == ["a", "aok\nb", "aok\nc"]
@@ -250,6 +248,7 @@ def test_a_stdout_without_space_ends_the_session_in_exit_5():
 # ---- key presses
 
 WRITES_A = """
+from gpt.backend import Backend
 made = load
 def slowly(*_):
     generator = made()
@@ -259,7 +258,7 @@ def slowly(*_):
         logits = torch.zeros(len(ids), 257)
         logits[:, 97] = 50.0
         return logits
-    generator.model.decode = decode
+    Backend.decode = staticmethod(decode)
     return generator
 sample.TextGenerator.load = slowly
 """

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from gpt.kernels.native import CHUNK, NativeModel, supports
+from gpt.kernels.native_model import CHUNK, NativeModel, supports
 from gpt.model import GPT, KVCache, ModelConfig
 from gpt.quantize import to_int8
 
@@ -54,7 +54,7 @@ def continued(native, ids, lengths, steps, dtype):
     """Prefill row r with its first lengths[r] ids and decode `steps` more: the logits (steps, R, V), and the cache."""
     cache = KVCache(native.config, len(ids), dtype)
     for row, length in enumerate(lengths):
-        native.prefill(ids[row : row + 1, :length], cache.row(row))
+        native.prefill(ids[row : row + 1, :length], cache.empty_row(row))
     rows = torch.arange(len(ids))
     return torch.stack([native.decode(ids[rows, cache.lengths], cache) for _ in range(steps)]), cache
 
@@ -98,7 +98,6 @@ def test_logits_of_unequal_rows_are_those_of_the_uncached_model_in_fp32(kernels,
     logits, cache = continued(NativeModel(model, kernels), ids, lengths, 5, torch.float32)
     assert (logits - reference).abs().max() < 1e-4
     assert cache.lengths.tolist() == [length + 5 for length in lengths]
-    assert cache.counts.tolist() == lengths  # which a step leaves to its caller, as GPT.decode does
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int8 in bf16"])
@@ -122,12 +121,12 @@ def test_what_it_stores_can_be_continued_by_plain_torch_and_the_reverse(kernels,
     native, ids = NativeModel(model, kernels), random_ids(3, 50)
     caches = [KVCache(model.config, 3, model.dtype) for _ in range(2)]
     native.prefill(ids[:, :49], caches[0])
-    model.prefill(ids[:, :49], caches[1])
-    assert caches[0].counts.tolist() == caches[1].counts.tolist() == [49] * 3
+    model.hidden(ids[:, :49], caches[1])
+    assert caches[0].lengths.tolist() == caches[1].lengths.tolist() == [49] * 3
     reference = dequantized(model, make_model(2, 128)) if "int8" in kind else copy.deepcopy(model).float()
     expected = reference(ids)
     bound = 0.001 if kind == "fp32" else 0.02
-    assert share_of_deviation(model.decode(ids[:, 49], caches[0]), expected) < bound
+    assert share_of_deviation(model(ids[:, 49:50], cache=caches[0]), expected) < bound
     assert share_of_deviation(native.decode(ids[:, 49], caches[1]), expected) < bound
 
 
@@ -198,7 +197,7 @@ def test_ids_and_positions_that_do_not_exist_are_refused(kernels):
         with pytest.raises(ValueError, match=rf"token {id} at position 0 of row 1: vocabulary {VOCABULARY}"):
             native.decode(torch.tensor([0, id]), cache)
     with pytest.raises(ValueError, match=r"position 4 of row 0.* block_size 4"):
-        native.prefill(random_ids(1, 5), cache.row(0))
+        native.prefill(random_ids(1, 5), cache.empty_row(0))
     assert cache.lengths.tolist() == [0, 0]
 
 

@@ -117,7 +117,7 @@ def test_cached_logits_are_uncached_logits_for_a_prompt_split_5_1_1_3_2(model, d
         logits = model(ids[:, start : start + length], cache=cache)
         start += length
         torch.testing.assert_close(logits, model(ids[:, :start]), rtol=0, atol=bound)
-        assert cache.counts.tolist() == cache.lengths.tolist() == [start] * 3
+        assert cache.lengths.tolist() == [start] * 3
 
 
 @torch.no_grad()
@@ -127,7 +127,7 @@ def test_rows_of_unequal_length_continue_each_at_its_own_position(model):
         keys.fill_(1e3)
         values.fill_(-1e3)
     for row, length in enumerate(lengths):
-        model(ids[row : row + 1, :length], cache=cache.row(row))
+        model(ids[row : row + 1, :length], cache=cache.empty_row(row))
     for step in range(5):
         new = torch.stack([ids[row, length + step] for row, length in enumerate(lengths)])[:, None]
         logits = model(new, cache=cache)
@@ -147,7 +147,7 @@ def test_a_rows_logits_are_the_same_bits_in_any_slot_beside_any_rows(dtype, rows
         cache = KVCache(config, rows, dtype)
         for row in range(rows):
             other = random_ids(1, 5 + 13 * row, seed=10 * slot + row)
-            model(ids[:, :-1] if row == slot else other, cache=cache.row(row))
+            model(ids[:, :-1] if row == slot else other, cache=cache.empty_row(row))
         new = random_ids(rows, 1, seed=slot)
         new[slot] = ids[0, -1]
         seen.append(model(new, cache=cache)[slot])
@@ -157,9 +157,9 @@ def test_a_rows_logits_are_the_same_bits_in_any_slot_beside_any_rows(dtype, rows
 @torch.no_grad()
 def test_a_copied_row_continues_as_its_source(model):
     ids, cache = random_ids(1, 9), KVCache(SMALL, 3)
-    model(ids[:, :8], cache=cache.row(2))
+    model(ids[:, :8], cache=cache.empty_row(2))
     cache.copy_row(2, 0)
-    assert cache.counts.tolist() == [8, 0, 8]
+    assert cache.lengths.tolist() == [8, 0, 8]
     logits = model(ids[:, 8:].expand(3, 1), cache=cache)
     torch.testing.assert_close(logits[0], model(ids)[0], rtol=0, atol=1e-4)
     assert torch.equal(logits[0], logits[2])

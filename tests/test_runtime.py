@@ -4,17 +4,21 @@ import platform
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gpt import runtime
+from gpt import device, runtime
 from gpt.config import refuse
+from gpt.device import pick_device, pick_dtype
 from gpt.errors import InputError, ResourceError
 from gpt.kernels import build
+from gpt.model import ModelConfig
 from gpt.ranks import Alone
-from gpt.runtime import MachineConfig, Runtime, StopFlag, gpu_peak, own_device, pick_device, pick_dtype, seed_step
+from gpt.runtime import MachineConfig, Runtime, StopFlag, gpu_peak, own_device, seed_step
 
 
 @pytest.fixture
@@ -57,11 +61,11 @@ def test_of_several_processes_each_has_a_gpu_of_its_own(monkeypatch):
             own_device(torch.device(name), second)
 
 
-def test_precision_follows_what_the_device_multiplies_natively(monkeypatch):
+def test_precision_follows_the_gpu_and_on_a_cpu_a_measurement(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for native in (True, False):
-        monkeypatch.setattr(runtime, "cpu_has_bf16", lambda native=native: native)
-        assert pick_dtype("auto", cpu) == (torch.bfloat16 if native else torch.float32)
+    for bf16_wins in (True, False):
+        monkeypatch.setattr(device, "faster", lambda *_, wins=bf16_wins: wins)
+        assert pick_dtype("auto", cpu) == (torch.bfloat16 if bf16_wins else torch.float32)
     expected = {(6, 1): torch.float32, (7, 0): torch.float16, (7, 5): torch.float16}
     expected |= dict.fromkeys(((8, 0), (8, 9), (9, 0), (10, 0)), torch.bfloat16)
     for version, dtype in expected.items():
@@ -84,10 +88,9 @@ def test_on_a_cpu_a_run_is_deterministic_and_its_record_says_what_bits_depend_on
     assert torch.are_deterministic_algorithms_enabled()
     assert run.record(compiled=False, kernels=True, micro_batch_size=4) == {
         "torch": torch.__version__,
-        "device": runtime.device_name(run.device),
+        "device": device.device_name(run.device),
         "threads": 1,
         "precision": "bfloat16",
-        "fp8_head": False,
         "compile": False,
         "kernels": True,
         "micro_batch_size": 4,
@@ -120,6 +123,7 @@ def test_a_run_on_a_gpu_is_compiled_if_it_is_long_enough_to_save_the_minute_that
 class Library:
     def __init__(self, has_threads=True):
         self.gpt_has_threads = lambda: has_threads
+        self.gpt_causal_attention = SimpleNamespace()
 
 
 @pytest.fixture
@@ -127,65 +131,100 @@ def builds(monkeypatch):
     """Where kernels are not built yet: what was done about it, "built" or "begun"."""
     done, library = [], Library()
     monkeypatch.setattr(build, "load_library", lambda purpose: library if "built" in done else None)
-    monkeypatch.setattr(build, "build_now", lambda purpose: done.append("built"))
+    monkeypatch.setattr(build, "build_now", lambda purpose: done.append("built") or library)
     monkeypatch.setattr(build, "start_background_build", lambda purpose: done.append("begun") or True)
     return done
 
 
-def test_a_long_run_waits_for_its_kernels_and_a_short_one_has_them_built_for_the_next(settings_back, builds, capsys):
-    run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
-    assert run.kernels("auto", False, runtime.KERNELS_PAY / 2) is None
+SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16)
+
+
+def bf16_runtime(**settings):
+    return Runtime(MachineConfig(device="cpu", dtype="bf16", **settings))
+
+
+@pytest.fixture
+def kernels_win(monkeypatch):
+    """The measurement says that the C++ is faster; a list to which its questions are added."""
+    asked = []
+    monkeypatch.setattr(runtime, "attention_is_faster", lambda *question: asked.append(question) or True)
+    return asked
+
+
+def test_a_long_run_waits_for_its_kernels_and_a_short_one_has_them_built_for_the_next(
+    settings_back, builds, kernels_win, capsys
+):
+    run = bf16_runtime()
+    assert run.native_attention("auto", SHAPE, False, runtime.KERNELS_PAY / 2) is None
     assert builds == ["begun"]
     assert "built in the background" in capsys.readouterr().err
-    assert run.kernels("auto", False, runtime.KERNELS_PAY) is build.load_library(build.TRAINING) is not None
+    assert run.native_attention("auto", SHAPE, False, runtime.KERNELS_PAY) is not None
     assert builds == ["begun", "built"]
-    assert run.kernels("auto", False, 1) is build.load_library(build.TRAINING)
+    assert run.native_attention("auto", SHAPE, False, 1) is not None
     assert builds == ["begun", "built"]
 
 
-def test_kernels_are_for_uncompiled_runs_on_a_cpu(settings_back, builds):
-    run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
-    assert run.kernels("auto", True, 1e21) is None
-    assert run.kernels("off", False, 1e21) is None
+def test_kernels_are_for_uncompiled_runs_in_bf16_without_dropout_on_a_cpu(settings_back, builds, kernels_win):
+    run = bf16_runtime()
+    assert run.native_attention("auto", SHAPE, True, 1e21) is None
+    assert run.native_attention("off", SHAPE, False, 1e21) is None
+    assert run.native_attention("auto", replace(SHAPE, dropout=0.1), False, 1e21) is None
+    assert run.native_attention("auto", replace(SHAPE, n_embd=30), False, 1e21) is None  # heads of an odd width
     run.device = torch.device("cuda")
-    assert run.kernels("auto", False, 1e21) is None
+    assert run.native_attention("auto", SHAPE, False, 1e21) is None
+    fp32 = Runtime(MachineConfig(device="cpu", dtype="fp32"))
+    assert fp32.native_attention("auto", SHAPE, False, 1e21) is None
     assert builds == []
     with pytest.raises(InputError, match="exclude each other"):
         refuse(MachineConfig(kernels="on", compile="on").problems())
 
 
-def test_a_run_that_is_continued_keeps_to_its_kernels_or_to_plain_torch(settings_back, builds):
-    run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
+def test_auto_uses_kernels_only_where_a_measurement_finds_them_faster(settings_back, builds, monkeypatch):
+    run = bf16_runtime()
+    for faster in (True, False):
+        monkeypatch.setattr(runtime, "attention_is_faster", lambda *_, faster=faster: faster)
+        assert (run.native_attention("auto", SHAPE, False, 1e21) is not None) == faster
+        assert run.native_attention("on", SHAPE, False, 1) is not None
+
+
+def test_a_run_that_is_continued_keeps_to_its_kernels_or_to_plain_torch(settings_back, builds, kernels_win):
+    run = bf16_runtime()
     before = run.record(False, kernels=False, micro_batch_size=4)
-    assert run.kernels("auto", False, 1e21, before) is None
+    assert run.native_attention("auto", SHAPE, False, 1e21, before) is None
     assert builds == []
-    assert run.kernels("auto", False, 1, before | {"kernels": True}) is not None
+    assert run.native_attention("auto", SHAPE, False, 1, before | {"kernels": True}) is not None
     assert builds == ["built"]
-    assert run.kernels("auto", False, 1e21, before | {"device": "another"}) is not None
+    assert kernels_win == []
+    assert run.native_attention("auto", SHAPE, False, 1e21, before | {"device": "another"}) is not None
+    assert len(kernels_win) == 1
 
 
-def test_kernels_that_one_rank_lacks_or_that_have_no_threads_are_not_used(settings_back, builds, monkeypatch):
-    run = Runtime(MachineConfig(device="cpu", dtype="fp32", threads=2))
-    assert run.kernels("auto", False, 1e21) is not None
+def test_kernels_that_one_rank_lacks_or_that_have_no_threads_are_not_used(
+    settings_back, builds, kernels_win, monkeypatch
+):
+    run = bf16_runtime(threads=2)
+    assert run.native_attention("auto", SHAPE, False, 1e21) is not None
     run.ranks = type("Ranks", (Alone,), {"least": lambda self, number: 0})()
-    assert run.kernels("auto", False, 1e21) is None
+    assert run.native_attention("auto", SHAPE, False, 1e21) is None
     run.ranks = Alone()
-    monkeypatch.setattr(build, "load_library", lambda purpose: Library(has_threads=False))
-    assert run.kernels("auto", False, 1e21) is None
+    monkeypatch.setattr(build, "build_now", lambda purpose: Library(has_threads=False))
+    assert run.native_attention("auto", SHAPE, False, 1e21) is None
     torch.set_num_threads(1)
-    assert run.kernels("auto", False, 1e21) is not None
+    assert run.native_attention("auto", SHAPE, False, 1e21) is not None
 
 
 def test_where_kernels_cannot_be_had_auto_goes_without_and_on_is_an_error(settings_back, monkeypatch):
     for name in ("load_library", "build_now", "start_background_build"):
         monkeypatch.setattr(build, name, lambda purpose: None)
-    run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
-    assert run.kernels("auto", False, 1e21) is None
-    with pytest.raises(ResourceError, match=r"kernels on: .* is not there"):
-        run.kernels("on", False, 1e21)
+    run = bf16_runtime()
+    assert run.native_attention("auto", SHAPE, False, 1e21) is None
+    with pytest.raises(ResourceError, match="kernels on: the library could not be built"):
+        run.native_attention("on", SHAPE, False, 1e21)
+    with pytest.raises(InputError, match=r"kernels on: .* needs a CPU, bf16 and a C\+\+ compiler"):
+        Runtime(MachineConfig(device="cpu", dtype="fp32", kernels="on"))
     monkeypatch.setattr(build, "compiler", lambda: None)
-    with pytest.raises(InputError, match="kernels on: they need a CPU and a C\\+\\+ compiler"):
-        Runtime(MachineConfig(device="cpu", kernels="on"))
+    with pytest.raises(InputError, match=r"kernels on: .* needs a CPU, bf16 and a C\+\+ compiler"):
+        bf16_runtime(kernels="on")
 
 
 def test_a_gpu_that_is_named_by_number_becomes_the_current_one(settings_back, monkeypatch):

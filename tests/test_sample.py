@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, scripted_decode
+from conftest import ROOT, replace_decode, scripted_decode
 
 import sample
 from gpt import prompts as prompts_module
@@ -71,16 +71,9 @@ def no_load(monkeypatch):
     monkeypatch.setattr(sample.TextGenerator, "load", load)
 
 
-def says(generator, monkeypatch, text):
-    """Let the generator answer `text`, a byte a token, whatever it is asked."""
-    install(generator, monkeypatch, scripted_decode(text.encode()))
-
-
-def install(generator, monkeypatch, decode):
-    """Let `decode` stand in for the model's, for one test."""
-    monkeypatch.setattr(generator.model, "decode", decode)
-    for kept in ("made", "decoders"):  # with the model's own
-        monkeypatch.setattr(generator, kept, {})
+def says(monkeypatch, text):
+    """Lets every model answer `text`, a byte a token, whatever it is asked."""
+    replace_decode(monkeypatch, scripted_decode(text.encode()))
 
 
 # ---- text on stdout
@@ -117,7 +110,7 @@ def test_fault_085_no_new_tokens_prints_the_prompt(cli):
 
 
 def test_several_stop_strings_can_be_given(cli, generator, monkeypatch):
-    says(generator, monkeypatch, "hello world")
+    says(monkeypatch, "hello world")
     assert cli("--prompt", "", "--stop", "wor", "o ", "--seed", "1")[1] == "hell\n"
 
 
@@ -127,7 +120,7 @@ ESCAPES = "ok\x1b[2J\x07\r\u202e\x9b1mé\n\tend"
 @pytest.mark.parametrize("stream", ["on", "off"])
 def test_fault_110_control_characters_are_escaped_on_a_terminal(cli, generator, monkeypatch, stream):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    says(generator, monkeypatch, ESCAPES)
+    says(monkeypatch, ESCAPES)
     _, out, _ = cli("--prompt", "\x1b]52", "--seed", "1", "--stream", stream)
     assert out == "\\x1b]52ok\\x1b[2J\\x07\\x0d\\u202e\\x9b1mé\n\tend\n"
 
@@ -135,7 +128,7 @@ def test_fault_110_control_characters_are_escaped_on_a_terminal(cli, generator, 
 @pytest.mark.parametrize("terminal, flags", [(True, ["--raw"]), (False, [])])
 def test_fault_110_raw_and_a_pipe_get_control_characters_as_they_are(cli, generator, monkeypatch, terminal, flags):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
-    says(generator, monkeypatch, ESCAPES)
+    says(monkeypatch, ESCAPES)
     assert cli("--prompt", "", "--seed", "1", *flags)[1] == ESCAPES + "\n"
 
 
@@ -329,7 +322,7 @@ def test_fault_087_damaged_weights_end_in_exit_4_after_the_text_so_far(cli, gene
         calls.append(1)
         return decode(ids, cache) * (float("nan") if len(calls) > 4 else 1)
 
-    install(generator, monkeypatch, broken)
+    replace_decode(monkeypatch, broken)
     code, out, err = cli("--prompt", "x", "--seed", "1")
     assert (code, out) == (4, "xhél\n")
     assert err.startswith("error: non-finite logits at token 5: ")

@@ -158,7 +158,7 @@ def test_gradients_and_loss_are_those_of_the_mean_over_all_counted_targets(cpu):
     model = tiny_model().train()
     batch = batch_with_ignored(32)
     found, (loss, norm, finite) = gradients(model, batch, 2, cpu)
-    x = model.ln_f(hidden(model, batch[:, :-1]))
+    x = model.hidden(batch[:, :-1])
     logits = F.linear(x, model.token.weight[:257]).flatten(0, 1)
     expected = F.cross_entropy(logits, batch[:, 1:].flatten(), ignore_index=IGNORED, reduction="mean")
     wanted = torch.autograd.grad(expected, list(model.parameters()))
@@ -167,13 +167,6 @@ def test_gradients_and_loss_are_those_of_the_mean_over_all_counted_targets(cpu):
     assert finite == 1.0
     for (name, _), gradient in zip(model.named_parameters(), wanted, strict=True):
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
-
-
-def hidden(model, ids):
-    x = model.token(ids) + model.position(torch.arange(ids.shape[1]))
-    for block in model.blocks:
-        x = block(x)
-    return x
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -216,7 +209,7 @@ def test_the_first_logged_loss_is_the_mean_over_the_first_windows_by_hand(data, 
     model = initial_model(config, tokenizer)
     with torch.no_grad():
         by_hand = [
-            F.cross_entropy(F.linear(model.ln_f(hidden(model, row[None, :-1])), model.token.weight[:257])[0], row[1:])
+            F.cross_entropy(F.linear(model.hidden(row[None, :-1]), model.token.weight[:257])[0], row[1:])
             for row in batch
         ]
     assert losses(out)[1][0] == pytest.approx(torch.stack(by_hand).mean().item(), abs=2e-6)

@@ -8,9 +8,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import importlib.metadata
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -27,12 +25,13 @@ from typing import BinaryIO
 
 from gpt.errors import ResourceError, note
 from gpt.files import cache_folder, lock_file, make_private, no_link, write_durably
+from gpt.measure import cpu_identity, torch_version
 
 FOLDER = Path(__file__).parent
 GENERATION, TRAINING = "generation", "training"  # the purpose of a library
 SOURCES = {  # the file that takes longest to compile comes first
     GENERATION: [FOLDER / "forward.cpp", FOLDER / "choose.cpp"],
-    TRAINING: [FOLDER / "causal.cpp", FOLDER / "training.cpp"],
+    TRAINING: [FOLDER / "causal.cpp"],
 }
 HEADERS = sorted(FOLDER.glob("*.h"))
 COMMON = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-Wno-psabi"]
@@ -128,31 +127,11 @@ def split_command(text: str) -> list[str]:
 
 def cache_key(command: list[str], purpose: str) -> str:
     digest = hashlib.sha256()
-    for part in (command, FLAGS, cpu(), torch_version()):
+    for part in (command, FLAGS, cpu_identity(), torch_version()):
         digest.update(repr(part).encode())
     for source in [*SOURCES[purpose], *HEADERS]:
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:32]
-
-
-@functools.cache
-def cpu() -> tuple[str, list[str]]:
-    """Returns the properties of the CPU on which the effect of -march=native depends."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    names = ("model", "cpu family", "flags", "features", "cpu part")
-    lines = [line for line in text.split("\n\n")[0].splitlines() if line.lower().startswith(names)]
-    return platform.machine(), lines
-
-
-@functools.cache
-def torch_version() -> str:
-    try:
-        return importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 # ---- the state of the cache folder

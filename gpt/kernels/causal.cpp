@@ -17,7 +17,7 @@ namespace {
 constexpr int ROWS = 4, COLUMNS = 4 * LANES;  // of a tile of a product: its sums fill 16 registers
 constexpr int BLOCK = 64;                     // queries whose gradients are made at a time
 
-struct Attention {  // as gpt/kernels/training.py declares it
+struct Attention {  // as gpt/kernels/native_attention.py declares it
     int64_t rows, positions, heads, width, threads;
     const uint16_t *qkv;
     uint16_t *out;
@@ -267,6 +267,14 @@ struct Head {
 };
 
 }  // namespace
+
+extern "C" bool gpt_has_threads() {
+#ifdef _OPENMP
+    return true;
+#else
+    return false;
+#endif
+}
 
 // The forward pass, or the backward pass if there are gradients; returns 0, or -1 where memory ran out.
 extern "C" int64_t gpt_causal_attention(const Attention *a) {

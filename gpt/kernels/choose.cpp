@@ -24,14 +24,14 @@ typedef float Eight __attribute__((vector_size(32)));
 typedef double Doubles __attribute__((vector_size(64)));
 typedef uint64_t Wholes __attribute__((vector_size(64)));
 
-struct Choice {  // as gpt/kernels/choosing.py declares it; from `turns` on, null unless a step is to be ended
+struct Choice {  // as gpt/kernels/native_sampler.py declares it; from `turns` on, null unless a step is to be ended
     int64_t rows, vocabulary, stride, banned_count, draws_ahead, eot, threads;  // stride: floats from row to row
     float *logits;
     const float *temperature, *min_p, *penalty;
     const int64_t *top_k, *top_p, *banned, *draws;  // draws: draws_ahead for each row, of which the turn's is used
     const uint8_t *seen;
     int64_t *ids, *turns, *next;
-    const bool *goes_on;  // where `eot` is never chosen
+    const bool *ignores_eot;  // where `eot` is never chosen
 };
 
 inline uint32_t magnitude(float value) { return read<uint32_t>(&value) & MAGNITUDE; }
@@ -307,7 +307,7 @@ extern "C" void gpt_choose(const Choice *all) {
         const uint8_t *seen = choice.seen ? choice.seen + row * choice.vocabulary : nullptr;
         float *logits = choice.logits + row * choice.stride;
         int64_t turn = choice.turns ? choice.turns[row]++ % choice.draws_ahead : 0;
-        if (choice.goes_on && choice.goes_on[row]) logits[choice.eot] = -std::numeric_limits<float>::max();
+        if (choice.ignores_eot && choice.ignores_eot[row]) logits[choice.eot] = -std::numeric_limits<float>::max();
         int64_t id = scratch.choose(logits, choice.vocabulary, settings, seen, choice.banned, choice.banned_count,
                                     choice.draws[row * choice.draws_ahead + turn]);
         choice.ids[row] = id;

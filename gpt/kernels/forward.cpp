@@ -16,7 +16,7 @@
 
 namespace {
 
-// ---- as gpt/kernels/native.py declares them
+// ---- as gpt/kernels/native_model.py declares them
 
 struct Layer {
     const float *norm_1, *shift_1, *norm_2, *shift_2;

@@ -1,4 +1,4 @@
-"""The model's forward pass by the native library: NativeModel has GPT's prefill and decode, of the same meaning.
+"""The model's forward pass by the native library (forward.cpp).
 
 Shapes: R rows of the cache, T new tokens, V vocabulary."""
 
@@ -102,8 +102,8 @@ class NativeModel:
         self.run.restype, self.run.argtypes = Number, [Pointer, Pointer, Pointer]
 
     def decode(self, ids, cache):
-        """As GPT.decode, but the next call overwrites the logits. Raises ValueError for an id or a position that does
-        not exist."""
+        """Appends ids (R,), one per row, to the cache; returns the logits (R, V) after them, which the next call
+        overwrites. Raises ValueError for an id or a position that does not exist."""
         ids, places = ids.contiguous(), cache.lengths
         begun, step, logits = self.steps.get(cache, (None, None, None))
         if begun != (len(ids), ids.data_ptr()):  # the same tensors at every step: what describes them is made once
@@ -111,11 +111,11 @@ class NativeModel:
             begun, step = (len(ids), ids.data_ptr()), self.call(ids, rows, places, cache, logits, rows)
             self.steps[cache] = begun, step, logits
         step()
-        cache.lengths += 1
+        cache.advance(1)
         return logits
 
     def prefill(self, ids, cache):
-        """As GPT.prefill. Raises ValueError for an id or a position that does not exist."""
+        """Reads ids (R, T) into the rows of a cache. Raises ValueError for an id or a position that does not exist."""
         for part in ids.split(CHUNK, dim=1):
             places = cache.lengths[:, None] + torch.arange(part.shape[1])
             rows = torch.arange(len(ids))[:, None].expand_as(part).contiguous()

@@ -1,5 +1,5 @@
 """Attention of one new token a row over a static cache, as one Triton kernel; its plain twin is
-model.masked_attention, which reads all of the cache and takes six kernels.
+attention.masked_attention, which reads all of the cache and takes six kernels.
 
 Shapes: R rows, H heads, S cache positions, D width of a head."""
 

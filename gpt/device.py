@@ -1,0 +1,162 @@
+"""The hardware: devices, precisions, threads, compilers, memory."""
+
+import math
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from gpt.errors import InputError, note
+from gpt.measure import faster
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GIB = 1024**3
+OWN_GROUPS = Path("/proc/self/cgroup")  # Linux control groups bound the memory of a container or a batch job
+GROUP_ROOT = Path("/sys/fs/cgroup")
+
+
+def pick_device(name: str) -> torch.device:
+    """Returns the torch.device of a name; "auto" is CUDA, else Apple's MPS, else the CPU. Raises InputError for a
+    device that this machine lacks."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        warn_about_cpu_torch()
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name!r}: not a device name; use auto, cpu, cuda, cuda:1 or mps") from None
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(device.type, False):
+        raise InputError(f"device {name}: this torch ({torch.__version__}) finds none; use --device auto")
+    return device
+
+
+def warn_about_cpu_torch() -> None:
+    """Prints a warning where an NVIDIA driver is installed and this torch cannot use it."""
+    if torch.version.cuda is None and os.path.exists("/proc/driver/nvidia/version"):
+        note("warning", f"an NVIDIA driver is here, but torch {torch.__version__} is a CPU build; see README, Install")
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the GPU's name, or the kind of device and processor, such as "cpu x86_64"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+
+
+def has_compiler() -> bool:
+    """Returns whether torch.compile and Triton find the C compiler that both need, by Triton's rules."""
+    if platform.system() == "Windows":
+        return False
+    return bool(os.environ.get("CC")) or any(map(shutil.which, ("gcc", "clang")))
+
+
+# ---- precision
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Returns the torch.dtype of a precision name. "auto" is bf16 on GPUs that have it, fp16 on older ones, and on a
+    CPU whichever of fp32 and bf16 a short measurement finds faster."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if capability >= (8, 0) else torch.float16 if capability >= (7, 0) else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and bf16_is_faster() else torch.float32
+
+
+def bf16_is_faster() -> bool:
+    """Returns whether this CPU multiplies bf16 matrices faster than fp32 ones: a product of 256 tokens with a matrix of
+    GPT-2 small, as in training. On a CPU without bf16 instructions it takes a hundred times as long."""
+
+    def contest():
+        x, weight = torch.ones(256, 768), torch.ones(768, 768)
+        half_x, half_weight = x.bfloat16(), weight.bfloat16()
+        return lambda: x @ weight, lambda: half_x @ half_weight
+
+    return faster(f"bf16 products, {torch.get_num_threads()} threads", contest)
+
+
+def set_precision(dtype: torch.dtype) -> None:
+    """Allows TF32 only where products run in a shorter type anyway: fp32 means fp32."""
+    torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
+
+
+def set_threads(threads: int) -> None:
+    """Sets the number of CPU threads; 0 leaves it as it is."""
+    if threads:
+        torch.set_num_threads(threads)
+
+
+# ---- memory
+
+
+def free_memory(device: torch.device) -> int:
+    """Returns the bytes that this process can still allocate on `device`."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    room = [limit - used for limit, used in group_limits()]
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        room.append(available_memory() or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(room, default=8 * GIB)
+
+
+def available_memory() -> int:
+    """Returns Linux's own estimate of available bytes, droppable page cache included; 0 on other systems."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":") for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return 0
+
+
+def total_memory(device: torch.device) -> float:
+    """Returns the bytes that `device` has for this process; infinity where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    totals = [limit for limit, _ in group_limits()]
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        totals.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(totals, default=math.inf)
+
+
+def group_limits() -> list[tuple[int, int]]:
+    """Returns (limit, used) in bytes of each control group around this process that has a limit. Page cache that can be
+    dropped does not count as used."""
+    limits = []
+    for folder, limit, used in control_groups():
+        try:
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cache = int(stat.get("total_inactive_file", stat["inactive_file"]))
+            limits.append((int((folder / limit).read_text()), int((folder / used).read_text()) - cache))
+        except (OSError, KeyError, ValueError):  # unreadable, or without a limit: "max"
+            continue
+    return limits
+
+
+def control_groups() -> Iterator[tuple[Path, str, str]]:
+    """Yields (folder, name of the limit's file, name of the usage's file) of this process's memory groups, from its own
+    to the root."""
+    try:
+        lines = OWN_GROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = GROUP_ROOT, ("memory.max", "memory.current")
+        elif controllers == "memory":  # version 1
+            root, names = GROUP_ROOT / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        own = root / path.lstrip("/")
+        yield from ((folder, *names) for folder in (own, *own.parents) if folder.is_relative_to(root))

@@ -1,0 +1,46 @@
+"""What a function launches on a GPU, recorded once and then launched as a whole: a CUDA graph.
+
+The host needs some microseconds to launch each kernel. Where kernels are short, the GPU waits for it; a graph has one
+launch. The functions recorded here read nothing on the host and change tensors in place."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class CudaGraph:
+    """One recorded function. Graphs that never run at the same time may share a `pool` of memory, and a `stream`."""
+
+    def __init__(self, device: torch.device, stream=None, pool=None):
+        self.stream, self.pool = stream or torch.cuda.Stream(device), pool
+        self.graph = torch.cuda.CUDAGraph()
+        self.result: Any = None
+
+    def warm_up(self, function: Callable[[], Any]) -> Any:
+        """Returns function(), run on the stream where it will be recorded: libraries keep a workspace for each."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = function()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def capture(self, function: Callable[[], Any]) -> Any:
+        """Records function() without running it; returns its result, which every replay fills anew. Raises RuntimeError
+        if the function waits for the GPU, or memory runs out; then random numbers and current stream are as before."""
+        generator = torch.cuda.default_generators[self.stream.device.index]
+        draws = generator.clone_state()
+        # "thread_local": another thread may fetch the next batch during the recording.
+        recording = torch.cuda.graph(self.graph, self.pool, self.stream, capture_error_mode="thread_local")
+        try:
+            with torch.cuda.stream(torch.cuda.current_stream()), recording:
+                self.result = function()
+        except RuntimeError:
+            generator.graphsafe_set_state(draws)  # set_state would wait for the end of the recording
+            raise
+        return self.result
+
+    def replay(self) -> Any:
+        """Launches the recorded kernels; returns the result, in the same memory each time."""
+        self.graph.replay()
+        return self.result
