@@ -1,4 +1,4 @@
-"""The curves of learn.py: the loss of every snapshot over the whole validation split, figures, table and plot."""
+"""Scores the snapshots of learning_curve.py on the whole validation split; its figures, table and plot."""
 
 import contextlib
 import json
@@ -6,8 +6,7 @@ import math
 import statistics
 from pathlib import Path
 
-from decode import tell
-from report import print_columns
+from report import print_columns, tell
 
 NANOGPT = "nanogpt"  # its name among the programs
 WINDOW = 64  # bytes that the scorer lets a model read at once

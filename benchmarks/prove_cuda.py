@@ -4,8 +4,8 @@ Makes a small corpus out of the Python library's sources and, on the GPU, checks
 and eager, bitwise resume with --deterministic, steps as a CUDA graph, the attention that torch chooses, the head in
 8-bit floating point; of each way to run the decode step (eager, captured, compiled; fp32, bf16, fp16, int8) its greedy
 text against the uncached model, that no text depends on its neighbours, that all draw the same texts, and flat memory;
-then prints the table of benchmarks/decode.py. A line for each check; exits 1 if one fails. `--only graph,fp8` runs some
-of them. The table needs gpt2's tokenizer: see TIKTOKEN_CACHE_DIR in the README."""
+then prints the table of benchmarks/decode_speed.py. A line for each check; exits 1 if one fails.
+`--only graph,fp8` runs some of them. The table needs gpt2's tokenizer: see TIKTOKEN_CACHE_DIR in the README."""
 
 import argparse
 import hashlib
@@ -19,9 +19,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from trainers import training_script
+from project import ROOT
 
 import gpt
+import train as script
 from gpt.backend import make_backend
 from gpt.decode import Decoder
 from gpt.fp8 import CAPABILITY, fp8_linear
@@ -32,7 +33,6 @@ from gpt.model import GPT, ModelConfig
 from gpt.sampling import SamplingParams
 from gpt.sequence import Sequence
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPE = "--n_layer 4 --n_head 4 --n_embd 256 --block_size 256 --global_batch_size 16 --micro_batch_size 8 --dropout 0.1"
 
 
@@ -132,7 +132,6 @@ def check_graph(data, folder):
 
 def milliseconds_of_steps(shape, sequences, graph):
     """The time of a step with Muon, of many that are under way at once."""
-    script = training_script()
     machine = script.MachineConfig(device="cuda", dtype="bf16", compile="off")
     length, optim = script.LengthConfig(max_steps=1000), script.OptimConfig(optimizer="muon")
     batches = script.BatchConfig(global_batch_size=sequences, micro_batch_size=sequences)
@@ -326,10 +325,10 @@ def check_memory(folder):
 
 
 def check_speed(folder):
-    """The table of benchmarks/decode.py; its failure fails this check."""
+    """The table of benchmarks/decode_speed.py; its failure fails this check."""
     del folder
-    made = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "decode.py"), "--minutes", "8"])
-    expect(made.returncode == 0, f"benchmarks/decode.py exited with {made.returncode}")
+    made = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "decode_speed.py"), "--minutes", "8"])
+    expect(made.returncode == 0, f"benchmarks/decode_speed.py exited with {made.returncode}")
     return "see the table"
 
 

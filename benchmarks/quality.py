@@ -11,7 +11,8 @@ import math
 import sys
 from pathlib import Path
 
-from decode import default_threads, tell
+from machine import default_threads
+from report import tell
 
 REFERENCE = "fp32:eager"
 
@@ -32,7 +33,11 @@ def parse(words):
     add = parser.add_argument
     add("checkpoint", help="checkpoint, run folder or hub name")
     add("text", type=Path, help="file of UTF-8 text; its end is used")
-    add("--forms", default="fp32,bf16,int8", help="dtype, int8 and back end, as in decode.py (default %(default)s)")
+    add(
+        "--forms",
+        default="fp32,bf16,int8",
+        help="dtype, int8 and back end, as in decode_speed.py (default %(default)s)",
+    )
     add(
         "--tokens",
         type=int,

@@ -1,8 +1,9 @@
-"""Figures of decode.py: rates, shares of the memory's bandwidth, ratios round by round, and the tables."""
+"""Figures of decode_speed.py: rates, shares of the memory's bandwidth, ratios round by round, and the tables."""
 
 import json
 import math
 import statistics
+import sys
 
 BYTES = {"fp32": 4, "f32": 4, "bf16": 2, "f16": 2, "fp16": 2, "int8": 1, "q8_0": 34 / 32}
 
@@ -88,3 +89,7 @@ def print_columns(lines):
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
         if number == 0:
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+
+
+def tell(text):
+    print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Runs a training program in this process, unchanged but that its weights are kept on the way; started by learn.py.
+"""Runs a training program unchanged in this process, and keeps its weights on the way; learning_curve.py starts it.
 
     python snapshots.py FOLDER ours SPACING FLAGS…
         train.py of this project: a snapshot each time that the process has grown older by the share SPACING, and one
@@ -35,14 +35,16 @@ class Snapshots:
 
 
 def run_ours(folder, spacing, words):
-    from trainers import training_script
+    import project  # noqa: F401  makes `train` importable
 
-    script, snapshots = training_script(), Snapshots(folder)
-    taken = Taken(script.stepper, snapshots, spacing)
-    script.stepper = taken
+    import train
+
+    snapshots = Snapshots(folder)
+    taken = Taken(train.stepper, snapshots, spacing)
+    train.stepper = taken
     sys.argv = ["train.py", *words]
     try:
-        script.run_main(script.main, quiet_pipe=False)
+        train.run_main(train.main, quiet_pipe=False)
     finally:
         taken.keep()
 

@@ -4,18 +4,15 @@
 steps numbered from `first` and says how long they took. Making the tokens is not timed."""
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import math
 import os
-import sys
 import time
-from pathlib import Path
 
 import programs
 from gauges import Clock, peak_memory, release, reset_peak
 
-ROOT = Path(__file__).resolve().parents[1]
 FORMS = {"fp32", "bf16", "fp8", "compile", "eager", "adamw", "muon", "by1"}
 UNDONE = {"no-attention", "no-casts", "no-determinism", "no-drop", "no-fused", "no-gelu", "no-graph", "no-kernels"}
 UNDONE |= {"no-loss", "no-padding", "no-pages"}
@@ -23,15 +20,6 @@ WORDS = FORMS | UNDONE  # what may follow a program's name
 LR, WARMUP_STEPS = 6e-4, 10
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.1
 PADDED_TO = 64  # the peers' vocabulary, as nanoGPT pads it: ours is padded by the model
-
-
-def training_script():
-    """train.py of this project, imported by its path: this folder has a program of the same name."""
-    spec = importlib.util.spec_from_file_location("training_script", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def tokens(vocab_size, number, rows, length):
@@ -99,13 +87,14 @@ class Ours(Trainer):
     def __init__(self, folder, options, threads, device, grad_clip):
         super().__init__(folder, options, device, grad_clip)
         import gpt
+        import train
 
-        self.script, self.threads, self.version = training_script(), threads, gpt.__version__
+        self.script, self.threads, self.version = train, threads, gpt.__version__
         undone = sorted(set(options) & UNDONE)
         assert "no-casts" not in undone or "by1" in options, "no-casts makes a difference only with by1"
         assert "no-fused" not in undone or "muon" not in options, "no-fused is of AdamW alone"
         for name in undone:
-            getattr(importlib.import_module("undone"), name.removeprefix("no-"))(self.script)
+            getattr(importlib.import_module("undone"), name.removeprefix("no-"))()
 
     def forget(self):
         self.taken = None

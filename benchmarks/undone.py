@@ -1,16 +1,18 @@
-"""Techniques of a training step, each of which can be undone in a process to see what it is worth: of `train.py`'s
-programs, `ours:bf16:no-loss` is one that `loss` was called for."""
+"""Undoes one technique of the training step each, to measure what the technique gains.
+
+`train_speed.py --impl ours:bf16:no-loss` measures a program in which `loss()` was called."""
 
 import torch
 import torch.nn.functional as F
 
+import train
 from gpt import model, runtime
 from gpt.attention import causal_attention
 from gpt.kernels import training
 from gpt.loss import IGNORED
 
 
-def loss(_script):
+def loss():
     """The loss from logits in fp32, by torch's cross_entropy."""
 
     def cross_entropy(x, weight, targets, vocab_size, *_):
@@ -20,27 +22,27 @@ def loss(_script):
     replace(model, "cross_entropy", cross_entropy)
 
 
-def kernels(_script):
+def kernels():
     """Attention, GELU and loss by torch's operations."""
     replace(training.TrainingKernels, "install", lambda *_: None)
 
 
-def attention(_script):
+def attention():
     """Attention by torch's fused kernel."""
     replace(training.TrainingKernels, "causal_attention", staticmethod(causal_attention))
 
 
-def gelu(_script):
+def gelu():
     """GELU by torch's operation."""
     replace(training.TrainingKernels, "gelu", staticmethod(model.gelu))
 
 
-def pages(_script):
+def pages():
     """The memory of tensors that are gone goes back to the system."""
     replace(runtime, "keep_freed_memory", lambda: None)
 
 
-def casts(script):
+def casts():
     """Weights are cast for every micro-batch."""
 
     def accumulate(state, batch, run):
@@ -53,7 +55,7 @@ def casts(script):
             total += share.detach()
         return total
 
-    replace(script, "accumulate", accumulate)
+    replace(train, "accumulate", accumulate)
 
 
 class LoopAdamW(torch.optim.AdamW):
@@ -62,7 +64,7 @@ class LoopAdamW(torch.optim.AdamW):
         super().step()
 
 
-def fused(script):
+def fused():
     """AdamW parameter by parameter, several kernels each: torch's default on a CPU."""
 
     def make_optimizer(trained, config, *_):
@@ -71,32 +73,32 @@ def fused(script):
         groups += [{"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
         return LoopAdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), foreach=False)
 
-    replace(script, "make_optimizer", make_optimizer)
+    replace(train, "make_optimizer", make_optimizer)
 
 
-def drop(script):
+def drop():
     """Gradients are filled with zeros, not dropped."""
-    original = script.make_optimizer
+    original = train.make_optimizer
 
     def make_optimizer(trained, *arguments):
         optimizer = original(trained, *arguments)
         optimizer.zero_grad = lambda: torch._foreach_zero_([p.grad for p in trained.parameters() if p.grad is not None])
         return optimizer
 
-    replace(script, "make_optimizer", make_optimizer)
+    replace(train, "make_optimizer", make_optimizer)
 
 
-def graph(_script):
+def graph():
     """The host launches every kernel of a step, however small the model is."""
     replace(runtime, "launches_matter", lambda *_: False)
 
 
-def padding(_script):
+def padding():
     """The vocabulary is not padded."""
     replace(model, "VOCAB_MULTIPLE", 1)
 
 
-def determinism(_script):
+def determinism():
     """Operations need not repeat to the bit."""
     replace(runtime, "be_deterministic", lambda: None)
 

@@ -77,6 +77,25 @@ class Worker:
         self.process.join()
 
 
+def guarded(record, program, act, *arguments):
+    """Whether `act` of the program went well; the reason if not goes into the record, and it takes part no more."""
+    if program.name in record["absent"]:
+        return False
+    try:
+        act(program, *arguments)
+    except Absent as error:
+        record["absent"][program.name] = str(error)
+        return False
+    return True
+
+
+def in_turn(items, number):
+    """`items` in the order of round `number`: each round begins with the next, so that drift and heat do not always
+    fall on the same one."""
+    first = number % len(items) if items else 0
+    return [*items[first:], *items[:first]]
+
+
 def serve(pipe, log, module, name, folder, threads, device, *more):
     """The process: load the program `name` of a module of this folder, then answer until the pipe is closed. What it
     prints goes to `log`."""

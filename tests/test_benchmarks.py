@@ -1,6 +1,6 @@
 """The benchmark programs run from end to end, on a tiny model and with this project alone; times are not looked at."""
 
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -30,18 +30,22 @@ def run(module, monkeypatch, words, *more):
     module.main()
 
 
-@pytest.fixture(scope="module")
-def training(benchmarks):
-    """benchmarks/train.py, by another name: `train` is the script that trains."""
-    spec = importlib.util.spec_from_file_location("benchmark_of_training", ROOT / "benchmarks/train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def run_alone(name, words, *more):
+    """Runs a program as a user does: in a process of its own, without PYTHONPATH."""
+    command = [sys.executable, ROOT / f"benchmarks/{name}.py", *words.split(), *map(str, more)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("decode", "--device cpu"), ("prompts", ""), ("quality", "folder text"), ("learn", "--text text")],
+    [
+        ("decode_speed", "--device cpu"),
+        ("train_speed", "--device cpu"),
+        ("many_prompts", ""),
+        ("quality", "folder text"),
+        ("learning_curve", "--text text"),
+    ],
 )
 def test_help_names_every_flag_with_its_default(benchmarks, name, words, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "1000")  # nothing is wrapped
@@ -60,13 +64,13 @@ def test_help_names_every_flag_with_its_default(benchmarks, name, words, monkeyp
 
 def test_decode_refuses_texts_of_one_token(benchmarks, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_of:
-        run(benchmarks("decode"), monkeypatch, "--new_tokens 1")
+        run(benchmarks("decode_speed"), monkeypatch, "--new_tokens 1")
     assert exit_of.value.code == 2
     assert "--new_tokens 1" in capsys.readouterr().err
 
 
 def test_an_interruption_while_programs_load_ends_those_that_wait(benchmarks, tiny, monkeypatch):
-    decode, Worker, started = benchmarks("decode"), benchmarks("workers").Worker, []
+    decode, Worker, started = benchmarks("decode_speed"), benchmarks("workers").Worker, []
 
     class Interrupted(Worker):
         def __init__(self, *arguments):
@@ -86,14 +90,14 @@ def test_an_interruption_while_programs_load_ends_those_that_wait(benchmarks, ti
 
 
 def test_every_program_begins_some_round(benchmarks):
-    in_turn = benchmarks("decode").in_turn
+    in_turn = benchmarks("workers").in_turn
     rounds = [in_turn(["a", "b", "c"], number) for number in range(4)]
     assert rounds == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
 
 
 def test_programs_in_fp32_are_held_to_its_rounding(benchmarks):
     names = ["nanogpt=../nanoGPT", "ours:fp32:eager", "llamacpp:f32", "ours:int8", "transformers:bf16", "llamacpp:f16"]
-    assert [benchmarks("decode").is_exact(name) for name in names] == [True] * 3 + [False] * 3
+    assert [benchmarks("decode_speed").is_exact(name) for name in names] == [True] * 3 + [False] * 3
 
 
 def test_a_step_reads_the_weights_and_a_cache_of_the_width_that_the_program_keeps(benchmarks, tiny):
@@ -114,9 +118,7 @@ def test_decode_checks_and_compares_and_names_what_is_absent(tiny, tmp_path):
     out = tmp_path / "decode.json"
     impl = "ours:fp32:eager,ours:bf16:eager,nanogpt=/nowhere"
     words = f"--device cpu --model tiny --batch 1,3 --new_tokens 6 --pairs 2 --threads 1 --impl {impl}"
-    command = [sys.executable, ROOT / "benchmarks/decode.py", *words.split(), "--work", tiny.parent, "--json", out]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    made = subprocess.run(command, env=environment, capture_output=True, text=True)
+    made = run_alone("decode_speed", words, "--work", tiny.parent, "--json", out)
     assert made.returncode == 0, made.stderr
     record = json.loads(out.read_text())
     found = {(result["program"], result["batch"]): result for result in record["results"]}
@@ -140,7 +142,7 @@ def test_a_program_that_computes_another_model_does_not_agree(benchmarks, tiny):
 def test_refilled_rows_and_fixed_batches_are_compared(benchmarks, tiny, monkeypatch, capsys, tmp_path, one_thread):
     out = tmp_path / "prompts.json"
     words = "--device cpu --model tiny --prompts 5 --rows 2 --rounds 2 --dtype fp32 --backend eager --threads 1 --work"
-    run(benchmarks("prompts"), monkeypatch, words, tiny.parent, "--json", out)
+    run(benchmarks("many_prompts"), monkeypatch, words, tiny.parent, "--json", out)
     record, lines = json.loads(out.read_text()), capsys.readouterr().out
     assert [list(seconds) for seconds in record["rounds"]] == [
         ["refilled", "fixed", "unpadded"],
@@ -177,14 +179,14 @@ def test_all_programs_train_on_the_same_tokens_in_the_same_order(benchmarks):
     assert repeated > 100
 
 
-def test_a_program_is_named_by_its_kind_a_path_and_words(benchmarks, training):
-    parts_of = benchmarks("trainers").parts_of
+def test_a_program_is_named_by_its_kind_a_path_and_words(benchmarks):
+    parts_of, train_speed = benchmarks("trainers").parts_of, benchmarks("train_speed")
     assert parts_of("ours:bf16:compile") == ("ours", ["bf16", "compile"])
     assert parts_of("nanogpt=../nanoGPT:bf16") == ("nanogpt", ["../nanoGPT", "bf16"])
     assert parts_of("nanogpt=C:/nanoGPT") == ("nanogpt", ["C:/nanoGPT"])
     assert parts_of("peak") == ("peak", [])
-    assert training.label("nanogpt=/some/folder:bf16") == "nanogpt:bf16"
-    assert training.reference_of("ours:bf16:compile:muon") == "ours:fp32:muon"
+    assert train_speed.label("nanogpt=/some/folder:bf16") == "nanogpt:bf16"
+    assert train_speed.reference_of("ours:bf16:compile:muon") == "ours:fp32:muon"
 
 
 def test_training_is_timed_only_where_the_losses_are_those_of_fp32(benchmarks, tiny, tmp_path):
@@ -192,10 +194,7 @@ def test_training_is_timed_only_where_the_losses_are_those_of_fp32(benchmarks, t
     words = "--device cpu --sizes tiny --block_size 16 --batch 2 --steps 1 --check 3 --pairs 2 --threads 1"
     undone = ":".join(["ours:bf16:by1", *sorted(benchmarks("trainers").UNDONE)])  # where nothing is, it is an error
     impl = f"ours:bf16,{undone},nanogpt=/nowhere"
-    command = [sys.executable, ROOT / "benchmarks/train.py", *words.split(), "--impl", impl]
-    command += ["--work", tiny.parent, "--json", out]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    made = subprocess.run(command, env=environment, capture_output=True, text=True)
+    made = run_alone("train_speed", words, "--impl", impl, "--work", tiny.parent, "--json", out)
     assert made.returncode == 0, made.stderr
     record = json.loads(out.read_text())
     result, other = record["results"]
@@ -208,16 +207,18 @@ def test_training_is_timed_only_where_the_losses_are_those_of_fp32(benchmarks, t
     assert "/nowhere/model.py" in record["absent"]["tiny: nanogpt=/nowhere"]
 
 
-def test_a_program_with_other_losses_is_not_timed(benchmarks, training):
+def test_a_program_with_other_losses_is_not_timed(benchmarks):
     class Program:
         name = "transformers:bf16"
 
+    compare = benchmarks("train_speed").compare
+
     with pytest.raises(benchmarks("workers").Absent, match=r"0\.0300"):
-        training.compare(Program, [5.0, 4.0], {"losses": [5.0, 4.03]})
+        compare(Program, [5.0, 4.0], {"losses": [5.0, 4.03]})
     with pytest.raises(benchmarks("workers").Absent):
-        training.compare(Program, [5.0, 4.0], {"losses": [5.0, float("nan")]})
+        compare(Program, [5.0, 4.0], {"losses": [5.0, float("nan")]})
     fine = {"losses": [5.0, 4.01]}
-    training.compare(Program, [5.0, 4.0], fine)
+    compare(Program, [5.0, 4.0], fine)
     assert fine["difference"] == pytest.approx(0.01)
 
 
@@ -269,7 +270,7 @@ def test_nanogpt_gets_the_text_as_its_own_program_writes_it(benchmarks, tmp_path
 
     import numpy as np
 
-    learn, checkout = benchmarks("learn"), tmp_path / "checkout"
+    learn, checkout = benchmarks("learning_curve"), tmp_path / "checkout"
     for name in learn.COPIED:
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_text("")
@@ -286,9 +287,9 @@ def test_nanogpt_gets_the_text_as_its_own_program_writes_it(benchmarks, tmp_path
 def test_a_preset_is_run_and_its_snapshots_are_scored(monkeypatch, benchmarks, tmp_path, capsys, one_thread):
     text, out = tmp_path / "text.txt", tmp_path / "learn.json"
     text.write_text("To be, or not to be, that is the question. " * 100)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     words = "--presets tiny --seeds 1 --threads 1 --target 4.5 --text"
-    run(benchmarks("learn"), monkeypatch, words, text, "--work", tmp_path / "work", "--json", out)
+    run(benchmarks("learning_curve"), monkeypatch, words, text, "--work", tmp_path / "work", "--json", out)
     record = json.loads(out.read_text())
     [one] = record["runs"]
     assert one["points"][0]["step"] == 1

@@ -1,8 +1,8 @@
 """How fast texts are generated: this project against other programs, by turns, on the same random weights.
 
-    python benchmarks/decode.py --json decode.json
-    python benchmarks/decode.py --impl ours:int8,openvino:int8,llamacpp:f16,nanogpt=../nanoGPT --batch 1
-    python benchmarks/decode.py --ablation
+    python benchmarks/decode_speed.py --json decode.json
+    python benchmarks/decode_speed.py --impl ours:int8,openvino:int8,llamacpp:f16,nanogpt=../nanoGPT --batch 1
+    python benchmarks/decode_speed.py --ablation
 
 Each program runs in a process of its own that is stopped while others run; first its greedy text is checked, then in
 each round every program generates once, each round beginning with another program. On a GPU, the default is our own
@@ -11,17 +11,15 @@ back ends on four sizes and batch 1, 8, 64."""
 import argparse
 import dataclasses
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import weights
+from machine import default_device, default_threads, describe_machine
 from reference import Reference
-from report import print_tables, rates
-from workers import Absent, Worker
+from report import print_tables, rates, tell
+from workers import Absent, Worker, guarded, in_turn
 
 PEERS = (
     "transformers:fp32,transformers:bf16,ctranslate2:fp32,ctranslate2:int8,openvino:bf16,openvino:int8,"
@@ -43,7 +41,7 @@ EXACT = {"fp32", "f32"}
 
 def main():
     config = parse(sys.argv[1:])
-    record = {"machine": machine(config), "settings": vars(config) | {"work": str(config.work)}}
+    record = {"machine": describe_machine(config.device), "settings": vars(config) | {"work": str(config.work)}}
     record |= {"absent": {}, "bandwidth": {}, "results": []}
     deadline = time.monotonic() + 60 * config.minutes if config.minutes else float("inf")
     if record["machine"]["load"] > 0.5:
@@ -94,38 +92,6 @@ def parse(words):
     return config
 
 
-def default_threads():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def default_device():
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def machine(config):
-    """What the figures depend on."""
-    import torch
-
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    names = [line.split(":")[1].strip() for line in cpu_lines() if line.startswith("model name")]
-    return {
-        "device": torch.cuda.get_device_name() if config.device == "cuda" else "cpu",
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": git.stdout.strip(),
-    }
-
-
-def cpu_lines():
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
 # ---- measuring
 
 
@@ -158,13 +124,6 @@ def measure(config, folder, batch, programs, record, deadline):
     record["results"] += results.values()
 
 
-def in_turn(items, number):
-    """`items` in the order of round `number`: each round begins with the next, so that drift and heat do not always
-    fall on the same one."""
-    first = number % len(items) if items else 0
-    return [*items[first:], *items[:first]]
-
-
 def checked(config, folder, batch, programs, record):
     """Results, as yet without figures, of the programs that compute this model."""
     prompts = weights.prompts_of(folder, batch, config.prompt)
@@ -176,18 +135,6 @@ def checked(config, folder, batch, programs, record):
             if guarded(record, program, check, prompts, reference, result):
                 results[program.name] = result
     return results
-
-
-def guarded(record, program, act, *arguments):
-    """Whether `act` of the program went well; the reason if not goes into the record, and it takes part no more."""
-    if program.name in record["absent"]:
-        return False
-    try:
-        act(program, *arguments)
-    except Absent as error:
-        record["absent"][program.name] = str(error)
-        return False
-    return True
 
 
 def check(program, prompts, reference, result):
@@ -221,10 +168,6 @@ def one_round(program, folder, batch, config, rounds):
 def read_memory(program, bandwidth):
     for megabytes in MEGABYTES:
         bandwidth.setdefault(str(megabytes), []).append(program.ask("read", megabytes)[1])
-
-
-def tell(text):
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Loss against wall clock on a small text: presets of this project against nanoGPT's own recipe for a CPU, by turns.
 
-    python benchmarks/learn.py --text tinyshakespeare.txt --nanogpt ../nanoGPT --presets shakespeare-cpu
-    python benchmarks/learn.py --text tinyshakespeare.txt --presets shakespeare-cpu,mine.toml --seeds 1
+    python benchmarks/learning_curve.py --text tinyshakespeare.txt --nanogpt ../nanoGPT --presets shakespeare-cpu
+    python benchmarks/learning_curve.py --text tinyshakespeare.txt --presets shakespeare-cpu,mine.toml --seeds 1
 
 The text is read as bytes, its last tenth is for validation. Every run is a process of its own on the same cores, one
 after the other, and its time is that of the whole command: start-up, its own evaluations and its checkpoints included,
@@ -25,8 +25,10 @@ import time
 from pathlib import Path
 
 from curves import NANOGPT, ids_of, plot, print_summary, score, summary
-from decode import default_threads, in_turn, machine, tell
-from trainers import ROOT
+from machine import default_threads, describe_machine
+from project import ROOT
+from report import tell
+from workers import in_turn
 
 RECIPE = (  # nanoGPT's README, "I only have a macbook"
     "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
@@ -46,7 +48,7 @@ def main():
     prepare_ours(config)
     vocabulary = prepare_nanogpt(config, text) if config.nanogpt else None
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(config).items()}
-    record = {"machine": machine(argparse.Namespace(device="cpu")), "settings": settings, "runs": []}
+    record = {"machine": describe_machine("cpu"), "settings": settings, "runs": []}
     programs = [*config.presets, *([NANOGPT] if config.nanogpt else [])]
     for seed in range(config.seeds):
         for program in in_turn(programs, seed):

@@ -1,8 +1,8 @@
 """How fast models are trained: this project against other programs, by turns, from the same weights on the same tokens.
 
-    python benchmarks/train.py --nanogpt ../nanoGPT --json train.json
-    python benchmarks/train.py --impl ours:bf16,ours:bf16:muon,transformers:bf16 --batch 16
-    python benchmarks/train.py --device cuda --nanogpt ../nanoGPT --minutes 8
+    python benchmarks/train_speed.py --nanogpt ../nanoGPT --json train.json
+    python benchmarks/train_speed.py --impl ours:bf16,ours:bf16:muon,transformers:bf16 --batch 16
+    python benchmarks/train_speed.py --device cuda --nanogpt ../nanoGPT --minutes 8
 
 Each program runs in a process of its own that is stopped while others run. At the first size, its losses over the
 first steps must be those of our fp32 run with the same optimizer. Then in each round every program takes a few steps,
@@ -19,9 +19,9 @@ from pathlib import Path
 
 import trainers
 import weights
-from decode import default_device, default_threads, guarded, in_turn, machine, tell
-from report import print_columns, ratios
-from workers import Absent, Worker
+from machine import default_device, default_threads, describe_machine
+from report import print_columns, ratios, tell
+from workers import Absent, Worker, guarded, in_turn
 
 TOLERANCE = 0.02  # nats, between a program's loss and the reference's
 WARM_UP_STEPS = 3  # where the losses are not checked
@@ -37,7 +37,7 @@ CPU_BATCHES = "4,16"
 
 def main():
     config = parse(sys.argv[1:])
-    record = {"machine": machine(config), "settings": vars(config) | {"work": str(config.work)}}
+    record = {"machine": describe_machine(config.device), "settings": vars(config) | {"work": str(config.work)}}
     record |= {"absent": {}, "peaks": {}, "results": []}
     deadline = time.monotonic() + 60 * config.minutes if config.minutes else float("inf")
     if record["machine"]["load"] > 0.5:

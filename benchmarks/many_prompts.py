@@ -1,7 +1,7 @@
 """Many prompts of unequal length: rows that are refilled as texts end, against fixed batches in the order of the file.
 
-    python benchmarks/prompts.py --json prompts.json
-    python benchmarks/prompts.py --prompts 100 --dtype bf16
+    python benchmarks/many_prompts.py --json prompts.json
+    python benchmarks/many_prompts.py --prompts 100 --dtype bf16
 
 All ways use the same model, back end and number of rows. A fixed batch runs until its longest text is done; its rows
 that have finished wait. "fixed" reads each prompt padded to the batch's longest: a batch in one tensor has to, and that
@@ -20,7 +20,9 @@ import time
 from pathlib import Path
 
 import weights
-from decode import default_threads, in_turn, tell
+from machine import default_threads
+from report import tell
+from workers import in_turn
 
 PROMPT_TOKENS, NEW_TOKENS = (5, 400), (10, 200)  # from, to
 
