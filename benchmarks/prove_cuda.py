@@ -1,11 +1,10 @@
 """Proves the CUDA paths in one run: python benchmarks/prove_cuda.py [--out DIR]
 
 Makes a small corpus out of the Python library's sources and, on the GPU, checks training in every precision, compiled
-and eager, bitwise resume with --deterministic, steps as a CUDA graph, the attention that torch chooses, the head in
-8-bit floating point; of each way to run the decode step (eager, captured, compiled; fp32, bf16, fp16, int8) its greedy
-text against the uncached model, that no text depends on its neighbours, that all draw the same texts, and flat memory;
+and eager, bitwise resume with --deterministic, steps as a CUDA graph, the attention that torch chooses; of each way to
+run the decode step (eager, captured, compiled; fp32, bf16, fp16, int8) its greedy text against the uncached model, that no text depends on its neighbours, that all draw the same texts, and flat memory;
 then prints the table of benchmarks/decode_speed.py. A line for each check; exits 1 if one fails.
-`--only graph,fp8` runs some of them. The table needs gpt2's tokenizer: see TIKTOKEN_CACHE_DIR in the README."""
+`--only graph,attention` runs some of them. The table needs gpt2's tokenizer: see TIKTOKEN_CACHE_DIR in the README."""
 
 import argparse
 import hashlib
@@ -25,10 +24,8 @@ import gpt
 import train as script
 from gpt.backend import make_backend
 from gpt.decode import Decoder
-from gpt.fp8 import CAPABILITY, fp8_linear
 from gpt.generate import GenerationParams
 from gpt.graph import CudaGraph, GraphedStep
-from gpt.loss import cross_entropy
 from gpt.model import GPT, ModelConfig
 from gpt.sampling import SamplingParams
 from gpt.sequence import Sequence
@@ -189,38 +186,6 @@ def check_attention(data, folder):
     return f"{chosen.name} is chosen, deterministic {repeating.name}; cuDNN {torch.backends.cudnn.version()}; {listed}"
 
 
-def check_fp8(data, folder):
-    """With the head in 8-bit floating point training ends within 0.05 nats of fp32, compiled and eager; a product errs
-    as it does on a CPU. Where a GPU has none of it, it is refused."""
-    if torch.cuda.get_device_capability() < CAPABILITY:
-        setting = f"tiny --data {data} --out {folder / 'refused'} --device cuda --dtype bf16 --fp8_head"
-        code = subprocess.run(command("train.py", setting, SHAPE)).returncode
-        expect(code == 2, f"train.py exited with {code}, not 2")
-        return "refused, as it must be here"
-    reference = final_loss(train(data, folder / "fp8-fp32", "--dtype fp32 --compile off --max_steps 200"))
-    for compiled in ("off", "on"):
-        words = f"--dtype bf16 --fp8_head --compile {compiled} --max_steps 200"
-        loss = final_loss(train(data, folder / f"fp8-{compiled}", words))
-        expect(abs(loss - reference) < 0.05, f"compile {compiled}: {loss} against fp32 {reference}")
-    x = torch.randn(16384, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = (0.02 * torch.randn(50304, 768, device="cuda")).bfloat16().requires_grad_()
-    targets = torch.randint(50257, (len(x),), device="cuda")
-    with torch.no_grad():
-        error = relative(fp8_linear(x, weight), x.float() @ weight.float().T)
-    expect(error < 0.05, f"the logits' error is {error:.1%}")
-    times = []
-    for function in (cross_entropy, torch.compile(cross_entropy, fullgraph=True)):
-        for fp8 in (False, True):
-            with torch.autocast("cuda", torch.bfloat16):
-                times.append(milliseconds(lambda: function(x, weight, targets, 50257, fp8).mean().backward()))  # noqa: B023
-    plain, compiled = (f"{times[n]:.1f} ms, with 8 bits {times[n + 1]:.1f}" for n in (0, 2))
-    return f"error of logits {error:.1%}; head and loss {plain}; compiled {compiled}"
-
-
-def relative(found, exact):
-    return ((found.float() - exact).norm() / exact.norm()).item()
-
-
 FORMS = [("fp32", "none"), ("bf16", "none"), ("fp16", "none"), ("fp32", "int8"), ("bf16", "int8")]
 BACKENDS = ("eager", "captured", "compiled")
 PROMPTS = ["def main", "import os\nimport sys\n\n", "class A:\n    " * 10]
@@ -342,7 +307,7 @@ def main():
     data = folder / "data"
     if not data.exists():
         subprocess.run(command("data/prepare.py", f"--corpus stdlib --tokenizer byte --out {data}"), check=True)
-    failed, training = 0, (check_precisions, check_resume, check_graph, check_attention, check_fp8)
+    failed, training = 0, (check_precisions, check_resume, check_graph, check_attention)
     for check, arguments in (
         *((check, (data, folder)) for check in training),
         *((check, (folder,)) for check in (check_greedy, check_neighbours, check_same_texts, check_undecided)),

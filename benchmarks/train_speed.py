@@ -66,7 +66,7 @@ def parse(words):
     cpu, cuda = DEFAULTS["cpu"], DEFAULTS["cuda"]
     add(
         "--impl",
-        help="programs, with commas; after ours: fp32 or bf16, fp8, compile, adamw or muon, by1 (micro-batches of 1), "
+        help="programs, with commas; after ours: fp32 or bf16, compile, adamw or muon, by1 (micro-batches of 1), "
         f"and what to undo ({', '.join(sorted(trainers.UNDONE))}: see undone.py); after transformers or "
         f"nanogpt=PATH: bf16, compile; on a CPU {cpu[0]}, on CUDA {cuda[0]}",
     )

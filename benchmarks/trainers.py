@@ -13,8 +13,8 @@ import time
 import programs
 from gauges import Clock, peak_memory, release, reset_peak
 
-FORMS = {"fp32", "bf16", "fp8", "compile", "eager", "adamw", "muon", "by1"}
-UNDONE = {"no-attention", "no-casts", "no-determinism", "no-drop", "no-fused", "no-gelu", "no-graph", "no-kernels"}
+FORMS = {"fp32", "bf16", "compile", "eager", "adamw", "muon", "by1"}
+UNDONE = {"no-attention", "no-casts", "no-determinism", "no-drop", "no-fused", "no-graph", "no-kernels"}
 UNDONE |= {"no-loss", "no-padding", "no-pages"}
 WORDS = FORMS | UNDONE  # what may follow a program's name
 LR, WARMUP_STEPS = 6e-4, 10
@@ -81,8 +81,8 @@ class Trainer:
 
 
 class Ours(Trainer):
-    """A step of train.py, on the state that its `build` makes. Options: fp32 or bf16, fp8 (with bf16: the logits),
-    compile, adamw or muon, by1 (micro-batches of 1 sequence, not the one it chooses), and techniques to undo."""
+    """A step of train.py, on the state that its `build` makes. Options: fp32 or bf16, compile,
+    adamw or muon, by1 (micro-batches of 1 sequence, not the one it chooses), and techniques to undo."""
 
     def __init__(self, folder, options, threads, device, grad_clip):
         super().__init__(folder, options, device, grad_clip)
@@ -113,7 +113,6 @@ class Ours(Trainer):
             dtype=next(iter(options & {"fp32", "bf16"}), "auto"),
             compile="on" if "compile" in options else "off",
             threads=self.threads,
-            fp8_head="fp8" in options,
         )
         config = script.TrainConfig(
             data="none",
@@ -142,7 +141,7 @@ class Peer(Trainer):
         import torch
 
         super().__init__(folder, options, device, grad_clip)
-        assert not set(options) & (UNDONE | {"by1", "fp8", "muon"}), f"{options}: only ours has that"
+        assert not set(options) & (UNDONE | {"by1", "muon"}), f"{options}: only ours has that"
         torch.set_num_threads(threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.torch = torch

@@ -23,18 +23,13 @@ def loss():
 
 
 def kernels():
-    """Attention, GELU and loss by torch's operations."""
+    """Uses torch's operations in place of the C++ kernels."""
     replace(training.TrainingKernels, "install", lambda *_: None)
 
 
 def attention():
     """Attention by torch's fused kernel."""
     replace(training.TrainingKernels, "causal_attention", staticmethod(causal_attention))
-
-
-def gelu():
-    """GELU by torch's operation."""
-    replace(training.TrainingKernels, "gelu", staticmethod(model.gelu))
 
 
 def pages():
