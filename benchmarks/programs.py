@@ -8,6 +8,7 @@ import json
 import math
 
 import weights
+from gauges import Clock, release
 
 TOP_K, TOP_P, TEMPERATURE = 50, 0.95, 1.0
 
@@ -242,7 +243,9 @@ class LlamaCpp:
 
 
 class Bandwidth:
-    """No program: what the memory gives to a read of `megabytes`, by torch's fastest reductions."""
+    """Measures how fast the device reads its memory. It stands among the programs, so that every round measures it."""
+
+    REPEATS = 4  # the fastest counts
 
     def __init__(self, _folder, _options, threads, device):
         import torch
@@ -250,20 +253,24 @@ class Bandwidth:
         torch.set_num_threads(threads)
         self.torch, self.device, self.version = torch, device, torch.__version__
 
-    def read(self, megabytes):
-        """GB/s."""
-        import time
-
+    def read(self, megabytes: int) -> float:
+        """Returns GB/s of reading a buffer of `megabytes` by the fastest of torch's reductions."""
         data = self.torch.ones(megabytes * 250_000, device=self.device)
-        whole = data.view(self.torch.int64)
-        reductions = (data.amax, data.norm, whole.sum, data.view(self.torch.int32).amax)
-        best = float("inf")
-        for reduce in reductions:
-            for _ in range(4):
-                start = time.perf_counter()
-                reduce().item()  # on a GPU .item() waits
-                best = min(best, time.perf_counter() - start)
-        return megabytes / 1000 / best
+        reductions = (data.amax, data.norm, data.view(self.torch.int64).sum, data.view(self.torch.int32).amax)
+        seconds = min(self.seconds_of(reduction) for reduction in reductions)
+        del data, reductions
+        release(self.device)
+        return megabytes / 1000 / seconds
+
+    def seconds_of(self, reduction):
+        """Returns the seconds of one call. On CUDA two events enclose many calls, and nothing waits between them."""
+        reads, times = 20 if self.device == "cuda" else 1, []
+        for _ in range(self.REPEATS):
+            clock = Clock(self.device)
+            for _ in range(reads):
+                reduction()
+            times.append(clock.seconds() / reads)
+        return min(times)
 
 
 PROGRAMS = {

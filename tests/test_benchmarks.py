@@ -73,8 +73,8 @@ def test_an_interruption_while_programs_load_ends_those_that_wait(benchmarks, ti
     decode, Worker, started = benchmarks("decode_speed"), benchmarks("workers").Worker, []
 
     class Interrupted(Worker):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
             started.append(self)
 
         def wait_loaded(self):
@@ -165,6 +165,10 @@ def test_quality_finds_no_change_in_fp32_and_a_small_one_in_bf16(benchmarks, tin
     _, fp32, bf16 = json.loads(out.read_text())
     assert fp32["change"] == 0
     assert 0 < bf16["rms_error"] < 0.05
+
+
+def test_the_bandwidth_of_the_memory_is_measured(benchmarks, one_thread):
+    assert benchmarks("programs").Bandwidth("", [], 1, "cpu").read(megabytes=1) > 0
 
 
 def test_all_programs_train_on_the_same_tokens_in_the_same_order(benchmarks):
