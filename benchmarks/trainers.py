@@ -89,7 +89,7 @@ class Ours(Trainer):
         import gpt
         import train
 
-        self.script, self.threads, self.version = train, threads, gpt.__version__
+        self.train, self.threads, self.version = train, threads, gpt.__version__
         undone = sorted(set(options) & UNDONE)
         assert "no-casts" not in undone or "by1" in options, "no-casts makes a difference only with by1"
         assert "no-fused" not in undone or "muon" not in options, "no-fused is of AdamW alone"
@@ -97,7 +97,7 @@ class Ours(Trainer):
             getattr(importlib.import_module("undone"), name.removeprefix("no-"))()
 
     def forget(self):
-        self.taken = None
+        self.take_step = None
 
     def fresh(self):
         from gpt.interop import load_model
@@ -105,32 +105,45 @@ class Ours(Trainer):
         return load_model(self.folder)
 
     def build(self, model, batch):
-        script, options = self.script, set(self.options)
-        optimizer = {"optimizer": "muon" if "muon" in options else "adamw"}
-        length = script.LengthConfig(max_steps=1_000_000)
-        machine = script.MachineConfig(
+        train, options = self.train, set(self.options)
+        machine = train.MachineConfig(
             device=self.device,
             dtype=next(iter(options & {"fp32", "bf16"}), "auto"),
             compile="on" if "compile" in options else "off",
             threads=self.threads,
         )
-        config = script.TrainConfig(
-            data="none",
-            model=model.config,
-            batch=script.BatchConfig(global_batch_size=batch, micro_batch_size=int("by1" in options)),
-            length=length,
-            optim=script.OptimConfig(
-                lr=LR, beta1=BETAS[0], beta2=BETAS[1], weight_decay=WEIGHT_DECAY, grad_clip=self.grad_clip, **optimizer
-            ),
-            machine=machine,
+        optim = train.OptimConfig(
+            optimizer="muon" if "muon" in options else "adamw",
+            lr=LR,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            weight_decay=WEIGHT_DECAY,
+            grad_clip=self.grad_clip,
         )
-        run = script.Runtime(machine)
-        budget = script.Budget(length, batch, self.block_size, windows_per_epoch=1)
-        state, record = script.build(config, model, budget, script.Progress(), run, None)
-        self.taken = script.stepper(config, state, run, record["compile"])
+        self.take_step = train.stepper(*ready_to_train(model, batch, int("by1" in options), machine, optim))
 
     def step(self, ids, lr):
-        return self.taken(ids, lr)[0]
+        return self.take_step(ids, lr)[0]
+
+
+def ready_to_train(model, sequences, micro_batch_size, machine, optim):
+    """Returns what train.py makes before its first step, as its `stepper` takes it: (TrainConfig, State, Runtime,
+    whether the model is compiled). `micro_batch_size` 0 lets it choose."""
+    import train
+
+    length = train.LengthConfig(max_steps=1_000_000)
+    config = train.TrainConfig(
+        data="none",
+        model=model.config,
+        batch=train.BatchConfig(global_batch_size=sequences, micro_batch_size=micro_batch_size),
+        length=length,
+        optim=optim,
+        machine=machine,
+    )
+    run = train.Runtime(machine)
+    budget = train.Budget(length, sequences, model.config.block_size, windows_per_epoch=1)
+    state, record = train.build(config, model, budget, train.Progress(), run, None)
+    return config, state, run, record["compile"]
 
 
 class Peer(Trainer):

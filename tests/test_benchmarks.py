@@ -6,9 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
+from training_helpers import make_data, tiny_model
+
+from gpt.generate import TextGenerator
+from gpt.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +40,15 @@ def run_alone(name, words, *more):
     command = [sys.executable, ROOT / f"benchmarks/{name}.py", *words.split(), *map(str, more)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+
+def test_no_module_has_the_name_of_one_of_the_product_s():
+    own, product = (
+        {path.stem for folder in folders for path in folder.glob("*.py")}
+        for folders in ([ROOT / "benchmarks"], [ROOT, ROOT / "data"])
+    )
+    assert "train" in product
+    assert not own & product
 
 
 @pytest.mark.parametrize(
@@ -130,10 +144,12 @@ def test_decode_checks_and_compares_and_names_what_is_absent(tiny, tmp_path):
 
 
 def test_a_program_that_computes_another_model_does_not_agree(benchmarks, tiny):
+    import torch
+
     reference = benchmarks("reference").Reference(tiny, "cpu")
     prompts = benchmarks("weights").prompts_of(tiny, 2, 5)
-    with reference.torch.inference_mode():
-        texts = [[reference.model(reference.torch.tensor([prompt])).argmax().item()] for prompt in prompts]
+    with torch.inference_mode():
+        texts = [[reference.model(torch.tensor([prompt])).argmax().item()] for prompt in prompts]
     assert reference.agreement(prompts, texts).fine(exact=True)
     texts[1][0] = (texts[1][0] + 1) % 256
     assert not reference.agreement(prompts, texts).fine(exact=False)
@@ -169,6 +185,63 @@ def test_quality_finds_no_change_in_fp32_and_a_small_one_in_bf16(benchmarks, tin
 
 def test_the_bandwidth_of_the_memory_is_measured(benchmarks, one_thread):
     assert benchmarks("programs").Bandwidth("", [], 1, "cpu").read(megabytes=1) > 0
+
+
+def test_a_proof_trains_the_model_that_its_checks_need_and_ends_with_a_table(tmp_path):
+    make_data(tmp_path / "data", train_size=20_000)
+    made = run_alone("prove_cuda", "--device cpu --only greedy,graph", "--out", tmp_path)
+    assert made.returncode == 0, made.stdout + made.stderr
+    *_, greedy, graph = made.stdout.splitlines()
+    assert re.match(r"\| greedy +\| pass ", greedy)
+    assert re.match(r"\| graph +\| skip ", graph)
+
+
+def test_the_gap_of_a_text_is_that_of_every_token_by_itself_past_the_context_too(benchmarks):
+    import torch
+
+    largest_gap = benchmarks("text_checks").largest_gap
+    generator = TextGenerator(tiny_model().eval(), load_tokenizer("byte"))
+    ids = torch.randint(256, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    window, gaps = list(b"import"), []
+    for chosen in ids:
+        with torch.inference_mode():
+            logits = generator.model(torch.tensor([window]))[0]
+        gaps.append((logits[:256].max() - logits[chosen]).item())
+        window = [*window, chosen] if len(window) < 32 else [*window, chosen][-16:]
+    for count in (1, 27, 28, 50, 100):
+        assert largest_gap(generator, "import", ids[:count]) == pytest.approx(max(gaps[:count]), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("code", "limit", "expected"),
+    [
+        ("open(sys.argv[1], 'w').write('[\"pass\", \"equal\"]')", 100, ("pass", "equal")),
+        ("os.abort()", 100, ("FAIL", "exit code -6, see above")),
+        ("time.sleep(600)", 0.5, ("TIME", "not done after 0 s")),
+    ],
+)
+def test_a_check_that_crashes_or_hangs_only_ends_itself(benchmarks, tmp_path, code, limit, expected):
+    command = [sys.executable, "-c", f"import os, sys, time; {code}", tmp_path / "result"]
+    assert benchmarks("apart").run_apart(command, tmp_path / "result", limit) == expected
+
+
+def test_a_check_ends_with_the_proof_that_started_it(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    lock, held = tmp_path / "lock", tmp_path / "held"
+    begin = f"import fcntl, pathlib, sys, time; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import apart\n"
+    inner = f"{begin}apart.end_with_parent(); file = open({str(lock)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX)\n"
+    inner += f"open({str(held)!r}, 'w'); time.sleep(600)"
+    outer = (
+        f"{begin}apart.run_apart([sys.executable, '-c', {inner!r}], pathlib.Path({str(tmp_path / 'result')!r}), 600)"
+    )
+    proof = subprocess.Popen([sys.executable, "-c", outer])
+    while not held.exists():
+        assert proof.poll() is None
+        time.sleep(0.01)
+    proof.kill()
+    proof.wait()
+    with open(lock) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # waits until the check has ended
 
 
 def test_all_programs_train_on_the_same_tokens_in_the_same_order(benchmarks):
