@@ -1,6 +1,7 @@
-"""Undoes one technique of the training step each, to measure what the technique gains.
+"""Undoes one technique of the training step with each function, to measure what the technique gains.
 
-`train_speed.py --impl ours:bf16:no-loss` measures a program in which `loss()` was called."""
+`train_speed.py --impl ours:bf16:no-loss` measures a program in which `loss()` was called. A function replaces a name of
+the product before the model is built; it fails if the product no longer has that name."""
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,8 @@ from gpt.kernels import training
 from gpt.loss import IGNORED
 
 
-def loss():
-    """The loss from logits in fp32, by torch's cross_entropy."""
+def loss() -> None:
+    """Computes the loss with torch's cross_entropy from logits in fp32."""
 
     def cross_entropy(x, weight, targets, vocab_size, *_):
         logits = F.linear(x, weight)[:, :vocab_size].float()
@@ -22,23 +23,23 @@ def loss():
     replace(model, "cross_entropy", cross_entropy)
 
 
-def kernels():
+def kernels() -> None:
     """Uses torch's operations in place of the C++ kernels."""
     replace(training.TrainingKernels, "install", lambda *_: None)
 
 
-def attention():
-    """Attention by torch's fused kernel."""
+def attention() -> None:
+    """Uses torch's fused attention in place of the C++ kernel."""
     replace(training.TrainingKernels, "causal_attention", staticmethod(causal_attention))
 
 
-def pages():
-    """The memory of tensors that are gone goes back to the system."""
+def pages() -> None:
+    """Gives the memory of freed tensors back to the system."""
     replace(runtime, "keep_freed_memory", lambda: None)
 
 
-def casts():
-    """Weights are cast for every micro-batch."""
+def casts() -> None:
+    """Casts the weights anew for every micro-batch."""
 
     def accumulate(state, batch, run):
         total = torch.zeros((), device=run.device)
@@ -54,13 +55,15 @@ def casts():
 
 
 class LoopAdamW(torch.optim.AdamW):
+    """AdamW without the fused kernel, in a training step that sets `found_inf` for that kernel."""
+
     def step(self):
-        self.found_inf = None  # only its fused kernel knows what that is
+        self.found_inf = None  # only the fused kernel accepts it
         super().step()
 
 
-def fused():
-    """AdamW parameter by parameter, several kernels each: torch's default on a CPU."""
+def fused() -> None:
+    """Updates parameter by parameter, with several kernels each: torch's default on a CPU."""
 
     def make_optimizer(trained, config, *_):
         parameters = list(trained.parameters())
@@ -71,8 +74,8 @@ def fused():
     replace(train, "make_optimizer", make_optimizer)
 
 
-def drop():
-    """Gradients are filled with zeros, not dropped."""
+def drop() -> None:
+    """Fills gradients with zeros instead of dropping them."""
     original = train.make_optimizer
 
     def make_optimizer(trained, *arguments):
@@ -83,18 +86,18 @@ def drop():
     replace(train, "make_optimizer", make_optimizer)
 
 
-def graph():
-    """The host launches every kernel of a step, however small the model is."""
+def graph() -> None:
+    """Launches every kernel of a step from the host, however small the model is."""
     replace(runtime, "launches_matter", lambda *_: False)
 
 
-def padding():
-    """The vocabulary is not padded."""
+def padding() -> None:
+    """Leaves the vocabulary without padding."""
     replace(model, "VOCAB_MULTIPLE", 1)
 
 
-def determinism():
-    """Operations need not repeat to the bit."""
+def determinism() -> None:
+    """Allows operations that do not repeat to the bit."""
     replace(runtime, "be_deterministic", lambda: None)
 
 
