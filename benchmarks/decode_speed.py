@@ -1,12 +1,12 @@
-"""How fast texts are generated: this project against other programs, by turns, on the same random weights.
+"""Measures how fast texts are generated: this project and other programs, in turn, on the same random weights.
 
     python benchmarks/decode_speed.py --json decode.json
     python benchmarks/decode_speed.py --impl ours:int8,openvino:int8,llamacpp:f16,nanogpt=../nanoGPT --batch 1
     python benchmarks/decode_speed.py --ablation
 
-Each program runs in a process of its own that is stopped while others run; first its greedy text is checked, then in
-each round every program generates once, each round beginning with another program. On a GPU, the default is our own
-back ends on four sizes and batch 1, 8, 64."""
+Each program runs in a process of its own, which is stopped while another program runs. First the greedy text of each
+program is checked; then every program generates once in each round, and each round begins with another program. On a
+GPU, the default is our own back ends on four sizes and batch 1, 8, 64."""
 
 import argparse
 import dataclasses
@@ -34,12 +34,12 @@ DEFAULTS = {  # by device: --impl, --ablation, --batch, --model
     "cpu": (f"ours:int8,ours:bf16,ours:fp32,{PEERS}", CPU_LADDER, "1,8", "gpt2"),
     "cuda": (CUDA_LADDER, CUDA_LADDER, "1,8,64", "gpt2,gpt2-medium,gpt2-large,gpt2-xl"),
 }
-MEGABYTES = {"cpu": (60, 125, 250, 500, 2000), "cuda": (500, 1000, 2000, 4000)}  # read; on CUDA far beyond any L2
+MEGABYTES = {"cpu": (60, 125, 250, 500, 2000), "cuda": (500, 1000, 2000, 4000)}  # of buffers; on CUDA far beyond L2
 CHECKED_TOKENS = 16
-EXACT = {"fp32", "f32"}
+EXACT = {"fp32", "f32"}  # options that mean fp32 throughout
 
 
-def main():
+def main() -> None:
     config = parse(sys.argv[1:])
     record = {"machine": describe_machine(config.device), "settings": vars(config) | {"work": str(config.work)}}
     record |= {"absent": {}, "bandwidth": {}, "results": []}
@@ -63,23 +63,27 @@ def main():
     print_tables(record)
 
 
-def parse(words):
+def parse(words: list[str]) -> argparse.Namespace:
+    """Returns the settings; those that are not given depend on the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
         "--impl",
-        help=f"programs, with commas; on a CPU {DEFAULTS['cpu'][0]}; "
-        "nanogpt=PATH is a checkout; bandwidth is no program, but what the memory gives",
+        help="programs, separated by commas. nanogpt=PATH is a checkout; bandwidth measures the memory. "
+        f"Default: on a CPU {DEFAULTS['cpu'][0]}, on CUDA {CUDA_LADDER}",
     )
-    add("--ablation", action="store_true", help="our own back ends and precisions, one after the other")
-    add("--model", help=f"sizes, with commas, out of {', '.join(weights.SIZES)}; on a CPU gpt2")
-    add("--batch", help="texts side by side, with commas; on a CPU 1,8")
+    add("--ablation", action="store_true", help="compare our own back ends and precisions")
+    add(
+        "--model",
+        help=f"sizes, separated by commas, out of {', '.join(weights.SIZES)}; on a CPU gpt2, on CUDA all but tiny",
+    )
+    add("--batch", help="texts side by side, separated by commas; on a CPU 1,8, on CUDA 1,8,64")
     add("--prompt", type=int, default=32, help="tokens of each prompt (default %(default)s)")
-    add("--new_tokens", type=int, default=128, help="tokens to generate after each, 2 or more (default %(default)s)")
-    add("--pairs", type=int, default=5, help="rounds, in each of which every program runs once (default %(default)s)")
-    add("--minutes", type=float, default=0, help="wait for nothing after this time; 0 is no limit")
+    add("--new_tokens", type=int, default=128, help="new tokens for each prompt, 2 or more (default %(default)s)")
+    add("--pairs", type=int, default=5, help="rounds; in each, every program runs once (default %(default)s)")
+    add("--minutes", type=float, default=0, help="wait for nothing after this time; 0 = no limit")
     add("--threads", type=int, default=default_threads(), help="CPU threads (default %(default)s)")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if a GPU is found")
     add("--work", type=Path, default=Path("out/benchmarks"), help="folder for weights and logs (default %(default)s)")
     add("--optimum_cli", default="optimum-cli", help="the program that converts for OpenVINO (default %(default)s)")
     add("--json", help="file for all figures")
@@ -98,8 +102,8 @@ def parse(words):
 
 
 def start_all(config, folder, record, programs, deadline):
-    """Add a Worker for each program to `programs`, before it loads: whatever is raised here, the caller can close them
-    all. Of those that do not load, the reasons go into the record; what is absent there already is not tried again."""
+    """Adds a Worker for each program to `programs`, before it loads, so that the caller can close all of them. For each
+    program that does not load, the record gets the reason; a program that it lists as absent is not loaded again."""
     for name in config.impl:
         if name in record["absent"]:
             continue
@@ -110,7 +114,7 @@ def start_all(config, folder, record, programs, deadline):
 
 
 def measure(config, folder, batch, programs, record, deadline):
-    """Check every program at this batch, then run the rounds; the figures go into the record."""
+    """Checks every program at this batch, then runs the rounds; adds the figures to the record."""
     results = checked(config, folder, batch, programs, record)
     for number in range(config.pairs):
         if time.monotonic() > deadline:
@@ -127,7 +131,7 @@ def measure(config, folder, batch, programs, record, deadline):
 
 
 def checked(config, folder, batch, programs, record):
-    """Results, as yet without figures, of the programs that compute this model."""
+    """Returns results, still without figures, for the programs whose greedy text is this model's."""
     prompts = weights.prompts_of(folder, batch, config.prompt)
     reference, results = Reference(folder, config.device), {}
     for program in programs:
@@ -140,40 +144,41 @@ def checked(config, folder, batch, programs, record):
 
 
 def check(program, prompts, reference, result):
-    """The greedy text's agreement with the reference. Raises Absent for a program that computes another model."""
+    """Adds the agreement of the greedy text with the reference to the result. Raises Absent if they disagree."""
     seconds, texts = program.ask("generate", prompts, CHECKED_TOKENS, True)
-    found = reference.agreement(prompts, texts)
-    result |= {"first_call_seconds": seconds, "agreement": dataclasses.asdict(found)}
-    if not found.fine(is_exact(program.name)):
-        raise Absent(f"its greedy text is not this model's: {found}")
+    agreement = reference.agreement(prompts, texts)
+    result |= {"first_call_seconds": seconds, "agreement": dataclasses.asdict(agreement)}
+    if not agreement.fine(is_exact(program.name)):
+        raise Absent(f"its greedy text is not this model's: {agreement}")
     program.ask("generate", prompts, 2 * CHECKED_TOKENS, False)  # warm up
 
 
-def is_exact(name):
-    """Whether a program computes in fp32 throughout."""
+def is_exact(name: str) -> bool:
+    """Returns whether a program computes in fp32 throughout."""
     return name.startswith("nanogpt=") or bool(EXACT & set(name.split(":")))
 
 
 def one_round(program, folder, batch, config, rounds):
-    """Add the seconds of a text of one token and of a whole one. Each prompt is new to the program: some keep what they
-    have read for the next call."""
+    """Adds the seconds of texts of one token and of whole texts to `rounds`. Every prompt is new to the program: some
+    programs keep what they have read for the next call."""
     seeds = (2 * len(rounds) + 1, 2 * len(rounds) + 2)
     ones, wholes = (weights.prompts_of(folder, batch, config.prompt, seed) for seed in seeds)
     first, _ = program.ask("generate", ones, 1, False)
     whole, texts = program.ask("generate", wholes, config.new_tokens, False)
     lengths = {len(text) for text in texts}
     if lengths != {config.new_tokens}:
-        raise Absent(f"texts of {lengths} tokens, {config.new_tokens} were asked for")
+        raise Absent(f"texts of {lengths} tokens instead of {config.new_tokens}")
     rounds.append({"first": first, "whole": whole})
 
 
-def write(config, record):
+def write(config, record: dict) -> None:
     """Writes all figures so far to the file --json."""
     if config.json:
         Path(config.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def read_memory(program, sizes, bandwidth):
+    """Adds the GB/s of reading buffers of these sizes to `bandwidth`."""
     for megabytes in sizes:
         bandwidth.setdefault(str(megabytes), []).append(program.ask("read", megabytes)[1])
 

@@ -1,17 +1,17 @@
-"""Loss against wall clock on a small text: presets of this project against nanoGPT's own recipe for a CPU, by turns.
+"""Measures loss against wall time on a small text: presets of this project and nanoGPT's own recipe for a CPU, in turn.
 
     python benchmarks/learning_curve.py --text tinyshakespeare.txt --nanogpt ../nanoGPT --presets shakespeare-cpu
     python benchmarks/learning_curve.py --text tinyshakespeare.txt --presets shakespeare-cpu,mine.toml --seeds 1
 
-The text is read as bytes, its last tenth is for validation. Every run is a process of its own on the same cores, one
-after the other, and its time is that of the whole command: start-up, its own evaluations and its checkpoints included,
-preparing the data not. On the way weights are kept; afterwards one scorer reads the whole validation split with all of
-them, in windows of 64 bytes that do not overlap, whatever the context of the model is (in windows of that, if it is
-shorter). A loss counts as reached at the first weights kept that have it or a lower one; nothing is interpolated.
+The text is read as bytes; its last tenth is for validation. Runs follow each other on the same cores, each in a process
+of its own. The time of a run is that of the whole command, with start-up, evaluations and checkpoints, without
+preparing the data. On the way, weights are kept. Afterwards one scorer reads the whole validation split with each of
+them, in windows of 64 bytes that do not overlap, or of the model's context if that is shorter. A loss counts as
+reached at the first kept weights with this loss or a lower one; nothing is interpolated.
 
-nanoGPT runs from a copy of its files, with the command line of its README, the vocabulary that its own prepare.py would
-make of the text, and two hooks: the seed is added to the one it sets, and the weights that it saves at its evaluations
-are kept (all of them: --always_save_checkpoint)."""
+nanoGPT runs from a copy of its files, with the command line of its README and the vocabulary that its own prepare.py
+would make of the text. Two things are changed: its seed is increased by the number of the run, and the weights that it
+saves at evaluations are kept (all of them, by --always_save_checkpoint)."""
 
 import argparse
 import json
@@ -39,7 +39,7 @@ COPIED = ("train.py", "model.py", "configurator.py", "config/train_shakespeare_c
 DATASET = "data/shakespeare_char"
 
 
-def main():
+def main() -> None:
     config = parse(sys.argv[1:])
     config.work = config.work.absolute()
     for name in ("data", "runs", NANOGPT):
@@ -52,11 +52,11 @@ def main():
     programs = [*config.presets, *([NANOGPT] if config.nanogpt else [])]
     for seed in range(config.seeds):
         for program in in_turn(programs, seed):
-            record["runs"].append(run(config, program, seed))
+            record["runs"].append(run_once(config, program, seed))
     stream = text[split_at(text) :]
-    for number, one in enumerate(record["runs"], 1):
+    for number, run in enumerate(record["runs"], 1):
         tell(f"scoring run {number} of {len(record['runs'])}")
-        score(config, one, stream, vocabulary)
+        score(config, run, stream, vocabulary)
     record["summary"] = {program: summary(record["runs"], program, config.target) for program in programs}
     if config.json:
         Path(config.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -64,21 +64,22 @@ def main():
     plot(config, record)
 
 
-def parse(words):
+def parse(words: list[str]) -> argparse.Namespace:
+    """Returns the settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--text", type=Path, required=True, help="file to learn")
-    add("--nanogpt", type=Path, metavar="PATH", help="checkout to compare with; none: only our presets are run")
-    add("--presets", default="shakespeare-cpu", help="of train.py, with commas (default %(default)s)")
+    add("--text", type=Path, required=True, help="file to train on")
+    add("--nanogpt", type=Path, metavar="PATH", help="checkout to compare with (default: none, only our presets run)")
+    add("--presets", default="shakespeare-cpu", help="presets of train.py, separated by commas (default %(default)s)")
     add("--seeds", type=int, default=3, help="runs of each program (default %(default)s)")
-    add("--target", type=float, default=1.886, help="nats per byte, the time to which is told (default %(default)s)")
-    add("--flags", default="", help="more flags for train.py, in one word (default none)")
-    add("--nanogpt_flags", default="", help="more flags for nanoGPT's train.py, in one word (default none)")
+    add("--target", type=float, default=1.886, help="nats per byte to which time is counted (default %(default)s)")
+    add("--flags", default="", help="more flags for train.py, as one argument (default none)")
+    add("--nanogpt_flags", default="", help="more flags for nanoGPT's train.py, as one argument (default none)")
     add(
         "--spacing",
         type=float,
         default=0.05,
-        help="share by which a run ages between snapshots (default %(default)s)",
+        help="share of its age that a run gains between snapshots (default %(default)s)",
     )
     add("--threads", type=int, default=default_threads(), help="CPU threads (default %(default)s)")
     add("--work", type=Path, default=Path("out/learn"), help="folder for data, runs and logs (default %(default)s)")
@@ -92,19 +93,20 @@ def parse(words):
 # ---- data
 
 
-def split_at(text):
-    """Where validation begins: nanoGPT's rule."""
+def split_at(text: bytes) -> int:
+    """Returns where the validation split begins, by nanoGPT's rule."""
     return int(len(text) * 0.9)
 
 
-def prepare_ours(config):
+def prepare_ours(config) -> None:
+    """Writes token shards of the text to the work folder."""
     words = "--tokenizer byte --val_split tail --val_fraction 0.1 --out"
     command = [sys.executable, ROOT / "data/prepare.py", config.text, *words.split(), config.work / "data"]
     subprocess.run(command, check=True)
 
 
-def prepare_nanogpt(config, text):
-    """Copy what it needs of the checkout, and write the text as its own prepare.py does. Returns the vocabulary: the
+def prepare_nanogpt(config, text: bytes) -> bytes:
+    """Copies the files that nanoGPT needs, and writes the text as its own prepare.py does. Returns the vocabulary: the
     bytes that occur in the text, sorted."""
     import numpy as np
 
@@ -126,33 +128,37 @@ def prepare_nanogpt(config, text):
 # ---- runs
 
 
-def run(config, program, seed):
-    """One run to its end: {"program", "seed", "wall" in seconds, "points": [{"step", "seconds"}], "kept_seconds"}."""
+def run_once(config, program: str, seed: int) -> dict:
+    """Runs a program to its end. Returns {"program", "seed", "wall" and "kept_seconds" in seconds, "points": [{"step",
+    "seconds"}], "folder" of the snapshots}."""
     folder = config.work / "runs" / f"{Path(program).stem}-{seed}"
-    command = [sys.executable, str(ROOT / "benchmarks/snapshots.py"), str(folder / "snapshots")]
-    if program == NANOGPT:
-        command += [NANOGPT, str(seed), *RECIPE.split(), *shlex.split(config.nanogpt_flags)]
-    else:
-        words = (
-            f"--data {shlex.quote(str(config.work / 'data'))} --out {shlex.quote(str(folder / 'run'))} --seed {seed}"
-        )
-        command += ["ours", str(config.spacing), program, *shlex.split(words), *shlex.split(config.flags)]
     folder.mkdir(parents=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(config.threads)}
-    where = config.work / NANOGPT if program == NANOGPT else None
+    cwd = config.work / NANOGPT if program == NANOGPT else None
     tell(f"running {program}, seed {seed}")
     with open(folder / "output.txt", "wb") as output:
         start = time.time()
-        done = subprocess.run(command, cwd=where, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        command = command_of(config, program, seed, folder)
+        code = subprocess.run(command, cwd=cwd, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
         wall = time.time() - start
-    if done.returncode:
-        sys.exit(f"{program}: exit {done.returncode}; see {folder / 'output.txt'}")
+    if code:
+        sys.exit(f"{program}: exit {code}; see {folder / 'output.txt'}")
     lines = (folder / "snapshots/snapshots.jsonl").read_text(encoding="utf-8").splitlines()
-    kept = [json.loads(line) for line in lines]
-    points = [{"step": one["step"], "seconds": one["time"] - start} for one in kept]
-    found = {"program": program, "seed": seed, "wall": wall, "kept_seconds": sum(one["cost"] for one in kept)}
-    tell(f"  {wall:.1f} s, of which {found['kept_seconds']:.2f} s for keeping weights {len(kept)} times")
-    return found | {"points": points, "folder": str(folder / "snapshots")}
+    snapshots = [json.loads(line) for line in lines]
+    cost = sum(snapshot["cost"] for snapshot in snapshots)
+    tell(f"  {wall:.1f} s, of which {cost:.2f} s for keeping weights {len(snapshots)} times")
+    points = [{"step": snapshot["step"], "seconds": snapshot["time"] - start} for snapshot in snapshots]
+    figures = {"program": program, "seed": seed, "wall": wall, "kept_seconds": cost}
+    return figures | {"points": points, "folder": str(folder / "snapshots")}
+
+
+def command_of(config, program: str, seed: int, folder: Path) -> list[str]:
+    """Returns the command line of one run, whose output goes to `folder`."""
+    command = [sys.executable, str(ROOT / "benchmarks/snapshots.py"), str(folder / "snapshots")]
+    if program == NANOGPT:
+        return [*command, NANOGPT, str(seed), *RECIPE.split(), *shlex.split(config.nanogpt_flags)]
+    flags = ["--data", str(config.work / "data"), "--out", str(folder / "run"), "--seed", str(seed)]
+    return [*command, "ours", str(config.spacing), program, *flags, *shlex.split(config.flags)]
 
 
 if __name__ == "__main__":
