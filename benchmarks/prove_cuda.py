@@ -26,7 +26,7 @@ from pathlib import Path
 import text_checks
 import training_checks
 from apart import end_with_parent, run_apart
-from machine import describe_machine
+from machine import default_device, describe_machine
 from proof import CheckFailed, Proof
 from report import print_columns
 
@@ -91,6 +91,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     for name in config.only:
         if name not in CHECKS:
             parser.error(f"--only {name}: no such check; choose from {', '.join(CHECKS)}")
+    if config.device == "cuda" and default_device() != "cuda":
+        parser.error("torch finds no GPU; --device cpu tries the program out")
     if config.minutes is None:
         config.minutes = 0 if config.thorough else MINUTES
     config.out = (config.out or Path(tempfile.mkdtemp(prefix="gpt-proof-"))).absolute()
