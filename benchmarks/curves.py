@@ -1,69 +1,70 @@
-"""The curves of learn.py: the loss of every snapshot over the whole validation split, figures, table and plot."""
+"""Scores the snapshots of learning_curve.py on the whole validation split; its figures, table and plot."""
 
 import contextlib
 import json
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
-from decode import tell
-from report import print_columns
+from report import print_columns, tell
 
-NANOGPT = "nanogpt"  # its name among the programs
-WINDOW = 64  # bytes that the scorer lets a model read at once
-ROWS = 64  # windows that it reads side by side
+NANOGPT = "nanogpt"  # name among the programs
+WINDOW = 64  # bytes of a window in which snapshots are scored
+ROWS = 64  # windows scored side by side
 
 
-def score(config, one, stream, vocabulary):
-    """Add to each point of a run its loss over the bytes `stream`, and to the run that of its last weights in windows
-    of the model's own context."""
+def score(config, run: dict, stream: bytes, vocabulary: bytes | None) -> None:
+    """Adds to each point of a run its loss over the bytes `stream`, and to the run the loss of its last weights in
+    windows of the model's own context. `vocabulary` is nanoGPT's."""
     import torch
 
     torch.set_num_threads(config.threads)
-    is_ours = one["program"] != NANOGPT
+    is_ours = run["program"] != NANOGPT
     ids = torch.tensor(list(stream if is_ours else stream.translate(ids_of(vocabulary))))
     load = our_losses if is_ours else nanogpt_losses
     with torch.no_grad():
-        for point in one["points"]:
-            losses, context = load(config, Path(one["folder"]) / f"{point['step']:06d}")
+        for point in run["points"]:
+            losses, context = load(config, Path(run["folder"]) / f"{point['step']:06d}")
             point["loss"] = mean_loss(losses, ids, min(WINDOW, context))
-        last = one["points"][-1]["loss"]
-        one["own_context"], one["own_loss"] = context, last if context <= WINDOW else mean_loss(losses, ids, context)
+        last = run["points"][-1]["loss"]
+        run["own_context"], run["own_loss"] = context, last if context <= WINDOW else mean_loss(losses, ids, context)
 
 
-def ids_of(vocabulary):
-    """The table of bytes.translate that makes ids of bytes: their places in the sorted vocabulary."""
+def ids_of(vocabulary: bytes) -> bytes:
+    """Returns the table for bytes.translate that maps bytes to ids: their places in the sorted vocabulary."""
     return bytes(max(vocabulary.find(byte), 0) for byte in range(256))
 
 
-def our_losses(config, path):
-    """(losses(ids, targets) -> (B, T) of a snapshot of ours, its context)."""
+def our_losses(config, path: Path) -> tuple[Callable, int]:
+    """Returns (losses(ids, targets) -> (B, T), context) of a snapshot of ours."""
     from gpt.interop import load_model
 
     model = load_model(path)
     return model, model.config.block_size
 
 
-def nanogpt_losses(config, path):
+def nanogpt_losses(config, path: Path) -> tuple[Callable, int]:
+    """Returns (losses(ids, targets) -> (B, T), context) of a snapshot of nanoGPT."""
     import torch
     from programs import nanogpt_module
 
-    kept = torch.load(path.with_suffix(".pt"), weights_only=True)
+    snapshot = torch.load(path.with_suffix(".pt"), weights_only=True)
     module = nanogpt_module(config.nanogpt)
-    with contextlib.redirect_stdout(None):  # it prints its size
-        model = module.GPT(module.GPTConfig(**kept["model_args"])).eval()
-    model.load_state_dict(kept["model"])
+    with contextlib.redirect_stdout(None):  # the model prints its size
+        model = module.GPT(module.GPTConfig(**snapshot["model_args"])).eval()
+    model.load_state_dict(snapshot["model"])
 
     def losses(ids, targets):
         logits, _ = model(ids, targets)
         return torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 
-    return losses, kept["model_args"]["block_size"]
+    return losses, snapshot["model_args"]["block_size"]
 
 
-def mean_loss(losses, ids, window):
-    """Nats per target over all of `ids` (N,), whose N - 1 targets are read in windows that do not overlap; each begins
-    with nothing before it, and the last may be shorter. losses(ids, targets) -> (B, T)."""
+def mean_loss(losses: Callable, ids, window: int) -> float:
+    """Returns nats per target over all N - 1 targets of `ids` (N,), read in windows that do not overlap. A window sees
+    nothing of the one before; the last one may be shorter. losses(ids, targets) -> (B, T)."""
     targets = len(ids) - 1
     whole = targets // window * window
     read, wanted = ids[:whole].view(-1, window).split(ROWS), ids[1 : whole + 1].view(-1, window).split(ROWS)
@@ -75,35 +76,40 @@ def mean_loss(losses, ids, window):
 # ---- figures
 
 
-def summary(runs, program, target):
-    """Medians over the seeds, None for what most runs do not reach; ratios are to nanoGPT's run of the same seed."""
-    peers = {one["seed"]: one for one in runs if one["program"] == NANOGPT}
-    found = []
-    for one in (one for one in runs if one["program"] == program):
-        figures = {"wall": one["wall"], "final": one["points"][-1]["loss"], "own_loss": one["own_loss"]}
-        figures |= {"kept_seconds": one["kept_seconds"], "to_target": first_at(one["points"], target)}
-        if program != NANOGPT and one["seed"] in peers:
-            peer = peers[one["seed"]]
-            figures["to_peer_final"] = first_at(one["points"], peer["points"][-1]["loss"])
-            figures["at_peer_wall"] = loss_at(one["points"], peer["wall"])
-            figures["target_share"] = figures["to_target"] / peer["wall"]
-            figures["peer_final_share"] = figures["to_peer_final"] / peer["wall"]
-        found.append(figures)
-    medians = {name: statistics.median(figures[name] for figures in found) for name in found[0]}
+def summary(runs: list[dict], program: str, target: float) -> dict:
+    """Returns a program's medians over the seeds; None for a loss that most runs do not reach. Ratios are to nanoGPT's
+    run with the same seed."""
+    peers = {run["seed"]: run for run in runs if run["program"] == NANOGPT}
+    by_seed = [figures_of(run, peers.get(run["seed"]), target) for run in runs if run["program"] == program]
+    medians = {name: statistics.median(figures[name] for figures in by_seed) for name in by_seed[0]}
     return {name: value if math.isfinite(value) else None for name, value in medians.items()}
 
 
-def first_at(points, loss):
-    """Seconds at the first point with this loss or a lower one; infinity if there is none."""
+def figures_of(run: dict, peer: dict | None, target: float) -> dict:
+    """Returns the figures of one run: seconds, losses, and comparisons with nanoGPT's run `peer`, if there is one."""
+    points = run["points"]
+    figures = {"wall": run["wall"], "final": points[-1]["loss"], "own_loss": run["own_loss"]}
+    figures |= {"kept_seconds": run["kept_seconds"], "to_target": first_at(points, target)}
+    if peer is not None and peer is not run:
+        figures["to_peer_final"] = first_at(points, peer["points"][-1]["loss"])
+        figures["at_peer_wall"] = loss_at(points, peer["wall"])
+        figures["target_share"] = figures["to_target"] / peer["wall"]
+        figures["peer_final_share"] = figures["to_peer_final"] / peer["wall"]
+    return figures
+
+
+def first_at(points: list[dict], loss: float) -> float:
+    """Returns the seconds at the first point with this loss or a lower one; infinity if no point has it."""
     return next((point["seconds"] for point in points if point["loss"] <= loss), math.inf)
 
 
-def loss_at(points, seconds):
-    """The loss of the last point that is not later; infinity if there is none."""
+def loss_at(points: list[dict], seconds: float) -> float:
+    """Returns the loss of the last point at or before `seconds`; infinity if no point is that early."""
     return next((point["loss"] for point in reversed(points) if point["seconds"] <= seconds), math.inf)
 
 
-def print_summary(record):
+def print_summary(record: dict) -> None:
+    """Prints one line of medians for each program."""
     target = record["settings"]["target"]
     columns = {
         "final": "final loss",
@@ -118,20 +124,24 @@ def print_summary(record):
     }
     print(f"\nmedian of {record['settings']['seeds']}; nats per byte of the whole validation split\n")
     lines = [["program", *columns.values()]]
-    for program, found in record["summary"].items():
-        cells = ["" if name not in found else "never" if found[name] is None else cell(name, found) for name in columns]
-        lines.append([program, *cells])
+    for program, figures in record["summary"].items():
+        lines.append([program, *(cell(name, figures) for name in columns)])
     print_columns(lines)
     print(json.dumps(record["machine"]))
 
 
-def cell(name, found):
+def cell(name: str, figures: dict) -> str:
+    """Returns a figure as text: "never" for a loss that was not reached, "" for a figure that does not apply."""
+    if name not in figures:
+        return ""
+    if figures[name] is None:
+        return "never"
     digits = 3 if name in ("final", "own_loss", "at_peer_wall") else 2
-    return f"{found[name]:.{digits}f}"
+    return f"{figures[name]:.{digits}f}"
 
 
-def plot(config, record):
-    """The curves as a PNG; a note if there is no matplotlib."""
+def plot(config, record: dict) -> None:
+    """Draws the curves into the PNG file --plot; without matplotlib it prints a note."""
     if not config.plot:
         return
     try:
@@ -142,12 +152,12 @@ def plot(config, record):
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="wall time, s", ylabel="validation loss, nats per byte")
     for number, program in enumerate(record["summary"]):
-        for one in (one for one in record["runs"] if one["program"] == program):
-            seconds, losses = ([point[name] for point in one["points"]] for name in ("seconds", "loss"))
-            label = program if one["seed"] == 0 else None
+        for run in (run for run in record["runs"] if run["program"] == program):
+            seconds, losses = ([point[name] for point in run["points"]] for name in ("seconds", "loss"))
+            label = program if run["seed"] == 0 else None
             axes.plot(seconds, losses, color=f"C{number}", label=label, marker=".", markersize=3, linewidth=1)
     axes.axhline(config.target, color="gray", linewidth=0.8, linestyle=":")
-    last = [one["points"][-1]["loss"] for one in record["runs"]]
+    last = [run["points"][-1]["loss"] for run in record["runs"]]
     axes.set_ylim(min(last) - 0.05, max(last) + 1)
     axes.legend()
     axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""Clock and memory of a program that is measured, on a CPU or on CUDA."""
+"""Measures time and peak memory of the program that runs in this process, on a CPU or on CUDA."""
 
 import contextlib
 import ctypes
@@ -9,39 +9,41 @@ from pathlib import Path
 
 
 class Clock:
-    """Seconds since it was made: on CUDA those of the device, between two events."""
+    """Measures seconds from its creation: on CUDA between two events on the device, else by the host's clock."""
 
-    def __init__(self, device):
-        self.started = self.event() if device == "cuda" else None
+    def __init__(self, device: str):
+        self.first_event = self.record_event() if device == "cuda" else None
         self.start = time.perf_counter()
 
-    def event(self):
+    def record_event(self):
         import torch
 
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def seconds(self):
-        if self.started is None:
+    def seconds(self) -> float:
+        """Returns the seconds since the creation. On CUDA it waits until the device has done all work so far."""
+        if self.first_event is None:
             return time.perf_counter() - self.start
-        ended = self.event()
-        ended.synchronize()
-        return self.started.elapsed_time(ended) / 1000
+        last_event = self.record_event()
+        last_event.synchronize()
+        return self.first_event.elapsed_time(last_event) / 1000
 
 
-def release(device):
-    """Give memory that is not in use back, for the other programs."""
+def release(device: str) -> None:
+    """Gives unused memory back to the device or the system, for the other programs."""
     if device == "cuda":
         import torch
 
         torch.cuda.empty_cache()
     elif sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def reset_peak(device):
+def reset_peak(device: str) -> None:
+    """Makes `peak_memory` count from now on."""
     if device == "cuda":
         import torch
 
@@ -51,14 +53,14 @@ def reset_peak(device):
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory(device):
-    """Most bytes in use since `reset_peak`: torch's own on CUDA, else the resident ones of this process; 0 where the
-    system does not tell."""
+def peak_memory(device: str) -> int:
+    """Returns the most bytes in use since `reset_peak`: torch's allocations on CUDA, else the resident memory of this
+    process; 0 on systems without /proc."""
     if device == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated()
     with contextlib.suppress(OSError):
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return 1024 * int(found[1]) if found else 0
+        match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return 1024 * int(match[1]) if match else 0
     return 0

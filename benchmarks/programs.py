@@ -1,19 +1,22 @@
-"""The programs that are compared, each behind the same two lines: load a folder, `generate` ids from ids.
+"""The programs whose generation is compared. All have the same interface: load a folder, `generate` ids from ids.
 
-generate(prompts, new_tokens, greedy) takes lists of ids, equally long, and returns for each the `new_tokens` ids that
-follow; end-of-text does not end a text. Not greedy is top-k 50, top-p 0.95, temperature 1."""
+generate(prompts, new_tokens, greedy) takes lists of ids, all of one length, and returns the `new_tokens` ids that
+follow each; end-of-text does not end a text. Without `greedy` it samples with top-k 50, top-p 0.95, temperature 1."""
 
 import importlib.util
 import json
 import math
+from pathlib import Path
+from types import ModuleType
 
 import weights
+from gauges import Clock, release
 
 TOP_K, TOP_P, TEMPERATURE = 50, 0.95, 1.0
 
 
 class Ours:
-    """`TextGenerator.generate`; options are dtype, "int8" and a back end, in any order: "bf16", "int8:eager"."""
+    """This project's TextGenerator. Options: a dtype, "int8" and a back end, in any order."""
 
     def __init__(self, folder, options, threads, device):
         import gpt
@@ -23,27 +26,27 @@ class Ours:
 
         set_threads(threads)
         if device == "cpu" and not {"eager", "compiled"} & set(options):
-            library(wait=True)  # else the first texts would be made without the kernels
+            library(wait=True)  # otherwise the first texts come without the kernels
         self.generator, self.version = TextGenerator.load(folder, device, **form_settings(options)), gpt.__version__
 
     def generate(self, prompts, new_tokens, greedy):
         texts = [self.generator.tokenizer.decode(prompt) for prompt in prompts]
         sampling = {"temperature": TEMPERATURE, "top_k": TOP_K, "top_p": TOP_P, "seed": 1}
         sampling = {"temperature": 0.0} if greedy else sampling
-        found = self.generator.generate(
+        completions = self.generator.generate(
             texts, max_new_tokens=new_tokens, ignore_eot=True, rows=len(prompts), **sampling
         )
-        return [completion.ids for [completion] in found]
+        return [completion.ids for [completion] in completions]
 
 
-def form_settings(options):
-    """The settings of TextGenerator.load that words such as "bf16", "int8" and "native" stand for."""
+def form_settings(options: list[str]) -> dict[str, str]:
+    """Returns the settings of TextGenerator.load for words such as "bf16", "int8" and "native"."""
     names = {"int8": "quantize", "fp32": "dtype", "bf16": "dtype", "fp16": "dtype"}
     return {names.get(option, "backend"): option for option in options}
 
 
 class Transformers:
-    """`generate` of transformers, with its cache; options: fp32, bf16 or fp16."""
+    """`generate` of transformers, with its cache. Options: fp32, bf16 or fp16."""
 
     def __init__(self, folder, options, threads, device):
         import torch
@@ -61,12 +64,13 @@ class Transformers:
         sampling = {"do_sample": False, "top_k": None, "top_p": None, "temperature": None} if greedy else sampling
         mask = self.torch.ones_like(ids)
         with self.torch.inference_mode():
-            made = self.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, pad_token_id=0, **sampling)
-        return made[:, ids.shape[1] :].tolist()
+            rows = self.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, pad_token_id=0, **sampling)
+        return rows[:, ids.shape[1] :].tolist()
 
 
 class NanoGPT:
-    """`GPT.generate` of the model.py in a checkout of nanoGPT, fp32 as its sample.py runs on a CPU; it has no top-p."""
+    """`GPT.generate` of nanoGPT's model.py, in fp32 as its sample.py runs on a CPU. It has no top-p. Option: the path
+    of a checkout."""
 
     def __init__(self, folder, options, threads, device):
         import torch
@@ -78,21 +82,21 @@ class NanoGPT:
     def generate(self, prompts, new_tokens, greedy):
         ids = self.torch.tensor(prompts, device=self.device)
         with self.torch.inference_mode():
-            made = self.model.generate(ids, new_tokens, temperature=TEMPERATURE, top_k=1 if greedy else TOP_K)
-        return made[:, ids.shape[1] :].tolist()
+            rows = self.model.generate(ids, new_tokens, temperature=TEMPERATURE, top_k=1 if greedy else TOP_K)
+        return rows[:, ids.shape[1] :].tolist()
 
 
-def nanogpt_module(checkout):
-    """model.py of a checkout of nanoGPT."""
+def nanogpt_module(checkout: str | Path) -> ModuleType:
+    """Returns the module model.py of a checkout of nanoGPT."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", f"{checkout}/model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def nanogpt_model(module, folder, padded_to=1):
-    """nanoGPT's GPT with the weights of `folder`, in fp32; its vocabulary is filled up to a multiple of `padded_to`
-    with rows of zeros."""
+def nanogpt_model(module: ModuleType, folder: Path, padded_to: int = 1):
+    """Returns nanoGPT's GPT in fp32 with the weights of `folder`. Rows of zeros pad its vocabulary to a multiple of
+    `padded_to`."""
     from safetensors.torch import load_file
     from torch.nn.functional import pad
 
@@ -111,7 +115,7 @@ def nanogpt_model(module, folder, padded_to=1):
 
 
 class CTranslate2:
-    """Options: a compute type of CTranslate2 (float32, int8, …; fp32 is float32)."""
+    """CTranslate2's Generator. Options: one of its compute types (float32, int8, …), or fp32, bf16, fp16."""
 
     def __init__(self, folder, options, threads, device):
         import ctranslate2
@@ -126,18 +130,18 @@ class CTranslate2:
 
     def generate(self, prompts, new_tokens, greedy):
         sampling = {"sampling_topk": TOP_K, "sampling_topp": TOP_P, "sampling_temperature": TEMPERATURE}
-        made = self.model.generate_batch(
+        results = self.model.generate_batch(
             [[self.words[i] for i in prompt] for prompt in prompts],
             min_length=new_tokens,
             max_length=new_tokens,
             include_prompt_in_result=False,
             **({} if greedy else sampling),
         )
-        return [result.sequences_ids[0] for result in made]
+        return [result.sequences_ids[0] for result in results]
 
 
 class OpenVINO:
-    """LLMPipeline of OpenVINO GenAI; options: fp32, bf16 (from a file in fp16) or int8 (weights), and the path of an
+    """LLMPipeline of OpenVINO GenAI. Options: fp32, bf16 (from a file in fp16) or int8 (weights only), and the path of
     optimum-cli."""
 
     def __init__(self, folder, options, threads, device):
@@ -165,8 +169,8 @@ class OpenVINO:
 
 
 class LlamaCpp:
-    """llama.cpp through the C interface of llama-cpp-python: its Python class takes no batches. Options: f32, f16 or
-    q8_0. The cache is in F16, as llama.cpp's default is."""
+    """llama.cpp through the C interface of llama-cpp-python, whose Python class takes no batches. Options: f32, f16 or
+    q8_0. The cache is in F16, llama.cpp's default."""
 
     CONTEXT = 1024
 
@@ -182,7 +186,7 @@ class LlamaCpp:
         self.threads, self.context, self.rows = threads, None, 0
 
     def open(self, rows):
-        """A context for `rows` texts, kept for the next call."""
+        """Makes a context for `rows` texts, unless the current one is for as many."""
         if self.rows == rows:
             return
         if self.context:
@@ -210,7 +214,7 @@ class LlamaCpp:
         return chain
 
     def decode(self, columns, position):
-        """Read columns (a list of rows' lists of ids) from `position` on; the index of each row's logits."""
+        """Reads `columns`, a list of ids for each row, from `position` on. Returns the index of each row's logits."""
         batch, n, outputs = self.batch, 0, []
         for row, ids in enumerate(columns):
             for offset, token in enumerate(ids):
@@ -230,19 +234,21 @@ class LlamaCpp:
         api.llama_memory_clear(api.llama_get_memory(self.context), True)
         samplers = [self.sampler(greedy, seed) for seed in range(len(prompts))]
         outputs, position = self.decode(prompts, 0), len(prompts[0])
-        made = [[] for _ in prompts]
+        texts = [[] for _ in prompts]
         for step in range(new_tokens):
             if step:
-                outputs, position = self.decode([[row[-1]] for row in made], position), position + 1
-            for row, sampler, output in zip(made, samplers, outputs, strict=True):
+                outputs, position = self.decode([[row[-1]] for row in texts], position), position + 1
+            for row, sampler, output in zip(texts, samplers, outputs, strict=True):
                 row.append(api.llama_sampler_sample(sampler, self.context, output))
         for sampler in samplers:
             api.llama_sampler_free(sampler)
-        return made
+        return texts
 
 
 class Bandwidth:
-    """No program: what the memory gives to a read of `megabytes`, by torch's fastest reductions."""
+    """Measures how fast the device reads its memory. It stands among the programs, so that every round measures it."""
+
+    REPEATS = 4  # the fastest counts
 
     def __init__(self, _folder, _options, threads, device):
         import torch
@@ -250,20 +256,24 @@ class Bandwidth:
         torch.set_num_threads(threads)
         self.torch, self.device, self.version = torch, device, torch.__version__
 
-    def read(self, megabytes):
-        """GB/s."""
-        import time
-
+    def read(self, megabytes: int) -> float:
+        """Returns GB/s of reading a buffer of `megabytes` by the fastest of torch's reductions."""
         data = self.torch.ones(megabytes * 250_000, device=self.device)
-        whole = data.view(self.torch.int64)
-        reductions = (data.amax, data.norm, whole.sum, data.view(self.torch.int32).amax)
-        best = float("inf")
-        for reduce in reductions:
-            for _ in range(4):
-                start = time.perf_counter()
-                reduce().item()  # on a GPU .item() waits
-                best = min(best, time.perf_counter() - start)
-        return megabytes / 1000 / best
+        reductions = (data.amax, data.norm, data.view(self.torch.int64).sum, data.view(self.torch.int32).amax)
+        seconds = min(self.seconds_of(reduction) for reduction in reductions)
+        del data, reductions
+        release(self.device)
+        return megabytes / 1000 / seconds
+
+    def seconds_of(self, reduction):
+        """Returns the seconds of one call. On CUDA two events enclose many calls, and nothing waits between them."""
+        reads, times = 20 if self.device == "cuda" else 1, []
+        for _ in range(self.REPEATS):
+            clock = Clock(self.device)
+            for _ in range(reads):
+                reduction()
+            times.append(clock.seconds() / reads)
+        return min(times)
 
 
 PROGRAMS = {
@@ -277,8 +287,8 @@ PROGRAMS = {
 }
 
 
-def load(name, folder, threads, device):
-    """The program that `name` stands for: "openvino:int8", "nanogpt=PATH", "ours:bf16:eager"."""
+def load(name: str, folder: Path, threads: int, device: str):
+    """Returns the program that `name` stands for: "openvino:int8", "nanogpt=PATH", "ours:bf16:eager"."""
     kind, _, rest = name.partition("=") if "=" in name else name.partition(":")
     options = [rest] if "=" in name else rest.split(":") if rest else []
     return PROGRAMS[kind](folder, options, threads, device)

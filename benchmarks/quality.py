@@ -1,9 +1,10 @@
-"""What a precision costs: perplexity, and the error of the logits against fp32, on a trained checkpoint and a text.
+"""Measures what a precision costs a trained model on a text: perplexity, and the error of the logits against fp32.
 
     python benchmarks/quality.py out/shakespeare shakespeare.txt
     python benchmarks/quality.py gpt2 text.txt --forms fp32,bf16,int8:native --tokens 8192
 
-Every form reads the same windows of the text token by token, through the decode step that generates."""
+A form is a precision and a back end. Every form reads the same windows of the text, token by token, through the decode
+step that generates."""
 
 import argparse
 import json
@@ -11,12 +12,13 @@ import math
 import sys
 from pathlib import Path
 
-from decode import default_threads, tell
+from machine import default_threads
+from report import tell
 
 REFERENCE = "fp32:eager"
 
 
-def main():
+def main() -> None:
     config = parse(sys.argv[1:])
     reference = run_form(config, REFERENCE)
     results = [summary(REFERENCE, reference, reference)]
@@ -27,17 +29,22 @@ def main():
         Path(config.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def parse(words):
+def parse(words: list[str]) -> argparse.Namespace:
+    """Returns the settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", help="checkpoint, run folder or hub name")
-    add("text", type=Path, help="file of UTF-8 text; its end is used")
-    add("--forms", default="fp32,bf16,int8", help="dtype, int8 and back end, as in decode.py (default %(default)s)")
+    add("text", type=Path, help="file of UTF-8 text, of which the end is read")
+    add(
+        "--forms",
+        default="fp32,bf16,int8",
+        help="forms, separated by commas: dtype, int8 and back end, as in decode_speed.py (default %(default)s)",
+    )
     add(
         "--tokens",
         type=int,
         default=4096,
-        help="tokens to read; all but the first of each window are predicted (default %(default)s)",
+        help="tokens to read (default %(default)s); all but the first of each window are predicted",
     )
     add("--rows", type=int, default=8, help="windows read side by side (default %(default)s)")
     add("--device", default="auto", help="default %(default)s")
@@ -46,8 +53,8 @@ def parse(words):
     return parser.parse_args(words)
 
 
-def run_form(config, form):
-    """(perplexity, logits (predicted tokens, V))."""
+def run_form(config, form: str) -> tuple:
+    """Returns a form's perplexity and its logits (predicted tokens, V)."""
     import torch
     from programs import form_settings
 
@@ -62,7 +69,7 @@ def run_form(config, form):
 
 
 def windows(generator, config):
-    """Ids (windows, T) of the end of the text, `tokens` of them at most; T is below the context."""
+    """Returns ids (windows, T) of the end of the text, at most `tokens` ids in all; T is below the context."""
     import torch
 
     text = config.text.read_text(encoding="utf-8")
@@ -74,9 +81,9 @@ def windows(generator, config):
 
 
 def read(generator, ids, rows):
-    """Perplexity of ids (windows, T) and logits (windows * (T - 1), V), `rows` windows at a time, each token through a
-    decode step. The logits are in fp32, although 4096 tokens of GPT-2 fill 0.8 GB: fp16 would round a large one by more
-    than some forms err."""
+    """Reads ids (windows, T), `rows` windows at a time, each token through a decode step. Returns the perplexity and
+    the logits (windows * (T - 1), V). They are in fp32, although 4096 tokens of GPT-2 fill 0.8 GB: fp16 rounds a large
+    logit by more than some forms err."""
     import torch
 
     from gpt.backend import make_backend, pick_backend
@@ -84,13 +91,13 @@ def read(generator, ids, rows):
     backend = make_backend(pick_backend(generator.backend, generator.model, 1_000_000), generator.model)
     predicted = ids.shape[1] - 1
     logits, nats = torch.empty(len(ids), predicted, generator.model.vocab_size), 0.0
-    for batch, kept in zip(ids.to(generator.model.device).split(rows), logits.split(rows), strict=True):
+    for batch, batch_logits in zip(ids.to(generator.model.device).split(rows), logits.split(rows), strict=True):
         cache = new_cache(generator.model, len(batch), backend)
         for place, (column, target) in enumerate(zip(batch[:, :-1].t(), batch[:, 1:].t(), strict=True)):
-            found = backend.decode(column.contiguous(), cache)
+            step_logits = backend.decode(column.contiguous(), cache)
             cache.counts += 1
-            nats -= found.log_softmax(-1).gather(1, target[:, None]).sum().item()
-            kept[:, place] = found
+            nats -= step_logits.log_softmax(-1).gather(1, target[:, None]).sum().item()
+            batch_logits[:, place] = step_logits
     return math.exp(nats / (len(ids) * predicted)), logits.flatten(0, 1)
 
 
@@ -100,9 +107,9 @@ def new_cache(model, rows, backend):
     return KVCache(model.config, rows, model.dtype, model.device, backend.attention)
 
 
-def summary(form, found, reference):
-    """What one form's perplexity and logits are against the reference's."""
-    (perplexity, logits), (expected, correct) = found, reference
+def summary(form: str, measured: tuple, reference: tuple) -> dict:
+    """Compares the perplexity and the logits of a form with those of the reference."""
+    (perplexity, logits), (expected, correct) = measured, reference
     squares = sum((a - b).square().sum().item() for a, b in zip(logits, correct, strict=True))
     spread = sum(row.var().item() for row in correct)
     return {
@@ -114,13 +121,14 @@ def summary(form, found, reference):
     }
 
 
-def print_results(results):
+def print_results(results: list[dict]) -> None:
+    """Prints one line for each form."""
     from report import print_columns
 
     lines = [["form", "perplexity", "change", "logit error", "same first choice"]]
-    for found in results:
-        line = [found["form"], f"{found['perplexity']:.4f}", f"{found['change']:+.3%}"]
-        lines.append([*line, f"{found['rms_error']:.3%}", f"{found['same_choice']:.2%}"])
+    for result in results:
+        line = [result["form"], f"{result['perplexity']:.4f}", f"{result['change']:+.3%}"]
+        lines.append([*line, f"{result['rms_error']:.3%}", f"{result['same_choice']:.2%}"])
     print_columns(lines)
     print("logit error: root mean square, as a share of the standard deviation of a position's logits")
 

@@ -1,33 +1,39 @@
-"""Figures of decode.py: rates, shares of the memory's bandwidth, ratios round by round, and the tables."""
+"""Figures and tables of decode_speed.py, and what all programs print: columns, ratios, progress."""
 
 import json
 import math
 import statistics
+import sys
+from pathlib import Path
 
-BYTES = {"fp32": 4, "f32": 4, "bf16": 2, "f16": 2, "fp16": 2, "int8": 1, "q8_0": 34 / 32}
+BYTES = {"fp32": 4, "f32": 4, "bf16": 2, "f16": 2, "fp16": 2, "int8": 1, "q8_0": 34 / 32}  # of a weight
 
 
-def rates(result, config, record, folder):
-    """What a result says beside its rounds: medians of tokens/s, seconds to the first token, share of bandwidth."""
+def rates(result: dict, config, record: dict, folder: Path) -> dict:
+    """Returns the figures of a result's rounds: tokens/s of each, median seconds to the first token, tokens/s of the
+    decode steps alone, and their share of the bandwidth where it is known."""
     rounds = result["rounds"]
     if not rounds:
         return {}
     batch, new = result["batch"], config.new_tokens
-    speeds = [batch * new / one["whole"] for one in rounds]
-    steps = [(one["whole"] - one["first"]) / (new - 1) for one in rounds]  # seconds of a decode step
-    found = {"speeds": speeds, "first": statistics.median(one["first"] for one in rounds)}
-    found["decode_speed"] = batch / statistics.median(steps)
-    read = bytes_per_step(result["program"], folder, batch, config.prompt + new / 2)
-    if read and record["bandwidth"]:
-        bandwidth = nearest_bandwidth(record["bandwidth"], read)
-        found |= {"bytes_per_step": read, "share": read / statistics.median(steps) / 1e9 / bandwidth}
-    return found
+    steps = [(times["whole"] - times["first"]) / (new - 1) for times in rounds]  # seconds of a decode step
+    figures = {
+        "speeds": [batch * new / times["whole"] for times in rounds],
+        "first": statistics.median(times["first"] for times in rounds),
+        "decode_speed": batch / statistics.median(steps),
+    }
+    size = bytes_per_step(result["program"], folder, batch, config.prompt + new / 2)
+    if size and record["bandwidth"]:
+        bandwidth = nearest_bandwidth(record["bandwidth"], size)
+        figures |= {"bytes_per_step": size, "share": size / statistics.median(steps) / 1e9 / bandwidth}
+    return figures
 
 
-def bytes_per_step(program, folder, batch, context):
-    """Bytes of weights and cache that a step must read, or None where the precision is not in the program's name. The
-    position table is left out, the token table counts once, as the head. The cache is in fp32 in fp32, else in 16
-    bits; llama.cpp's is always in F16."""
+def bytes_per_step(program: str, folder: Path, batch: int, context: float) -> float | None:
+    """Returns the bytes of weights and cache that a decode step must read; None if the program's name has no precision.
+
+    The position table does not count, and the token table counts once, as the head. The cache has 32 bits in fp32,
+    else 16; llama.cpp's always has 16."""
     width = next((BYTES[word] for word in program.split(":") if word in BYTES), None)
     if width is None:
         return None
@@ -38,39 +44,41 @@ def bytes_per_step(program, folder, batch, context):
     return weights * width + batch * 2 * layers * channels * context * cache_width
 
 
-def nearest_bandwidth(bandwidth, size):
-    """GB/s, the median of what was measured with the buffer nearest to `size` bytes."""
+def nearest_bandwidth(bandwidth: dict, size: float) -> float:
+    """Returns the median GB/s that was measured with the buffer nearest to `size` bytes."""
     nearest = min(bandwidth, key=lambda megabytes: abs(math.log(float(megabytes) * 1e6 / size)))
     return statistics.median(bandwidth[nearest])
 
 
-def ratios(ours, theirs):
-    """Median, least and greatest of our speed over theirs in the same round."""
+def ratios(ours: dict, theirs: dict) -> tuple[float, float, float]:
+    """Returns median, least and greatest of our speed over theirs in the same round."""
     pairs = [a / b for a, b in zip(ours["speeds"], theirs["speeds"], strict=False)]
     return statistics.median(pairs), min(pairs), max(pairs)
 
 
-def print_tables(record):
+def print_tables(record: dict) -> None:
+    """Prints a table for each model and batch, the bandwidth, and which programs are absent."""
     for model, batch in dict.fromkeys((result["model"], result["batch"]) for result in record["results"]):
         chosen = [r for r in record["results"] if (r["model"], r["batch"]) == (model, batch) and "speeds" in r]
         print_table(f"{model}, batch {batch}", chosen)
     if record["bandwidth"]:
         print("\nread from memory, GB/s, median (least-greatest):")
-        for megabytes, found in record["bandwidth"].items():
-            print(f"  {megabytes:>5} MB  {statistics.median(found):6.1f} ({min(found):.1f}-{max(found):.1f})")
+        for megabytes, speeds in record["bandwidth"].items():
+            print(f"  {megabytes:>5} MB  {statistics.median(speeds):6.1f} ({min(speeds):.1f}-{max(speeds):.1f})")
     for name, reason in record["absent"].items():
         print(f"absent: {name}: {reason}")
     print(json.dumps(record["machine"]))
 
 
-def print_table(title, results):
-    """One line a program: tokens/s of all texts together from prompt to end, of the decode steps alone, milliseconds to
-    the first token, share of measured bandwidth, greedy agreement, and what each of ours is times as fast."""
+def print_table(title: str, results: list[dict]) -> None:
+    """Prints one line for each program: tokens/s of all texts together from prompt to end, of the decode steps alone,
+    milliseconds to the first token, share of the measured bandwidth, greedy agreement, and for each of our programs how
+    many times as fast it is."""
     ours = [result for result in results if result["program"].startswith("ours")]
     print(f"\n{title}; tok/s median (least-greatest)\n")
     heads = ["program", "tok/s", "decode", "first ms", "share", "equal", "deficit"]
     lines = [[*heads, *(f"{result['program']} /" for result in ours)]]
-    for result in sorted(results, key=lambda found: -statistics.median(found["speeds"])):
+    for result in sorted(results, key=lambda result: -statistics.median(result["speeds"])):
         speeds, agreement = result["speeds"], result["agreement"]
         line = [f"{result['program']}"]
         line += [f"{statistics.median(speeds):.1f} ({min(speeds):.1f}-{max(speeds):.1f})"]
@@ -81,10 +89,15 @@ def print_table(title, results):
     print_columns(lines)
 
 
-def print_columns(lines):
-    """A Markdown table of `lines`, the first of which are the heads."""
+def print_columns(lines: list[list[str]]) -> None:
+    """Prints `lines` as a Markdown table; the first line holds the heads."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for number, line in enumerate(lines):
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
         if number == 0:
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+
+
+def tell(text: str) -> None:
+    """Prints a line of progress to stderr."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,58 +1,50 @@
-"""The programs whose training is compared: each takes the same steps on the same tokens from the same weights.
+"""The programs whose training is compared. Each takes the same steps on the same tokens from the same weights.
 
-`begin(batch)` starts anew: fresh weights, a new optimizer, compiled if asked. `steps(first, count)` takes the optimizer
-steps numbered from `first` and says how long they took. Making the tokens is not timed."""
+`begin(batch)` starts anew: it loads the weights, makes an optimizer, and compiles if asked. `steps(first, count)` takes
+the optimizer steps numbered from `first` and returns the time they took, without the time to draw the tokens."""
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import programs
 from gauges import Clock, peak_memory, release, reset_peak
 
-ROOT = Path(__file__).resolve().parents[1]
-FORMS = {"fp32", "bf16", "fp8", "compile", "eager", "adamw", "muon", "by1"}
-UNDONE = {"no-attention", "no-casts", "no-determinism", "no-drop", "no-fused", "no-gelu", "no-graph", "no-kernels"}
+FORMS = {"fp32", "bf16", "compile", "eager", "adamw", "muon", "by1"}
+UNDONE = {"no-attention", "no-casts", "no-determinism", "no-drop", "no-fused", "no-graph", "no-kernels"}
 UNDONE |= {"no-loss", "no-padding", "no-pages"}
 WORDS = FORMS | UNDONE  # what may follow a program's name
 LR, WARMUP_STEPS = 6e-4, 10
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.1
-PADDED_TO = 64  # the peers' vocabulary, as nanoGPT pads it: ours is padded by the model
+PADDED_TO = 64  # multiple for the vocabulary of other programs, as nanoGPT pads it; our model pads by itself
 
 
-def training_script():
-    """train.py of this project, imported by its path: this folder has a program of the same name."""
-    spec = importlib.util.spec_from_file_location("training_script", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def tokens(vocab_size, number, rows, length):
-    """Ids (rows, length + 1) of batch `number`, int64. Half of them are drawn with Zipf's frequencies, and half repeat
-    one of the eight before: so there is something to learn in few steps."""
-    import numpy as np
-
+def tokens(vocab_size: int, number: int, rows: int, length: int) -> np.ndarray:
+    """Returns the ids (rows, length + 1) of batch `number`, int64. Half of them are drawn by Zipf's frequencies, half
+    repeat one of the eight ids before: a model learns both within a few steps."""
     draw, shape = np.random.default_rng(number), (rows, length + 1)
     ids = (vocab_size ** draw.random(shape)).astype(np.int64) - 1
     sources = np.maximum(np.arange(length + 1) - draw.integers(1, 9, shape), 0)
     return np.where(draw.random(shape) < 0.5, np.take_along_axis(ids, sources, 1), ids)
 
 
-def learning_rate(number):
+def learning_rate(number: int) -> float:
+    """Returns the learning rate of step `number`: a linear warm-up, then constant."""
     return LR * min(1.0, (number + 1) / WARMUP_STEPS)
 
 
 class Trainer:
-    """What all programs have in common: tokens, clock, memory. One of them defines `fresh()`, a model in fp32 with the
-    weights of `folder`; `build(model, batch)`, which makes ready for steps on so many sequences; and `step(ids, lr)`,
-    which returns the loss as a number or a tensor."""
+    """Tokens, clock and memory, the same for all programs. A subclass defines:
+
+    `fresh()`              returns a model in fp32 with the weights of `folder`
+    `build(model, batch)`  prepares steps on `batch` sequences
+    `step(ids, lr)`        takes one step and returns the loss, a number or a tensor
+    `forget()`             drops the model and the optimizer"""
 
     def __init__(self, folder, options, device, grad_clip):
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -60,9 +52,9 @@ class Trainer:
         self.vocab_size, self.block_size = stored["vocab_size"], stored["n_positions"]
         self.batch = 0
 
-    def begin(self, batch):
-        """Seconds that it took to make ready once the weights were read; on CUDA and where the step is compiled, with a
-        first forward and backward pass."""
+    def begin(self, batch: int) -> float:
+        """Prepares steps on `batch` sequences; returns the seconds that it took after the weights were read. On CUDA
+        and if compiled, they include a first forward and backward pass."""
         self.forget()
         model = self.fresh()
         release(self.device)
@@ -72,9 +64,10 @@ class Trainer:
         self.build(model, batch)
         return time.perf_counter() - start
 
-    def steps(self, first, count, untimed=0):
-        """(seconds, loss of each step, peak memory in bytes since `begin`) of `count` steps, numbered from `first`. The
-        seconds are not of the first `untimed` ones, which take the memory that was released the last time."""
+    def steps(self, first: int, count: int, untimed: int = 0) -> tuple[float, list[float], int]:
+        """Takes `count` steps, numbered from `first`; returns (seconds, loss of each step, peak memory in bytes since
+        `begin`). The seconds leave out the first `untimed` steps, which allocate the memory that the last call has
+        released."""
         import torch
 
         batches = [
@@ -87,28 +80,29 @@ class Trainer:
             self.step(ids, learning_rate(number)) for number, ids in enumerate(batches[untimed:], first + untimed)
         ]
         seconds = clock.seconds()
-        found = seconds, [float(loss) for loss in losses], peak_memory(self.device)
+        losses, memory = [float(loss) for loss in losses], peak_memory(self.device)
         release(self.device)
-        return found
+        return seconds, losses, memory
 
 
 class Ours(Trainer):
-    """A step of train.py, on the state that its `build` makes. Options: fp32 or bf16, fp8 (with bf16: the logits),
-    compile, adamw or muon, by1 (micro-batches of 1 sequence, not the one it chooses), and techniques to undo."""
+    """This project's training step, as train.py makes it. Options: fp32 or bf16, compile, adamw or muon, by1
+    (micro-batches of 1 sequence, whatever train.py would choose), and techniques to undo."""
 
     def __init__(self, folder, options, threads, device, grad_clip):
         super().__init__(folder, options, device, grad_clip)
         import gpt
+        import train
 
-        self.script, self.threads, self.version = training_script(), threads, gpt.__version__
+        self.train, self.threads, self.version = train, threads, gpt.__version__
         undone = sorted(set(options) & UNDONE)
-        assert "no-casts" not in undone or "by1" in options, "no-casts makes a difference only with by1"
-        assert "no-fused" not in undone or "muon" not in options, "no-fused is of AdamW alone"
+        assert "no-casts" not in undone or "by1" in options, "no-casts changes something only with by1"
+        assert "no-fused" not in undone or "muon" not in options, "no-fused is for AdamW only"
         for name in undone:
-            getattr(importlib.import_module("undone"), name.removeprefix("no-"))(self.script)
+            getattr(importlib.import_module("undone"), name.removeprefix("no-"))()
 
     def forget(self):
-        self.taken = None
+        self.take_step = None
 
     def fresh(self):
         from gpt.interop import load_model
@@ -116,44 +110,56 @@ class Ours(Trainer):
         return load_model(self.folder)
 
     def build(self, model, batch):
-        script, options = self.script, set(self.options)
-        optimizer = {"optimizer": "muon" if "muon" in options else "adamw"}
-        length = script.LengthConfig(max_steps=1_000_000)
-        machine = script.MachineConfig(
+        train, options = self.train, set(self.options)
+        machine = train.MachineConfig(
             device=self.device,
             dtype=next(iter(options & {"fp32", "bf16"}), "auto"),
             compile="on" if "compile" in options else "off",
             threads=self.threads,
-            fp8_head="fp8" in options,
         )
-        config = script.TrainConfig(
-            data="none",
-            model=model.config,
-            batch=script.BatchConfig(global_batch_size=batch, micro_batch_size=int("by1" in options)),
-            length=length,
-            optim=script.OptimConfig(
-                lr=LR, beta1=BETAS[0], beta2=BETAS[1], weight_decay=WEIGHT_DECAY, grad_clip=self.grad_clip, **optimizer
-            ),
-            machine=machine,
+        optim = train.OptimConfig(
+            optimizer="muon" if "muon" in options else "adamw",
+            lr=LR,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            weight_decay=WEIGHT_DECAY,
+            grad_clip=self.grad_clip,
         )
-        run = script.Runtime(machine)
-        budget = script.Budget(length, batch, self.block_size, windows_per_epoch=1)
-        state, record = script.build(config, model, budget, script.Progress(), run, None)
-        self.taken = script.stepper(config, state, run, record["compile"])
+        self.take_step = train.stepper(*ready_to_train(model, batch, int("by1" in options), machine, optim))
 
     def step(self, ids, lr):
-        return self.taken(ids, lr)[0]
+        return self.take_step(ids, lr)[0]
+
+
+def ready_to_train(model, sequences, micro_batch_size, machine, optim):
+    """Returns what train.py makes before its first step, as its `stepper` takes it: (TrainConfig, State, Runtime,
+    whether the model is compiled). `micro_batch_size` 0 lets it choose."""
+    import train
+
+    length = train.LengthConfig(max_steps=1_000_000)
+    config = train.TrainConfig(
+        data="none",
+        model=model.config,
+        batch=train.BatchConfig(global_batch_size=sequences, micro_batch_size=micro_batch_size),
+        length=length,
+        optim=optim,
+        machine=machine,
+    )
+    run = train.Runtime(machine)
+    budget = train.Budget(length, sequences, model.config.block_size, windows_per_epoch=1)
+    state, record = train.build(config, model, budget, train.Progress(), run, None)
+    return config, state, run, record["compile"]
 
 
 class Peer(Trainer):
-    """The usual step around another program's model: its own `optimizer_of(model)` and `loss(ids, targets)`. The
-    micro-batch is the whole batch; on CUDA, the largest half, quarter, … of it that fits."""
+    """The usual training step with the model of another program. A subclass defines `optimizer_of(model)` and
+    `loss(ids, targets)`. The micro-batch is the whole batch; on CUDA the largest half, quarter, … of it that fits."""
 
     def __init__(self, folder, options, threads, device, grad_clip):
         import torch
 
         super().__init__(folder, options, device, grad_clip)
-        assert not set(options) & (UNDONE | {"by1", "fp8", "muon"}), f"{options}: only ours has that"
+        assert not set(options) & (UNDONE | {"by1", "muon"}), f"{options}: only ours has such options"
         torch.set_num_threads(threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.torch = torch
@@ -169,7 +175,7 @@ class Peer(Trainer):
             self.find_micro_batch()
 
     def find_micro_batch(self):
-        """Compile, and halve the micro-batch until the passes over it fit."""
+        """Compiles, and halves the micro-batch until a forward and a backward pass fit into memory."""
         ids = self.torch.zeros(self.batch, self.block_size + 1, dtype=self.torch.int64, device=self.device)
         while True:
             with contextlib.suppress(self.torch.OutOfMemoryError):
@@ -192,7 +198,7 @@ class Peer(Trainer):
         return self.torch.autocast(self.device, self.torch.bfloat16) if self.autocasts() else contextlib.nullcontext()
 
     def accumulate(self, ids):
-        """Gradients of the mean loss; returns it, a tensor."""
+        """Computes the gradients of the mean loss; returns this loss, a tensor."""
         parts = ids.split(self.micro_batch)
         mean = 0.0
         for part in parts:
@@ -214,8 +220,9 @@ class Peer(Trainer):
 
 
 class NanoGPT(Peer):
-    """The model and the optimizer of a checkout, in the step of its train.py: as shipped, in fp32 and uncompiled on a
-    CPU (as its README says), in bf16 and compiled on CUDA (as its bench.py is). Options: bf16, compile, eager."""
+    """nanoGPT's model and optimizer in the training step of its train.py: on a CPU in fp32 and uncompiled, as its
+    README says; on CUDA in bf16 and compiled, as its bench.py does. Options: the path of a checkout; fp32 or bf16,
+    compile or eager."""
 
     def __init__(self, folder, options, threads, device, grad_clip):
         super().__init__(folder, options[1:], threads, device, grad_clip)
@@ -237,12 +244,12 @@ class NanoGPT(Peer):
         return self.called(ids, targets)[1]
 
     def step(self, ids, lr):
-        return super().step(ids, lr).item()  # it reads every step's loss
+        return super().step(ids, lr).item()  # nanoGPT reads the loss of every step
 
 
 class Transformers(Peer):
-    """GPT2LMHeadModel, its vocabulary padded, with fused AdamW, which is its Trainer's default. Options: fp32 or bf16
-    (autocast), compile."""
+    """transformers' GPT2LMHeadModel with a padded vocabulary and fused AdamW, the default of its Trainer. Options: fp32
+    or bf16 (autocast), compile."""
 
     def __init__(self, folder, options, threads, device, grad_clip):
         super().__init__(folder, options, threads, device, grad_clip)
@@ -270,7 +277,7 @@ class Transformers(Peer):
 
 
 class Peak:
-    """No program: FLOP/s that gpt.runtime knows of the device, or measures now with products of square matrices."""
+    """Measures the FLOP/s of the device. It stands among the programs, so that every round measures it."""
 
     def __init__(self, _folder, _options, threads, device, _grad_clip):
         import torch
@@ -278,8 +285,9 @@ class Peak:
         torch.set_num_threads(threads)
         self.device, self.version = torch.device(device), torch.__version__
 
-    def products(self):
-        """{"fp32": FLOP/s, "bf16": FLOP/s}; 0.0 where it is not known."""
+    def products(self) -> dict[str, float]:
+        """Returns FLOP/s in {"fp32", "bf16"}: of square matrix products on a CPU, from the data sheet on CUDA; 0.0 if
+        unknown."""
         from gpt.runtime import DTYPES, peak_flops
 
         return {name: peak_flops(self.device, DTYPES[name]) for name in ("fp32", "bf16")}
@@ -291,8 +299,8 @@ class Peak:
 TRAINERS = {"ours": Ours, "nanogpt": NanoGPT, "transformers": Transformers, "peak": Peak}
 
 
-def parts_of(name):
-    """ "nanogpt=PATH:bf16" -> ("nanogpt", ["PATH", "bf16"]). Colons in PATH are left alone."""
+def parts_of(name: str) -> tuple[str, list[str]]:
+    """Splits a name into its kind and options: "nanogpt=C:/PATH:bf16" -> ("nanogpt", ["C:/PATH", "bf16"])."""
     words = []
     while (head := name.rpartition(":"))[2] in WORDS and head[0]:
         name, words = head[0], [head[2], *words]
@@ -300,8 +308,8 @@ def parts_of(name):
     return kind, [path, *words] if path else words
 
 
-def load(name, folder, threads, device, grad_clip=1.0):
-    """The program that `name` stands for: "ours:bf16:compile", "transformers:fp32", "nanogpt=PATH:bf16"."""
+def load(name: str, folder: Path, threads: int, device: str, grad_clip: float = 1.0):
+    """Returns the program that `name` stands for: "ours:bf16:compile", "transformers:fp32", "nanogpt=PATH:bf16"."""
     kind, options = parts_of(name)
-    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # else an earlier run would have compiled for this one
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # otherwise an earlier run has compiled for this one
     return TRAINERS[kind](folder, options, threads, device, grad_clip)

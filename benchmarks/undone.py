@@ -1,17 +1,20 @@
-"""Techniques of a training step, each of which can be undone in a process to see what it is worth: of `train.py`'s
-programs, `ours:bf16:no-loss` is one that `loss` was called for."""
+"""Undoes one technique of the training step with each function, to measure what the technique gains.
+
+`train_speed.py --impl ours:bf16:no-loss` measures a program in which `loss()` was called. A function replaces a name of
+the product before the model is built; it fails if the product no longer has that name."""
 
 import torch
 import torch.nn.functional as F
 
+import train
 from gpt import model, runtime
 from gpt.attention import causal_attention
 from gpt.kernels import training
 from gpt.loss import IGNORED
 
 
-def loss(_script):
-    """The loss from logits in fp32, by torch's cross_entropy."""
+def loss() -> None:
+    """Computes the loss with torch's cross_entropy from logits in fp32."""
 
     def cross_entropy(x, weight, targets, vocab_size, *_):
         logits = F.linear(x, weight)[:, :vocab_size].float()
@@ -20,28 +23,23 @@ def loss(_script):
     replace(model, "cross_entropy", cross_entropy)
 
 
-def kernels(_script):
-    """Attention, GELU and loss by torch's operations."""
+def kernels() -> None:
+    """Uses torch's operations in place of the C++ kernels."""
     replace(training.TrainingKernels, "install", lambda *_: None)
 
 
-def attention(_script):
-    """Attention by torch's fused kernel."""
+def attention() -> None:
+    """Uses torch's fused attention in place of the C++ kernel."""
     replace(training.TrainingKernels, "causal_attention", staticmethod(causal_attention))
 
 
-def gelu(_script):
-    """GELU by torch's operation."""
-    replace(training.TrainingKernels, "gelu", staticmethod(model.gelu))
-
-
-def pages(_script):
-    """The memory of tensors that are gone goes back to the system."""
+def pages() -> None:
+    """Gives the memory of freed tensors back to the system."""
     replace(runtime, "keep_freed_memory", lambda: None)
 
 
-def casts(script):
-    """Weights are cast for every micro-batch."""
+def casts() -> None:
+    """Casts the weights anew for every micro-batch."""
 
     def accumulate(state, batch, run):
         total = torch.zeros((), device=run.device)
@@ -53,17 +51,19 @@ def casts(script):
             total += share.detach()
         return total
 
-    replace(script, "accumulate", accumulate)
+    replace(train, "accumulate", accumulate)
 
 
 class LoopAdamW(torch.optim.AdamW):
+    """AdamW without the fused kernel, in a training step that sets `found_inf` for that kernel."""
+
     def step(self):
-        self.found_inf = None  # only its fused kernel knows what that is
+        self.found_inf = None  # only the fused kernel accepts it
         super().step()
 
 
-def fused(script):
-    """AdamW parameter by parameter, several kernels each: torch's default on a CPU."""
+def fused() -> None:
+    """Updates parameter by parameter, with several kernels each: torch's default on a CPU."""
 
     def make_optimizer(trained, config, *_):
         parameters = list(trained.parameters())
@@ -71,33 +71,33 @@ def fused(script):
         groups += [{"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
         return LoopAdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), foreach=False)
 
-    replace(script, "make_optimizer", make_optimizer)
+    replace(train, "make_optimizer", make_optimizer)
 
 
-def drop(script):
-    """Gradients are filled with zeros, not dropped."""
-    original = script.make_optimizer
+def drop() -> None:
+    """Fills gradients with zeros instead of dropping them."""
+    original = train.make_optimizer
 
     def make_optimizer(trained, *arguments):
         optimizer = original(trained, *arguments)
         optimizer.zero_grad = lambda: torch._foreach_zero_([p.grad for p in trained.parameters() if p.grad is not None])
         return optimizer
 
-    replace(script, "make_optimizer", make_optimizer)
+    replace(train, "make_optimizer", make_optimizer)
 
 
-def graph(_script):
-    """The host launches every kernel of a step, however small the model is."""
+def graph() -> None:
+    """Launches every kernel of a step from the host, however small the model is."""
     replace(runtime, "launches_matter", lambda *_: False)
 
 
-def padding(_script):
-    """The vocabulary is not padded."""
+def padding() -> None:
+    """Leaves the vocabulary without padding."""
     replace(model, "VOCAB_MULTIPLE", 1)
 
 
-def determinism(_script):
-    """Operations need not repeat to the bit."""
+def determinism() -> None:
+    """Allows operations that do not repeat to the bit."""
     replace(runtime, "be_deterministic", lambda: None)
 
 

@@ -1,4 +1,4 @@
-"""Random GPT-2 weights, made once per size, and the same weights in the format of each peer."""
+"""Makes random GPT-2 weights, once for each size, and converts them to the format of each other program."""
 
 import functools
 import json
@@ -13,12 +13,12 @@ SIZES = {  # layers, heads, width
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
-LIVELY = 4  # see `enliven`
+LIVELY = 4  # factor, see `enliven`
 VOCABULARY = 50257  # GPT-2's
 
 
-def make_weights(work, size, seed=0):
-    """The Hugging Face GPT-2 folder `work/<size>` with weights drawn from `seed`, made if it is not there."""
+def make_weights(work: Path, size: str, seed: int = 0) -> Path:
+    """Returns the Hugging Face GPT-2 folder `work/<size>`, its weights drawn from `seed`; makes it if missing."""
     folder = Path(work) / size
     if (folder / "config.json").exists():
         return folder
@@ -34,15 +34,15 @@ def make_weights(work, size, seed=0):
     torch.manual_seed(seed)
     model = GPT(ModelConfig(n_layer=layers, n_head=heads, n_embd=width), tokenizer.vocab_size)
     enliven(model)
-    with MadeWhole(folder) as unfinished:
+    with Whole(folder) as unfinished:
         unfinished.mkdir(parents=True)
         write_model(unfinished, weights_of(model), model, tokenizer)
     return folder
 
 
-def fresh_weights(work, size, block_size, seed=0):
-    """The folder `work/<size>-fresh-<block_size>` of a model as training begins with it, made if it is not there; of
-    GPT-2's vocabulary, but without tokenizer files."""
+def fresh_weights(work: Path, size: str, block_size: int, seed: int = 0) -> Path:
+    """Returns the folder `work/<size>-fresh-<block_size>` of an untrained model; makes it if missing. The model has
+    GPT-2's vocabulary, the folder has no tokenizer files."""
     folder = Path(work) / f"{size}-fresh-{block_size}"
     if (folder / "config.json").exists():
         return folder
@@ -53,13 +53,13 @@ def fresh_weights(work, size, block_size, seed=0):
     layers, heads, width = SIZES[size]
     torch.manual_seed(seed)
     model = GPT(ModelConfig(n_layer=layers, n_head=heads, n_embd=width, block_size=block_size), VOCABULARY)
-    with MadeWhole(folder) as unfinished:
+    with Whole(folder) as unfinished:
         write_weights(unfinished, model)
     return folder
 
 
-def write_weights(folder, model):
-    """Make `folder` of a model's weights and its config.json: all that gpt.interop.load_model needs."""
+def write_weights(folder: Path, model) -> None:
+    """Writes what gpt.interop.load_model needs into the new `folder`: the weights and config.json."""
     from safetensors.torch import save_file
 
     from gpt.interop import WEIGHTS, config_json, weights_of
@@ -70,9 +70,10 @@ def write_weights(folder, model):
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def enliven(model):
-    """Give a fresh model the logits of a trained one (standard deviation 2, not 0.5), which depend on more than the
-    last token: else every greedy text is one token repeated, and to compare texts shows nothing."""
+def enliven(model) -> None:
+    """Scales weights of an untrained model, so that its logits vary like those of a trained one (standard deviation 2
+    instead of 0.5) and depend on more than the last token. Otherwise every greedy text repeats one token, and comparing
+    texts shows nothing."""
     import torch
 
     with torch.no_grad():
@@ -81,8 +82,8 @@ def enliven(model):
                 parameter *= LIVELY
 
 
-class MadeWhole:
-    """A path to build `target` under; it gets its name only if nothing was raised."""
+class Whole:
+    """A context that gives a temporary path, and renames it to `target` if nothing was raised."""
 
     def __init__(self, target):
         self.target, self.unfinished = target, target.with_name(target.name + ".unfinished")
@@ -98,16 +99,17 @@ class MadeWhole:
             remove(self.unfinished)
 
 
-def remove(path):
+def remove(path: Path) -> None:
+    """Removes a file or a folder; a missing path is a no-op."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def prompts_of(folder, rows, length, seed=0):
-    """`rows` lists of `length` random ids that their own text is split into again, whichever way a program takes them:
-    each is a space and a word."""
+def prompts_of(folder: Path, rows: int, length: int, seed: int = 0) -> list[list[int]]:
+    """Returns `rows` lists of `length` random ids. Each id is a space and a word, so that the text of a list is split
+    into the same ids again: programs may take ids or text."""
     import numpy as np
 
     tokenizer, words = words_of(folder)
@@ -118,36 +120,38 @@ def prompts_of(folder, rows, length, seed=0):
 
 @functools.cache
 def words_of(folder):
-    """The tokenizer of a folder and the ids of its words."""
+    """Returns the tokenizer of a folder and the ids of its words."""
     from gpt.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     ranks = tokenizer.encoding._mergeable_ranks
     words = sorted(rank for token, rank in ranks.items() if token[:1] == b" " and token[1:].isalpha())
-    return tokenizer, words or sorted(rank for token, rank in ranks.items() if token.isalpha())  # of single bytes
+    return tokenizer, words or sorted(rank for token, rank in ranks.items() if token.isalpha())  # a byte tokenizer
 
 
-# ---- the peers' formats
+# ---- formats of other programs
 
 
-def for_ctranslate2(folder):
+def for_ctranslate2(folder: Path) -> Path:
+    """Returns the folder converted for CTranslate2; converts it if missing."""
     target = folder.with_name(f"{folder.name}-ctranslate2")
     if not target.exists():
         from ctranslate2.converters import TransformersConverter
 
-        with MadeWhole(target) as unfinished:
+        with Whole(target) as unfinished:
             TransformersConverter(str(folder)).convert(str(unfinished))
     return target
 
 
-def for_openvino(folder, precision, exporter="optimum-cli"):
-    """By optimum-intel's own program, `exporter`, which may stand in another environment than this one."""
+def for_openvino(folder: Path, precision: str, exporter: str = "optimum-cli") -> Path:
+    """Returns the folder converted for OpenVINO; converts it if missing. `exporter` is the path of
+    optimum-intel's program, which may be installed in another environment."""
     target = folder.with_name(f"{folder.name}-openvino-{precision}")
     if not target.exists():
         words = "export openvino --task text-generation-with-past --weight-format"
-        with MadeWhole(target) as unfinished:
-            made = [exporter, *words.split(), precision, "--model", str(folder), str(unfinished)]
-            subprocess.run(made, check=True, stdout=subprocess.DEVNULL)
+        with Whole(target) as unfinished:
+            command = [exporter, *words.split(), precision, "--model", str(folder), str(unfinished)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return target
 
 
@@ -161,8 +165,8 @@ GGUF_NAMES = {
 }
 
 
-def gguf_name(name):
-    """ "transformer.h.3.mlp.c_fc.bias" -> "blk.3.ffn_up.bias"."""
+def gguf_name(name: str) -> str:
+    """Returns llama.cpp's name of a GPT-2 tensor: "transformer.h.3.mlp.c_fc.bias" -> "blk.3.ffn_up.bias"."""
     path, kind = name.removeprefix("transformer.").rsplit(".", 1)
     if path.startswith("h."):
         _, layer, inner = path.split(".", 2)
@@ -170,14 +174,14 @@ def gguf_name(name):
     return {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}[path] + "." + kind
 
 
-def for_llamacpp(folder, precision):
-    """A GGUF file: matrices in `precision` ("f32", "f16", "q8_0"), vectors and positions in F32, as llama.cpp's own
-    converter leaves them."""
+def for_llamacpp(folder: Path, precision: str) -> Path:
+    """Returns a GGUF file; writes it if missing. Matrices are in `precision` ("f32", "f16", "q8_0"), vectors and
+    positions in F32, as llama.cpp's own converter leaves them."""
     target = folder.with_name(f"{folder.name}-{precision}.gguf")
     if not target.exists():
         import gguf
 
-        with MadeWhole(target) as unfinished:
+        with Whole(target) as unfinished:
             writer = gguf.GGUFWriter(str(unfinished), "gpt2")
             write_gguf(writer, folder, gguf.GGMLQuantizationType[precision.upper()])
     return target

@@ -1,14 +1,19 @@
 """The benchmark programs run from end to end, on a tiny model and with this project alone; times are not looked at."""
 
-import importlib.util
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
+from training_helpers import make_data, tiny_model
+
+from gpt.generate import TextGenerator
+from gpt.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +35,31 @@ def run(module, monkeypatch, words, *more):
     module.main()
 
 
-@pytest.fixture(scope="module")
-def training(benchmarks):
-    """benchmarks/train.py, by another name: `train` is the script that trains."""
-    spec = importlib.util.spec_from_file_location("benchmark_of_training", ROOT / "benchmarks/train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def run_alone(name, words, *more):
+    """Runs a program as a user does: in a process of its own, without PYTHONPATH."""
+    command = [sys.executable, ROOT / f"benchmarks/{name}.py", *words.split(), *map(str, more)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+
+def test_no_module_has_the_name_of_one_of_the_product_s():
+    own, product = (
+        {path.stem for folder in folders for path in folder.glob("*.py")}
+        for folders in ([ROOT / "benchmarks"], [ROOT, ROOT / "data"])
+    )
+    assert "train" in product
+    assert not own & product
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("decode", "--device cpu"), ("prompts", ""), ("quality", "folder text"), ("learn", "--text text")],
+    [
+        ("decode_speed", "--device cpu"),
+        ("train_speed", "--device cpu"),
+        ("many_prompts", ""),
+        ("quality", "folder text"),
+        ("learning_curve", "--text text"),
+    ],
 )
 def test_help_names_every_flag_with_its_default(benchmarks, name, words, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "1000")  # nothing is wrapped
@@ -60,17 +78,17 @@ def test_help_names_every_flag_with_its_default(benchmarks, name, words, monkeyp
 
 def test_decode_refuses_texts_of_one_token(benchmarks, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_of:
-        run(benchmarks("decode"), monkeypatch, "--new_tokens 1")
+        run(benchmarks("decode_speed"), monkeypatch, "--new_tokens 1")
     assert exit_of.value.code == 2
     assert "--new_tokens 1" in capsys.readouterr().err
 
 
 def test_an_interruption_while_programs_load_ends_those_that_wait(benchmarks, tiny, monkeypatch):
-    decode, Worker, started = benchmarks("decode"), benchmarks("workers").Worker, []
+    decode, Worker, started = benchmarks("decode_speed"), benchmarks("workers").Worker, []
 
     class Interrupted(Worker):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
             started.append(self)
 
         def wait_loaded(self):
@@ -86,14 +104,14 @@ def test_an_interruption_while_programs_load_ends_those_that_wait(benchmarks, ti
 
 
 def test_every_program_begins_some_round(benchmarks):
-    in_turn = benchmarks("decode").in_turn
+    in_turn = benchmarks("workers").in_turn
     rounds = [in_turn(["a", "b", "c"], number) for number in range(4)]
     assert rounds == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
 
 
 def test_programs_in_fp32_are_held_to_its_rounding(benchmarks):
     names = ["nanogpt=../nanoGPT", "ours:fp32:eager", "llamacpp:f32", "ours:int8", "transformers:bf16", "llamacpp:f16"]
-    assert [benchmarks("decode").is_exact(name) for name in names] == [True] * 3 + [False] * 3
+    assert [benchmarks("decode_speed").is_exact(name) for name in names] == [True] * 3 + [False] * 3
 
 
 def test_a_step_reads_the_weights_and_a_cache_of_the_width_that_the_program_keeps(benchmarks, tiny):
@@ -114,9 +132,7 @@ def test_decode_checks_and_compares_and_names_what_is_absent(tiny, tmp_path):
     out = tmp_path / "decode.json"
     impl = "ours:fp32:eager,ours:bf16:eager,nanogpt=/nowhere"
     words = f"--device cpu --model tiny --batch 1,3 --new_tokens 6 --pairs 2 --threads 1 --impl {impl}"
-    command = [sys.executable, ROOT / "benchmarks/decode.py", *words.split(), "--work", tiny.parent, "--json", out]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    made = subprocess.run(command, env=environment, capture_output=True, text=True)
+    made = run_alone("decode_speed", words, "--work", tiny.parent, "--json", out)
     assert made.returncode == 0, made.stderr
     record = json.loads(out.read_text())
     found = {(result["program"], result["batch"]): result for result in record["results"]}
@@ -128,10 +144,12 @@ def test_decode_checks_and_compares_and_names_what_is_absent(tiny, tmp_path):
 
 
 def test_a_program_that_computes_another_model_does_not_agree(benchmarks, tiny):
+    import torch
+
     reference = benchmarks("reference").Reference(tiny, "cpu")
     prompts = benchmarks("weights").prompts_of(tiny, 2, 5)
-    with reference.torch.inference_mode():
-        texts = [[reference.model(reference.torch.tensor([prompt])).argmax().item()] for prompt in prompts]
+    with torch.inference_mode():
+        texts = [[reference.model(torch.tensor([prompt])).argmax().item()] for prompt in prompts]
     assert reference.agreement(prompts, texts).fine(exact=True)
     texts[1][0] = (texts[1][0] + 1) % 256
     assert not reference.agreement(prompts, texts).fine(exact=False)
@@ -140,7 +158,7 @@ def test_a_program_that_computes_another_model_does_not_agree(benchmarks, tiny):
 def test_refilled_rows_and_fixed_batches_are_compared(benchmarks, tiny, monkeypatch, capsys, tmp_path, one_thread):
     out = tmp_path / "prompts.json"
     words = "--device cpu --model tiny --prompts 5 --rows 2 --rounds 2 --dtype fp32 --backend eager --threads 1 --work"
-    run(benchmarks("prompts"), monkeypatch, words, tiny.parent, "--json", out)
+    run(benchmarks("many_prompts"), monkeypatch, words, tiny.parent, "--json", out)
     record, lines = json.loads(out.read_text()), capsys.readouterr().out
     assert [list(seconds) for seconds in record["rounds"]] == [
         ["refilled", "fixed", "unpadded"],
@@ -165,6 +183,67 @@ def test_quality_finds_no_change_in_fp32_and_a_small_one_in_bf16(benchmarks, tin
     assert 0 < bf16["rms_error"] < 0.05
 
 
+def test_the_bandwidth_of_the_memory_is_measured(benchmarks, one_thread):
+    assert benchmarks("programs").Bandwidth("", [], 1, "cpu").read(megabytes=1) > 0
+
+
+def test_a_proof_trains_the_model_that_its_checks_need_and_ends_with_a_table(tmp_path):
+    make_data(tmp_path / "data", train_size=20_000)
+    made = run_alone("prove_cuda", "--device cpu --only greedy,graph", "--out", tmp_path)
+    assert made.returncode == 0, made.stdout + made.stderr
+    *_, greedy, graph = made.stdout.splitlines()
+    assert re.match(r"\| greedy +\| pass ", greedy)
+    assert re.match(r"\| graph +\| skip ", graph)
+
+
+def test_the_gap_of_a_text_is_that_of_every_token_by_itself_past_the_context_too(benchmarks):
+    import torch
+
+    largest_gap = benchmarks("text_checks").largest_gap
+    generator = TextGenerator(tiny_model().eval(), load_tokenizer("byte"))
+    ids = torch.randint(256, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    window, gaps = list(b"import"), []
+    for chosen in ids:
+        with torch.inference_mode():
+            logits = generator.model(torch.tensor([window]))[0]
+        gaps.append((logits[:256].max() - logits[chosen]).item())
+        window = [*window, chosen] if len(window) < 32 else [*window, chosen][-16:]
+    for count in (1, 27, 28, 50, 100):
+        assert largest_gap(generator, "import", ids[:count]) == pytest.approx(max(gaps[:count]), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("code", "limit", "expected"),
+    [
+        ("open(sys.argv[1], 'w').write('[\"pass\", \"equal\"]')", 100, ("pass", "equal")),
+        ("os.abort()", 100, ("FAIL", "exit code -6, see above")),
+        ("time.sleep(600)", 0.5, ("TIME", "not done after 0 s")),
+    ],
+)
+def test_a_check_that_crashes_or_hangs_only_ends_itself(benchmarks, tmp_path, code, limit, expected):
+    command = [sys.executable, "-c", f"import os, sys, time; {code}", tmp_path / "result"]
+    assert benchmarks("apart").run_apart(command, tmp_path / "result", limit) == expected
+
+
+def test_a_check_ends_with_the_proof_that_started_it(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    lock, held = tmp_path / "lock", tmp_path / "held"
+    begin = f"import fcntl, pathlib, sys, time; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import apart\n"
+    inner = f"{begin}apart.end_with_parent(); file = open({str(lock)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX)\n"
+    inner += f"open({str(held)!r}, 'w'); time.sleep(600)"
+    outer = (
+        f"{begin}apart.run_apart([sys.executable, '-c', {inner!r}], pathlib.Path({str(tmp_path / 'result')!r}), 600)"
+    )
+    proof = subprocess.Popen([sys.executable, "-c", outer])
+    while not held.exists():
+        assert proof.poll() is None
+        time.sleep(0.01)
+    proof.kill()
+    proof.wait()
+    with open(lock) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # waits until the check has ended
+
+
 def test_all_programs_train_on_the_same_tokens_in_the_same_order(benchmarks):
     tokens = benchmarks("trainers").tokens
     first = tokens(257, 3, 4, 300)
@@ -177,14 +256,14 @@ def test_all_programs_train_on_the_same_tokens_in_the_same_order(benchmarks):
     assert repeated > 100
 
 
-def test_a_program_is_named_by_its_kind_a_path_and_words(benchmarks, training):
-    parts_of = benchmarks("trainers").parts_of
+def test_a_program_is_named_by_its_kind_a_path_and_words(benchmarks):
+    parts_of, train_speed = benchmarks("trainers").parts_of, benchmarks("train_speed")
     assert parts_of("ours:bf16:compile") == ("ours", ["bf16", "compile"])
     assert parts_of("nanogpt=../nanoGPT:bf16") == ("nanogpt", ["../nanoGPT", "bf16"])
     assert parts_of("nanogpt=C:/nanoGPT") == ("nanogpt", ["C:/nanoGPT"])
     assert parts_of("peak") == ("peak", [])
-    assert training.label("nanogpt=/some/folder:bf16") == "nanogpt:bf16"
-    assert training.reference_of("ours:bf16:compile:muon") == "ours:fp32:muon"
+    assert train_speed.label("nanogpt=/some/folder:bf16") == "nanogpt:bf16"
+    assert train_speed.reference_of("ours:bf16:compile:muon") == "ours:fp32:muon"
 
 
 def test_training_is_timed_only_where_the_losses_are_those_of_fp32(benchmarks, tiny, tmp_path):
@@ -192,10 +271,7 @@ def test_training_is_timed_only_where_the_losses_are_those_of_fp32(benchmarks, t
     words = "--device cpu --sizes tiny --block_size 16 --batch 2 --steps 1 --check 3 --pairs 2 --threads 1"
     undone = ":".join(["ours:bf16:by1", *sorted(benchmarks("trainers").UNDONE)])  # where nothing is, it is an error
     impl = f"ours:bf16,{undone},nanogpt=/nowhere"
-    command = [sys.executable, ROOT / "benchmarks/train.py", *words.split(), "--impl", impl]
-    command += ["--work", tiny.parent, "--json", out]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    made = subprocess.run(command, env=environment, capture_output=True, text=True)
+    made = run_alone("train_speed", words, "--impl", impl, "--work", tiny.parent, "--json", out)
     assert made.returncode == 0, made.stderr
     record = json.loads(out.read_text())
     result, other = record["results"]
@@ -208,16 +284,18 @@ def test_training_is_timed_only_where_the_losses_are_those_of_fp32(benchmarks, t
     assert "/nowhere/model.py" in record["absent"]["tiny: nanogpt=/nowhere"]
 
 
-def test_a_program_with_other_losses_is_not_timed(benchmarks, training):
+def test_a_program_with_other_losses_is_not_timed(benchmarks):
     class Program:
         name = "transformers:bf16"
 
+    compare = benchmarks("train_speed").compare
+
     with pytest.raises(benchmarks("workers").Absent, match=r"0\.0300"):
-        training.compare(Program, [5.0, 4.0], {"losses": [5.0, 4.03]})
+        compare(Program, [5.0, 4.0], {"losses": [5.0, 4.03]})
     with pytest.raises(benchmarks("workers").Absent):
-        training.compare(Program, [5.0, 4.0], {"losses": [5.0, float("nan")]})
+        compare(Program, [5.0, 4.0], {"losses": [5.0, float("nan")]})
     fine = {"losses": [5.0, 4.01]}
-    training.compare(Program, [5.0, 4.0], fine)
+    compare(Program, [5.0, 4.0], fine)
     assert fine["difference"] == pytest.approx(0.01)
 
 
@@ -269,7 +347,7 @@ def test_nanogpt_gets_the_text_as_its_own_program_writes_it(benchmarks, tmp_path
 
     import numpy as np
 
-    learn, checkout = benchmarks("learn"), tmp_path / "checkout"
+    learn, checkout = benchmarks("learning_curve"), tmp_path / "checkout"
     for name in learn.COPIED:
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_text("")
@@ -286,9 +364,9 @@ def test_nanogpt_gets_the_text_as_its_own_program_writes_it(benchmarks, tmp_path
 def test_a_preset_is_run_and_its_snapshots_are_scored(monkeypatch, benchmarks, tmp_path, capsys, one_thread):
     text, out = tmp_path / "text.txt", tmp_path / "learn.json"
     text.write_text("To be, or not to be, that is the question. " * 100)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     words = "--presets tiny --seeds 1 --threads 1 --target 4.5 --text"
-    run(benchmarks("learn"), monkeypatch, words, text, "--work", tmp_path / "work", "--json", out)
+    run(benchmarks("learning_curve"), monkeypatch, words, text, "--work", tmp_path / "work", "--json", out)
     record = json.loads(out.read_text())
     [one] = record["runs"]
     assert one["points"][0]["step"] == 1

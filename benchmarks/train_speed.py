@@ -1,13 +1,13 @@
-"""How fast models are trained: this project against other programs, by turns, from the same weights on the same tokens.
+"""Measures how fast models train: this project and other programs, in turn, from the same weights on the same tokens.
 
-    python benchmarks/train.py --nanogpt ../nanoGPT --json train.json
-    python benchmarks/train.py --impl ours:bf16,ours:bf16:muon,transformers:bf16 --batch 16
-    python benchmarks/train.py --device cuda --nanogpt ../nanoGPT --minutes 8
+    python benchmarks/train_speed.py --nanogpt ../nanoGPT --json train.json
+    python benchmarks/train_speed.py --impl ours:bf16,ours:bf16:muon,transformers:bf16 --batch 16
+    python benchmarks/train_speed.py --device cuda --nanogpt ../nanoGPT --minutes 8
 
-Each program runs in a process of its own that is stopped while others run. At the first size, its losses over the
-first steps must be those of our fp32 run with the same optimizer. Then in each round every program takes a few steps,
-each round beginning with another program. Where a GPU has not enough memory for all of them, they run one after the
-other. Reading the data is not timed."""
+Each program runs in a process of its own, which is stopped while another program runs. At the first size, the losses of
+its first steps must be those of our fp32 run with the same optimizer. Then every program takes a few steps in each
+round; each round begins with another program. If a GPU cannot hold all programs at once, they run one after the other.
+Drawing the tokens is not timed."""
 
 import argparse
 import json
@@ -19,14 +19,14 @@ from pathlib import Path
 
 import trainers
 import weights
-from decode import default_device, default_threads, guarded, in_turn, machine, tell
-from report import print_columns, ratios
-from workers import Absent, Worker
+from machine import default_device, default_threads, describe_machine
+from report import print_columns, ratios, tell
+from workers import Absent, Worker, guarded, in_turn
 
-TOLERANCE = 0.02  # nats, between a program's loss and the reference's
-WARM_UP_STEPS = 3  # where the losses are not checked
-UNTIMED = 1  # first steps of a round
-STATE_BYTES = 16  # of weight, gradient and two moments in fp32, for each parameter
+TOLERANCE = 0.02  # nats, between the losses of a program and of its reference
+WARM_UP_STEPS = 3  # if the losses are not checked
+UNTIMED = 1  # steps at the beginning of each round
+STATE_BYTES = 16  # for each parameter: weight, gradient and two moments in fp32
 DEFAULTS = {  # by device: --impl, what --nanogpt adds, --sizes, --block_size, --steps, --grad_clip
     "cpu": ("ours:bf16,ours:fp32,transformers:bf16,transformers:fp32", ("", ":bf16"), "gpt2", 256, 3, 1.0),
     "cuda": ("ours:bf16:compile", ("",), "gpt2,gpt2-medium,gpt2-large,gpt2-xl", 1024, 10, 0.0),
@@ -35,9 +35,9 @@ BATCHES = {"gpt2": "32", "gpt2-medium": "32", "gpt2-large": "16", "gpt2-xl": "8"
 CPU_BATCHES = "4,16"
 
 
-def main():
+def main() -> None:
     config = parse(sys.argv[1:])
-    record = {"machine": machine(config), "settings": vars(config) | {"work": str(config.work)}}
+    record = {"machine": describe_machine(config.device), "settings": vars(config) | {"work": str(config.work)}}
     record |= {"absent": {}, "peaks": {}, "results": []}
     deadline = time.monotonic() + 60 * config.minutes if config.minutes else float("inf")
     if record["machine"]["load"] > 0.5:
@@ -45,7 +45,7 @@ def main():
     for size in config.sizes:
         if time.monotonic() > deadline:
             break
-        absent = {}  # at this size
+        absent = {}  # programs that fail at this size
         folder = weights.fresh_weights(config.work, size, config.block_size)
         for names in together(config, folder, record):
             programs = []
@@ -60,31 +60,32 @@ def main():
     finish(config, record)
 
 
-def parse(words):
+def parse(words: list[str]) -> argparse.Namespace:
+    """Returns the settings; those that are not given depend on the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     cpu, cuda = DEFAULTS["cpu"], DEFAULTS["cuda"]
     add(
         "--impl",
-        help="programs, with commas; after ours: fp32 or bf16, fp8, compile, adamw or muon, by1 (micro-batches of 1), "
-        f"and what to undo ({', '.join(sorted(trainers.UNDONE))}: see undone.py); after transformers or "
-        f"nanogpt=PATH: bf16, compile; on a CPU {cpu[0]}, on CUDA {cuda[0]}",
+        help="programs, separated by commas. Options of ours: fp32 or bf16, compile, adamw or muon, by1 "
+        f"(micro-batches of 1 sequence), and techniques to undo, see undone.py ({', '.join(sorted(trainers.UNDONE))}). "
+        f"Options of transformers and nanogpt=PATH: bf16, compile. Default: on a CPU {cpu[0]}, on CUDA {cuda[0]}",
     )
-    add("--nanogpt", metavar="PATH", help="adds this checkout: on a CPU as shipped (fp32) and with bf16 autocast")
-    add("--sizes", help=f"with commas, out of {', '.join(weights.SIZES)}; on a CPU {cpu[2]}, on CUDA {cuda[2]}")
+    add("--nanogpt", metavar="PATH", help="adds this checkout: on a CPU in fp32 (its default) and in bf16")
+    add("--sizes", help=f"separated by commas, out of {', '.join(weights.SIZES)}; on a CPU {cpu[2]}, on CUDA {cuda[2]}")
     add("--block_size", type=int, help=f"tokens of a sequence; on a CPU {cpu[3]}, on CUDA {cuda[3]}")
-    add("--batch", help=f"sequences per step, with commas; on a CPU {CPU_BATCHES}, on CUDA by size: {BATCHES}")
+    add("--batch", help=f"sequences per step, separated by commas; on a CPU {CPU_BATCHES}, on CUDA by size: {BATCHES}")
     add("--steps", type=int, help=f"steps of a program in a round; on a CPU {cpu[4]}, on CUDA {cuda[4]}")
     add(
         "--grad_clip",
         type=float,
         help=f"on a CPU {cpu[5]}, as in nanoGPT's train.py; on CUDA {cuda[5]}, as in bench.py",
     )
-    add("--check", type=int, default=20, help="steps whose losses are compared, 0 is none (default %(default)s)")
-    add("--pairs", type=int, default=5, help="rounds, in each of which every program runs once (default %(default)s)")
-    add("--minutes", type=float, default=0, help="wait for nothing after this time; 0 is no limit")
+    add("--check", type=int, default=20, help="steps whose losses are compared, 0 = none (default %(default)s)")
+    add("--pairs", type=int, default=5, help="rounds; in each, every program runs once (default %(default)s)")
+    add("--minutes", type=float, default=0, help="wait for nothing after this time; 0 = no limit")
     add("--threads", type=int, default=default_threads(), help="CPU threads (default %(default)s)")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if a GPU is found")
     add("--work", type=Path, default=Path("out/benchmarks"), help="folder for weights and logs (default %(default)s)")
     add("--json", help="file for all figures")
     config = parser.parse_args(words)
@@ -100,9 +101,9 @@ def parse(words):
     return config
 
 
-def together(config, folder, record):
-    """Lists of the programs that are loaded at once: all of them, unless a GPU has no room for their states. What a GPU
-    can do is in a table, and is asked for only once."""
+def together(config, folder: Path, record: dict) -> list[list[str]]:
+    """Returns lists of the programs that are loaded at the same time: one list of all, or on a GPU without room for
+    their states a list for each. `peak` measures a CPU in every round; on a GPU it is read from a table, once."""
     if config.device == "cpu":
         return [["peak", *config.impl]]
     import torch
@@ -113,7 +114,8 @@ def together(config, folder, record):
     return [names] if enough else [[name] for name in names]
 
 
-def parameters(folder):
+def parameters(folder: Path) -> int:
+    """Returns the number of parameters of the model in `folder`."""
     from gpt.interop import read_config
     from gpt.memory import count_parameters
 
@@ -124,8 +126,8 @@ def parameters(folder):
 
 
 def start_all(config, folder, names, absent, programs, deadline):
-    """Add a Worker for each name to `programs`, before it loads, so that the caller can close them all. Of those that
-    do not load, the reasons go into `absent`."""
+    """Adds a Worker for each name to `programs`, before it loads, so that the caller can close all of them. For each
+    program that does not load, `absent` gets the reason."""
     for name in names:
         tell(f"loading {name}")
         programs.append(worker(config, folder, name, name, deadline))
@@ -137,12 +139,12 @@ def worker(config, folder, name, spec, deadline):
     return Worker(name, spec, folder, *settings, module="trainers", until=deadline)
 
 
-def attempt(absent, program, act, *arguments):
-    return guarded({"absent": absent}, program, act, *arguments)
+def attempt(absent, program, action, *arguments):
+    return guarded({"absent": absent}, program, action, *arguments)
 
 
 def measure(config, folder, batch, programs, absent, record, deadline):
-    """Check every program at this batch, then run the rounds; the figures go into the record."""
+    """Checks every program at this batch, then runs the rounds; adds the figures to the record."""
     results = {}
     for program in programs:
         if program.name != "peak" and program.name not in absent:
@@ -166,31 +168,32 @@ def measure(config, folder, batch, programs, absent, record, deadline):
         write(config, record)
 
 
-def size_of(folder):
+def size_of(folder: Path) -> str:
+    """Returns the size in the name of a folder: "gpt2-fresh-1024" -> "gpt2"."""
     return folder.name.partition("-fresh-")[0]
 
 
 def first_steps(program, config, folder, batch, result):
-    """Begin, and take the steps whose losses are compared, or else those that warm up."""
+    """Prepares a program, and takes the steps whose losses are compared, or some to warm up."""
     tell(f"{folder.name}, batch {batch}: first steps of {program.name}")
     _, begin = program.ask("begin", batch)
     checked = config.check if size_of(folder) == config.sizes[0] else 0
-    found = [program.ask("steps", number, 1)[1] for number in range(checked or WARM_UP_STEPS)]
-    seconds, losses, _ = zip(*found, strict=True)
+    steps = [program.ask("steps", number, 1)[1] for number in range(checked or WARM_UP_STEPS)]
+    seconds, losses, _ = zip(*steps, strict=True)
     result["losses"] = [loss for [loss] in losses]
     result["start_seconds"] = max(0.0, begin + seconds[0] - statistics.median(seconds))
 
 
 def check(config, folder, batch, programs, results, absent, deadline):
-    """Compare losses with those of the reference; who differs takes part no more."""
+    """Compares losses with those of the reference; a program whose losses differ is removed from `results`."""
     references = {name: result["losses"] for name, result in results.items()}
     for name in sorted({reference_of(name) for name in results} - references.keys()):
         program = worker(config, folder, f"reference {name}", name, deadline)
         try:
-            found = {}
+            result = {}
             if attempt(absent, program, lambda program: program.wait_loaded()):
-                attempt(absent, program, first_steps, config, folder, batch, found)
-            references[name] = found.get("losses")
+                attempt(absent, program, first_steps, config, folder, batch, result)
+            references[name] = result.get("losses")
         finally:
             program.close()
     by_name = {program.name: program for program in programs}
@@ -199,17 +202,17 @@ def check(config, folder, batch, programs, results, absent, deadline):
             del results[name]
 
 
-def reference_of(name):
-    """The fp32 run that a program's losses are held to: our own, uncompiled, with the same optimizer."""
+def reference_of(name: str) -> str:
+    """Returns the program whose losses are the reference: ours in fp32, uncompiled, with the same optimizer."""
     return "ours:fp32:muon" if "muon" in name.split(":") else "ours:fp32"
 
 
 def compare(program, expected, result):
-    """Note the largest difference of losses. Raises Absent where it is too large."""
+    """Adds the largest difference of losses to the result. Raises Absent if it is too large."""
     if expected is None:
-        raise Absent("there is no reference to compare it with")
+        raise Absent("no reference to compare it with")
     differences = [abs(a - b) for a, b in zip(result["losses"], expected, strict=True)]
-    result["difference"] = max(differences, key=lambda found: (math.isnan(found), found))
+    result["difference"] = max(differences, key=lambda difference: (math.isnan(difference), difference))
     difference, last = result["difference"], result["losses"][-1]
     tell(f"  {program.name}: losses differ by {difference:.4f} at most, the last is {last:.4f}")
     if not difference <= TOLERANCE:
@@ -217,7 +220,7 @@ def compare(program, expected, result):
 
 
 def one_round(program, config, result):
-    """Add the seconds of some more steps."""
+    """Adds the seconds of one round to the result."""
     seconds, losses, memory = program.ask("steps", len(result["losses"]), UNTIMED + config.steps, UNTIMED)[1]
     result["losses"] += losses
     result["rounds"].append(seconds)
@@ -225,15 +228,17 @@ def one_round(program, config, result):
 
 
 def read_peak(program, peaks):
-    for name, found in program.ask("products")[1].items():
-        peaks.setdefault(name, []).append(found)
+    """Adds the FLOP/s of each precision to `peaks`."""
+    for name, flops in program.ask("products")[1].items():
+        peaks.setdefault(name, []).append(flops)
 
 
 # ---- the tables
 
 
-def finish(config, record):
-    record["peak"] = max((statistics.median(found) for found in record["peaks"].values()), default=0.0)
+def finish(config, record: dict) -> None:
+    """Computes speeds and MFU, writes the record and prints the tables."""
+    record["peak"] = max((statistics.median(flops) for flops in record["peaks"].values()), default=0.0)
     for result in record["results"]:
         folder = weights.fresh_weights(config.work, result["size"], config.block_size)
         tokens = result["batch"] * config.block_size * config.steps
@@ -247,32 +252,34 @@ def finish(config, record):
         if chosen:
             print_table(f"{size}, {batch} sequences of {config.block_size}", chosen)
     if record["peaks"]:
-        speeds = ", ".join(f"{name} {statistics.median(found) / 1e12:.2f}" for name, found in record["peaks"].items())
-        print(f"\nproducts, TFLOP/s: {speeds}; MFU is against the largest")
+        speeds = ", ".join(f"{name} {statistics.median(flops) / 1e12:.2f}" for name, flops in record["peaks"].items())
+        print(f"\nproducts, TFLOP/s: {speeds}; MFU is the share of the largest")
     for name, reason in record["absent"].items():
         print(f"absent: {name}: {reason}")
     print(json.dumps(record["machine"]))
 
 
-def flops_of(folder):
+def flops_of(folder: Path) -> float:
+    """Returns the FLOPs of training on one token with the model in `folder`."""
     from gpt.interop import read_config
     from gpt.model import flops_per_token
 
     return flops_per_token(*read_config(folder))
 
 
-def write(config, record):
+def write(config, record: dict) -> None:
+    """Writes all figures so far to the file --json."""
     Path(config.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def print_table(title, results):
-    """One line a program: tokens/s, share of the machine's products, peak memory, seconds to make ready (compiling
-    included, weights not), the largest difference of losses, and what each of ours is times as fast."""
+def print_table(title: str, results: list[dict]) -> None:
+    """Prints one line for each program: tokens/s, MFU, peak memory, seconds to start (with compiling, without reading
+    the weights), the largest difference of losses, and for each of our programs how many times as fast it is."""
     ours = [result for result in results if result["program"].startswith("ours")]
     print(f"\n{title}; tok/s median (least-greatest)\n")
     heads = ["program", "tok/s", "MFU", "GiB", "start s", "loss differs"]
     lines = [[*heads, *(f"{label(result['program'])} /" for result in ours)]]
-    for result in sorted(results, key=lambda found: -statistics.median(found["speeds"])):
+    for result in sorted(results, key=lambda result: -statistics.median(result["speeds"])):
         speeds = result["speeds"]
         line = [label(result["program"]), f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f})"]
         line += [f"{result['mfu']:.1%}" if "mfu" in result else "", f"{result['memory'] / 2**30:.1f}"]
@@ -282,8 +289,8 @@ def print_table(title, results):
     print_columns(lines)
 
 
-def label(name):
-    """ "nanogpt=PATH:bf16" -> "nanogpt:bf16"."""
+def label(name: str) -> str:
+    """Returns a program's name without a path: "nanogpt=PATH:bf16" -> "nanogpt:bf16"."""
     kind, options = trainers.parts_of(name)
     return ":".join([kind, *options[kind == "nanogpt" :]])
 

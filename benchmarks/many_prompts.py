@@ -1,15 +1,15 @@
-"""Many prompts of unequal length: rows that are refilled as texts end, against fixed batches in the order of the file.
+"""Measures many prompts of unequal length: rows refilled as texts end, against fixed batches in the order of the file.
 
-    python benchmarks/prompts.py --json prompts.json
-    python benchmarks/prompts.py --prompts 100 --dtype bf16
+    python benchmarks/many_prompts.py --json prompts.json
+    python benchmarks/many_prompts.py --prompts 100 --dtype bf16
 
-All ways use the same model, back end and number of rows. A fixed batch runs until its longest text is done; its rows
-that have finished wait. "fixed" reads each prompt padded to the batch's longest: a batch in one tensor has to, and that
-is how batches are usually run. "unpadded" saves that work, as the refilled rows do, and is the harder comparison: what
-refilling gains over it, it gains by rows that do not wait.
+All ways use the same model, back end and number of rows. A fixed batch runs until its longest text is done, while rows
+that have finished wait. "fixed" pads every prompt to the longest one of its batch: a batch in one tensor must do that,
+and most programs run batches so. "unpadded" saves that work, as the refilled rows do. It is the harder comparison: all
+that refilling gains over it comes from rows that do not wait.
 
-On the native back end all ways must give the same texts. On others padding changes the shape of products, and with it
-their rounding; the share of equal texts is reported."""
+On the native back end all ways must give the same texts. On others padding changes the shape of products and so their
+rounding; the share of equal texts is reported."""
 
 import argparse
 import contextlib
@@ -20,12 +20,14 @@ import time
 from pathlib import Path
 
 import weights
-from decode import default_threads, in_turn, tell
+from machine import default_threads
+from report import tell
+from workers import in_turn
 
-PROMPT_TOKENS, NEW_TOKENS = (5, 400), (10, 200)  # from, to
+PROMPT_TOKENS, NEW_TOKENS = (5, 400), (10, 200)  # least, most
 
 
-def main():
+def main() -> None:
     config = parse(sys.argv[1:])
     folder = weights.make_weights(config.work, config.model)
     generator = load(config, folder)
@@ -45,13 +47,14 @@ def main():
     report(config, record)
 
 
-def parse(words):
+def parse(words: list[str]) -> argparse.Namespace:
+    """Returns the settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="gpt2", choices=weights.SIZES, help="default %(default)s")
-    add("--prompts", type=int, default=1000, help="how many (default %(default)s)")
+    add("--prompts", type=int, default=1000, help="number of prompts (default %(default)s)")
     add("--rows", type=int, default=8, help="texts side by side (default %(default)s)")
-    add("--rounds", type=int, default=1, help="each begins with another way (default %(default)s)")
+    add("--rounds", type=int, default=1, help="number of rounds; each begins with another way (default %(default)s)")
     add("--dtype", default="auto", help="default %(default)s")
     add("--quantize", default="none", help="none or int8 (default %(default)s)")
     add("--backend", default="auto", help="default %(default)s")
@@ -62,8 +65,8 @@ def parse(words):
     return parser.parse_args(words)
 
 
-def load(config, folder):
-    """A TextGenerator whose back end does not depend on how many prompts it is given at once."""
+def load(config, folder: Path):
+    """Returns a TextGenerator whose back end does not depend on the number of prompts in a call."""
     from gpt.backend import pick_backend
     from gpt.generate import TextGenerator
     from gpt.runtime import set_threads
@@ -75,8 +78,8 @@ def load(config, folder):
     return generator
 
 
-def task(generator, folder, config):
-    """Texts, their lengths in tokens and the GenerationParams of each; all is drawn from a fixed seed."""
+def task(generator, folder: Path, config) -> tuple[list[str], list[int], list]:
+    """Returns the prompts, their lengths in tokens, and the GenerationParams of each, drawn from a fixed seed."""
     import numpy as np
 
     draw = np.random.default_rng(1)
@@ -89,17 +92,17 @@ def task(generator, folder, config):
     return texts, encoded, [generator.params(max_new_tokens=int(limit), **settings) for limit in limits]
 
 
-def one_round(ways, number, params, exact):
-    """Run each way once: (seconds by way, share of texts that are those of the refilled rows by way). All texts must
-    have the length asked for, and if `exact` be the same."""
-    seconds, found = {}, {}
+def one_round(ways: dict, number: int, params: list, exact: bool) -> tuple[dict, dict]:
+    """Runs each way once. Returns by way the seconds, and the share of texts that equal those of the refilled rows. All
+    texts must have the length asked for; if `exact`, all must be equal."""
+    seconds, texts_of = {}, {}
     for name in in_turn(list(ways), number):
         tell(f"round {number + 1}: {name}")
         start = time.perf_counter()
-        found[name] = ways[name]()
+        texts_of[name] = ways[name]()
         seconds[name] = time.perf_counter() - start
-    expected, equal = found["refilled"], {}
-    for name, texts in found.items():
+    expected, equal = texts_of["refilled"], {}
+    for name, texts in texts_of.items():
         lengths = [len(texts[prompt_id]) for prompt_id in range(1, len(params) + 1)]
         assert lengths == [each.max_new_tokens for each in params], f"{name}: texts of other lengths than asked for"
         equal[name] = sum(texts[prompt_id] == expected[prompt_id] for prompt_id in expected) / len(expected)
@@ -107,8 +110,8 @@ def one_round(ways, number, params, exact):
     return seconds, equal
 
 
-def refilled(generator, prompts, params, first_id=1):
-    """The ids of each prompt's text, by the number of the prompt."""
+def refilled(generator, prompts: list[str], params: list, first_id: int = 1) -> dict[int, list[int]]:
+    """Generates with rows that are refilled. Returns the ids of each text by the number of its prompt."""
     texts = {}
     for sequence, _ in generator.run(prompts, params, range(first_id, first_id + len(prompts))):
         if sequence.finish_reason:
@@ -116,20 +119,21 @@ def refilled(generator, prompts, params, first_id=1):
     return texts
 
 
-def fixed(generator, prompts, lengths, params, padded):
-    """The same, batch by batch; if `padded`, the prompts of each are padded to its longest."""
+def fixed(generator, prompts: list[str], lengths: list[int], params: list, padded: bool) -> dict[int, list[int]]:
+    """Generates batch by batch. If `padded`, prompts are padded to the longest one of their batch. Returns the ids of
+    each text by the number of its prompt."""
     texts, rows = {}, params[0].rows
     for start in range(0, len(prompts), rows):
         batch = slice(start, start + rows)
-        longest = max(lengths[batch]) - 1  # a prompt's last token is read by the first step
+        longest = max(lengths[batch]) - 1  # the first step reads the last token of a prompt
         with padded_to(longest) if padded else contextlib.nullcontext():
             texts |= refilled(generator, prompts[batch], params[batch], first_id=start + 1)
     return texts
 
 
 @contextlib.contextmanager
-def padded_to(tokens):
-    """Meanwhile a Decoder reads every prompt with padding behind it, and forgets the padding."""
+def padded_to(tokens: int):
+    """A context in which a Decoder pads every prompt to `tokens`, and drops the padding from the cache afterwards."""
     import torch
 
     from gpt.decode import Decoder
@@ -147,7 +151,8 @@ def padded_to(tokens):
         Decoder.prefill = plain
 
 
-def report(config, record):
+def report(config, record: dict) -> None:
+    """Prints speeds and ratios, and writes the record to --json."""
     rounds, tokens = record["rounds"], record["tokens"]
     others = [name for name in rounds[0] if name != "refilled"]
     record["ratios"] = {name: [each[name] / each["refilled"] for each in rounds] for name in others}
@@ -155,9 +160,9 @@ def report(config, record):
     print(f"{config.prompts} prompts, {tokens} new tokens, {config.rows} rows, {config.model}, {record['backend']}")
     for name, speed in speeds.items():
         print(f"  {name:8} {speed:8.1f} tok/s")
-    for name, found in record["ratios"].items():
+    for name, ratios in record["ratios"].items():
         same = min(each[name] for each in record["equal"])
-        ratio = f"{statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})"
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
         print(f"  refilled / {name}: {ratio}; {same:.1%} of the texts equal")
     if config.json:
         Path(config.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
