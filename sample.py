@@ -17,7 +17,7 @@ import tyro
 
 from gpt.answers import Answers, Progress, answer_line, opened
 from gpt.config import GROUP, fields, flatten, from_cli, refuse
-from gpt.errors import InputError, ResourceError, note, printable, run_main, silence
+from gpt.errors import InputError, ResourceError, note, printable, run_main, stdout_errors, tell
 from gpt.generate import GenerationParams, TextGenerator
 from gpt.interactive import interact
 from gpt.prompts import Prompt, from_flag, read_prompts, read_stdin
@@ -118,7 +118,7 @@ def main():
     settings = {name: values[name] for name in given & fields(GenerationParams).keys()}
     params = generator.params(**settings)
     if config.generation.seed is None:
-        print(f"seed: {params.seed}", file=sys.stderr, flush=True)
+        tell(f"seed: {params.seed}")
     if config.source.interactive:
         converse(generator, settings, params.seed, prompts, config.destination)
     elif config.as_jsonl:
@@ -250,19 +250,19 @@ def write_jsonl(generator, prompts, params, out, answers=None):
 
 @contextlib.contextmanager
 def writing(out, answers=None):
-    """The file `out`, made anew or gone on with after `answers`, or stdout. Raises ResourceError if writing fails."""
-    try:
-        if not out:
+    """Yields stdout if `out` is empty, else the file `out`: a new one, or after `answers` the old one. Raises
+    ResourceError if writing fails."""
+    if not out:
+        with stdout_errors():
             yield sys.stdout
-            return
+        return
+    try:
         with opened(out, answers) as file:
             yield file
     except BrokenPipeError:
         raise
     except OSError as error:
-        if not out:
-            silence(sys.stdout)  # what could not be written would fail again at the end
-        raise ResourceError(f"{out or 'stdout'}: {error.strerror}; free space or give another --out") from None
+        raise ResourceError(f"{out}: {error.strerror}; free space or give another --out") from None
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from gpt.config import (
 )
 from gpt.corpus import Corpus, check_tokenizer
 from gpt.data import Prefetch
-from gpt.errors import InputError, ResourceError, Stopped, note, run_main, tell, unheard
+from gpt.errors import InputError, ResourceError, Stopped, note, run_main, say, tell, unheard
 from gpt.generate import TextGenerator
 from gpt.graph import GraphedStep
 from gpt.kernels.cuda_graph import CudaGraph
@@ -113,7 +113,7 @@ def follow(config, base, ranks):
         why = " (patience)" if budget.tired(progress) else ""
         (Path(config.out) / "exit.json").unlink(missing_ok=True)
         with unheard(sys.stdout):
-            print(f"nothing to do: step {progress.step} of {budget.total_steps(progress)}{why}")
+            say(f"nothing to do: step {progress.step} of {budget.total_steps(progress)}{why}")
         return
     run = Runtime(config.machine, ranks)
     memory.check_fits(config.model, corpus.tokenizer.vocab_size, run.device, config.optim.optimizer)

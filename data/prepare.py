@@ -26,7 +26,7 @@ from gather import gather, training_sample
 from sources import Reading
 
 from gpt.config import from_cli, refuse
-from gpt.errors import InputError, printable, run_main
+from gpt.errors import InputError, printable, run_main, say
 from gpt.shards import MANIFEST, ShardWriter, write_manifest, writing_failed
 from gpt.tokenizer import load_tokenizer, save_tokenizer
 
@@ -112,7 +112,7 @@ def prepare(config):
     if tokenizer is None:
         tokenizer = load_tokenizer(config.tokenizer, training_sample(corpus))
     dtype = choose_dtype(config.dtype, tokenizer)
-    print(f"validation: {corpus.split.reason}", flush=True)
+    say(f"validation: {corpus.split.reason}")
     with staging(out) as folder:
         splits = write_shards(config, corpus, tokenizer, dtype, folder)
         write_manifest(folder, tokenizer.record, dtype, splits, source_of(config, corpus))
@@ -263,22 +263,22 @@ def source_of(config, corpus):
 
 def summarise(config, corpus, tokenizer, splits, seconds):
     counts, out = source_of(config, corpus), printable(config.out)
-    print(
+    say(
         f"documents: {counts['documents']:,} ({counts['empty_docs']:,} empty and {counts['undecodable']:,} undecodable "
         f"ones skipped, {counts['replaced']:,} characters replaced)"
     )
     for split, entries in splits.items():
         tokens = tally(entries, "tokens")
-        print(f"{split}: {tokens:,} tokens, {tally(entries, 'source_bytes') / tokens:.3f} bytes per token")
+        say(f"{split}: {tokens:,} tokens, {tally(entries, 'source_bytes') / tokens:.3f} bytes per token")
     if corpus.survey.repeated:
-        print(f"note: {corpus.survey.repeated:,} training documents are also validation documents")
+        say(f"note: {corpus.survey.repeated:,} training documents are also validation documents")
     if counts["bytes"] < SMALL_BYTES and tokenizer.vocab_size > 50_000:
-        print(
+        say(
             f"note: {counts['bytes'] / 1e6:.1f} MB is little text for {tokenizer.vocab_size:,} ids; "
             "--tokenizer bpe:2048 or byte gives a better model"
         )
-    print(f"{out}: {counts['bytes'] / 1e6:,.1f} MB of text in {seconds:.1f} s")
-    print(f"next: python train.py PRESET --data {out}   (without PRESET it lists them)")
+    say(f"{out}: {counts['bytes'] / 1e6:,.1f} MB of text in {seconds:.1f} s")
+    say(f"next: python train.py PRESET --data {out}   (without PRESET it lists them)")
 
 
 if __name__ == "__main__":

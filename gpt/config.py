@@ -18,7 +18,7 @@ from pathlib import Path
 
 import tyro
 
-from gpt.errors import InputError, tell
+from gpt.errors import InputError, stdout_errors, tell
 
 GROUP = {"help": ""}  # metadata of a field that is a dataclass: else tyro reads its source file, in search of a text
 # What users of nanoGPT and transformers type, and the name (or names) here.
@@ -87,7 +87,7 @@ def from_cli(cls, argv=None, base=None, preset=None, description=None, usage=Non
 def run_tyro(cls, argv, default, description, usage):
     stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(stderr):
+        with contextlib.redirect_stderr(stderr), stdout_errors():
             return tyro.cli(
                 cls,
                 args=argv,

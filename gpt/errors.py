@@ -60,34 +60,79 @@ def code_and_reason(error):
 
 
 def run_main(main, quiet_pipe=True):
-    """Run `main()` and exit with its code: a foreseen error ends in one `error:` line on stderr, any other keeps its
-    traceback (exit 1). With `quiet_pipe` a reader that closes the pipe ends the program, and that is success."""
+    """Runs `main()` and exits with its code. A foreseen error ends in one `error:` line on stderr; any other keeps its
+    traceback and exits with 1. With `quiet_pipe` a reader who closes the pipe ends the program with success."""
+    open_closed_streams()
     try:
-        code = main() or 0
-    except Elsewhere as error:
-        code = error.code
-    except Error as error:
-        code = error.code
-        tell(f"{'stopped' if isinstance(error, Stopped) else 'error'}: {error}")
-    except KeyboardInterrupt:
-        code = 130
-        tell("stopped: interrupted")
-    except BrokenPipeError:
-        if not quiet_pipe:
-            raise
-        code = 0
-    flush_last(sys.stdout, harmless=BrokenPipeError)
-    flush_last(sys.stderr, harmless=OSError)
+        code = exit_code(main, quiet_pipe) or exit_code(flush_stdout)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            flush_last(stream)
     sys.exit(code)
 
 
-def flush_last(stream, harmless):
-    """Flush before the interpreter does, which would make exit 120 of a `harmless` error."""
+def exit_code(function, quiet_pipe=True):
+    """Calls `function()` and returns the exit code of its end; a foreseen error is told on stderr."""
     try:
-        if stream is not None and not stream.closed:
+        return function() or 0
+    except SystemExit as stop:  # --help
+        return stop.code
+    except Elsewhere as error:
+        return error.code
+    except Error as error:
+        tell(f"{'stopped' if isinstance(error, Stopped) else 'error'}: {error}")
+        return error.code
+    except KeyboardInterrupt:
+        tell("stopped: interrupted")
+        return 130
+    except BrokenPipeError:
+        if not quiet_pipe:
+            raise
+        return 0
+
+
+def open_closed_streams():
+    """Opens os.devnull for stdout and stderr where they were closed before the start: Python sets these to None."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+
+
+def flush_stdout():
+    """Flushes stdout. Raises ResourceError if text for the user is lost."""
+    with stdout_errors():
+        if not sys.stdout.closed:
+            sys.stdout.flush()
+
+
+def flush_last(stream):
+    """Flushes `stream` and ignores errors, which would turn the exit code into 120 if the interpreter met them."""
+    try:
+        if not stream.closed:
             stream.flush()
-    except harmless:
+    except OSError:
         silence(stream)
+
+
+# ---- text on stdout
+
+
+def say(text):
+    """Prints `text` on stdout. Raises ResourceError if that fails, but BrokenPipeError if the reader has gone."""
+    with stdout_errors():
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def stdout_errors():
+    """Turns errors from writing to stdout into ResourceError; a closed pipe stays BrokenPipeError."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        silence(sys.stdout)  # or the last flush fails too
+        raise ResourceError(f"stdout: {error.strerror}; free space or redirect it elsewhere") from None
 
 
 # ---- telling the user
@@ -110,7 +155,7 @@ def tell(text):
 
 @contextlib.contextmanager
 def unheard(stream):
-    """Within this context it ends nothing that `stream` cannot be written to; one without a reader is silenced."""
+    """Ignores errors from writing to `stream`, and silences a stream without a reader."""
     try:
         yield
     except OSError as error:  # but a full disk may have room again, and a slow reader catch up
@@ -122,7 +167,7 @@ def unheard(stream):
 
 
 def silence(stream):
-    """Let what is still written to `stream` vanish: neither that nor the interpreter's last flush must fail."""
+    """Redirects `stream` to os.devnull, so that neither later writes nor the interpreter's last flush can fail."""
     with contextlib.suppress(OSError):  # not a file of the system
         number, null = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, number)

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from gpt.config import from_cli, refuse, toml_value
-from gpt.errors import InputError, ResourceError, note, printable, run_main
+from gpt.errors import InputError, ResourceError, note, printable, run_main, say
 from gpt.files import is_folder, write_durably
 from gpt.metrics import differing, loss_of_all, read_histories
 from gpt.picture import INSTALL, PICTURE
@@ -59,7 +59,7 @@ def main():
     loss = config.loss or loss_of_all(histories)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    print(printable("\n".join(report(histories, loss))))
+    say(printable("\n".join(report(histories, loss))))
     content = draw(histories, axis, loss, out.suffix[1:].lower())
     try:
         write_durably(out, content)

@@ -13,6 +13,7 @@ from gpt.errors import note, tell, unheard
 
 ROOT = Path(__file__).resolve().parents[1]
 START = "import sys; from gpt.errors import *\n"
+BUFFERED = pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])  # PYTHONUNBUFFERED
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_fault_093_a_reader_who_leaves_ends_a_program_that_writes_for_him_and_no
     assert ("Traceback" in done.stderr) == bool(code)
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])  # buffered, it is the last flush that fails
+@BUFFERED
 @pytest.mark.parametrize("words", ["", ", quiet_pipe=False"])
 def test_fault_036_a_last_line_that_nobody_reads_is_no_failure(nobody, words, unbuffered):
     code = f"def main():\n    with unheard(sys.stdout): print('nothing to do')\nrun_main(main{words})"
@@ -96,8 +97,52 @@ def test_fault_037_notes_on_a_full_disk_end_nothing(full):
     assert (done.returncode, done.stdout) == (0, "done\n")
 
 
-def test_text_for_the_user_that_a_full_disk_lost_is_no_success(full):
-    assert run("def main():\n    print('text')\nrun_main(main)", stdout=full).returncode not in (0, 120)
+@BUFFERED
+def test_text_for_the_user_that_a_full_disk_lost_is_no_success(full, unbuffered):
+    code = "def main():\n    print('text')\nrun_main(main)"
+    done = run(code, stdout=full, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    assert done.returncode not in (0, 120)
+
+
+LOST = "error: stdout: No space left on device; free space or redirect it elsewhere\n"
+
+
+@BUFFERED
+@pytest.mark.parametrize("line", ["say('text')", "say('text'); sys.exit()", "with stdout_errors(): print('text')"])
+def test_fault_123_a_full_stdout_ends_in_exit_5_and_one_line(full, line, unbuffered):
+    code = f"def main():\n    {line}\nrun_main(main)"
+    done = run(code, stdout=full, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    assert (done.returncode, done.stderr) == (5, LOST)
+
+
+@pytest.mark.parametrize("end", ["", "; sys.exit()"])
+def test_fault_123_what_others_print_is_lost_at_the_last_flush_with_the_same_line(full, end):
+    code = f"def main():\n    print('text'){end}\nrun_main(main, quiet_pipe=False)"
+    done = run(code, stdout=full, env=os.environ | {"PYTHONUNBUFFERED": ""})
+    assert (done.returncode, done.stderr) == (5, LOST)
+
+
+@pytest.mark.parametrize("end, code, last", [("Stopped('x')", 75, "stopped: x"), ("KeyError(7)", 1, "KeyError: 7")])
+def test_fault_123_an_error_keeps_its_code_and_line_when_stdout_is_full(full, end, code, last):
+    script = f"def main():\n    print('text')\n    raise {end}\nrun_main(main)"
+    done = run(script, stdout=full, env=os.environ | {"PYTHONUNBUFFERED": ""})
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (code, last)
+
+
+@pytest.mark.parametrize("program", ["train.py", "sample.py", "data/prepare.py", "-m gpt.plot"])
+def test_fault_123_every_program_ends_in_exit_5_and_one_line_when_its_help_is_lost(full, program):
+    command, environment = [sys.executable, *program.split(), "--help"], os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (5, LOST)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_fault_123_a_stream_closed_before_the_start_ends_nothing(closed):
+    code = "def main():\n    say('text'); sys.stdout.isatty(); sys.stderr.isatty(); note('info', 'x')\nrun_main(main)"
+    command = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, START + code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    stdout, stderr = "" if ">&-" in closed.split() else "text\n", "" if "2>&-" in closed else "info: x\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, stdout, stderr)
 
 
 class Slow:

@@ -242,7 +242,7 @@ def test_a_stdout_without_space_ends_the_session_in_exit_5():
         process = start("--interactive", "--seed", "1", stdin=-1, stdout=full)
     _, err = process.communicate(b"abc\nabc\n", timeout=60)
     assert process.returncode == 5
-    assert err.decode() == "error: stdout: No space left on device; free space or give another --out\n"
+    assert err.decode() == "error: stdout: No space left on device; free space or redirect it elsewhere\n"
 
 
 # ---- key presses

@@ -519,7 +519,17 @@ def test_a_stdout_without_space_ends_in_exit_5_without_traceback(flags):
         process = start(*prompt, *flags, "--max_new_tokens", "3", "--truncate", "--seed", "1", stdout=full)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 5
-    assert err.decode() == "error: stdout: No space left on device; free space or give another --out\n"
+    assert err.decode() == "error: stdout: No space left on device; free space or redirect it elsewhere\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_fault_123_a_stderr_without_space_or_closed_changes_nothing():
+    flags = ("--prompt", "abc", "--max_new_tokens", "0")
+    with open("/dev/full", "wb") as full:
+        lost = start(*flags, stderr=full)
+    closed = start(*flags, before="sys.stderr.close(); sys.stderr = None")
+    for process in (lost, closed):
+        assert (process.communicate(timeout=60)[0], process.returncode) == (b"abc\n", 0)
 
 
 def test_fault_100_output_is_utf_8_in_the_c_locale_and_wandb_is_not_imported():

@@ -1,7 +1,9 @@
 """Training: gradients, losses and their independence of micro-batches and rhythm, limits, signals, faults, logging."""
 
+import contextlib
 import json
 import math
+import os
 import signal
 import sys
 import types
@@ -436,6 +438,20 @@ def test_a_finished_run_whose_last_evaluation_was_made_up_for_has_nothing_to_do(
     assert (done.code, done.stdout) == (0, f"nothing to do: step {LENGTH} of {LENGTH}\n")
     assert metrics(out) == before
     assert not (out / "exit.json").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("buffering", [1, -1])
+def test_fault_123_nothing_to_do_that_a_full_disk_loses_ends_in_exit_5(data, plain, monkeypatch, buffering):
+    main = train.main
+
+    def with_full_stdout():
+        with open("/dev/full", "w", buffering=buffering) as full, contextlib.redirect_stdout(full):
+            main()
+
+    monkeypatch.setattr(train, "main", with_full_stdout)
+    done = tiny(data, plain)
+    assert (done.code, done.last.split(";")[0]) == (5, "error: stdout: No space left on device")
 
 
 @pytest.mark.parametrize("where", ["warm_up", "train_step"])

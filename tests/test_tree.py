@@ -190,6 +190,15 @@ def test_fault_105_the_gate_finds_what_it_looks_for(tmp_path, line):
     assert dangers(path)
 
 
+# ---- what is printed
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=name_of)
+def test_fault_123_text_goes_to_stdout_by_say_which_names_a_full_disk(path):
+    calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call) and dotted(node.func) == "print"]
+    assert not calls or name_of(path) == "gpt/errors.py"
+
+
 # ---- size
 
 
