@@ -131,9 +131,10 @@ class TextGenerator:
         return params if params.seed is not None else dataclasses.replace(params, seed=secrets.randbelow(1 << 32))
 
     def run(self, prompts, params, prompt_ids=None):
-        """The one loop behind generate, stream and sample.py: an iterator over (Sequence, piece of text) in the order
-        in which tokens come. `params` is for all prompts, or a list with one for each; of these, the first gives
-        `rows`. Sequence.number is the place of its prompt."""
+        """Returns an iterator over (Sequence, piece of text) in the order in which tokens come: the one loop behind
+        generate, stream and sample.py. `params` is for all prompts, or a list with one for each; of these, the first
+        gives `rows`. Sequence.number is the place of its prompt. Errors in settings, and notes about the back end, come
+        from this call, not from the iterator: a caller can print the prompt in between."""
         prompt_ids = range(1, len(prompts) + 1) if prompt_ids is None else list(prompt_ids)
         params = [params] * len(prompts) if isinstance(params, GenerationParams) else list(params)
         for name, values in (("prompt_ids", prompt_ids), ("params", params)):
@@ -142,19 +143,24 @@ class TextGenerator:
         names = [f"prompt {prompt_id}" if len(prompts) > 1 else "prompt" for prompt_id in prompt_ids]
         encoded = [self.encode(*each) for each in zip(prompts, names, params, strict=True)]
         report = Report(any(p.logprobs for p in params), max((p.top_logprobs for p in params), default=0))
-        return self.decoded(self.sequences(encoded, prompt_ids, params), params, report)
+        backend, rows = self.pick(params)
+        return self.decoded(self.sequences(encoded, prompt_ids, params), backend, rows, report)
 
-    def decoded(self, sequences, params, report):
-        """Run the Sequences in the Decoder that is there if it suits, or else in a new one."""
+    def pick(self, params):
+        """Returns the name of the back end and the number of row slots for these GenerationParams, one for each prompt.
+        Raises InputError for a back end that cannot run here."""
         texts = sum(each.num_samples for each in params)
         rows = (params[0].rows if params else 0) or self.fitting_rows(texts)
         steps = sum(each.num_samples * each.max_new_tokens for each in params) // rows
-        name = pick_backend(self.backend, self.model, steps, rows)
-        decoder = self.decoder(name, rows)
+        return pick_backend(self.backend, self.model, steps, rows), rows
+
+    def decoded(self, sequences, backend, rows, report):
+        """Runs the Sequences in the Decoder that exists if it suits, else in a new one."""
+        decoder = self.decoder(backend, rows)
         try:
             yield from decoder.run(sequences, report)
         finally:
-            self.decoders[name, rows] = decoder
+            self.decoders[backend, rows] = decoder
 
     @torch.inference_mode(False)  # what is made now is also for callers who are not in that mode
     def decoder(self, name, rows):

@@ -532,6 +532,30 @@ def test_fault_123_a_stderr_without_space_or_closed_changes_nothing():
         assert (process.communicate(timeout=60)[0], process.returncode) == (b"abc\n", 0)
 
 
+AUTO = """
+from gpt.kernels import build
+build.load_library, build.start_background_build = lambda: None, lambda: True
+small = load()
+small.backend = "auto"
+sample.TextGenerator.load = lambda *_: small
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no native kernels on Windows")
+@pytest.mark.parametrize("stream", ["on", "off"])
+def test_notes_stand_in_lines_of_their_own_before_the_prompt(stream):
+    flags = ("--prompt", "class", "--max_new_tokens", "3", "--stream", stream)
+    lines = start(*flags, before=AUTO, stderr=subprocess.STDOUT).communicate(timeout=60)[0].split(b"\n")
+    assert [line[:5] for line in lines[:3]] == [b"seed:", b"info:", b"class"]
+
+
+def test_a_back_end_that_cannot_run_is_refused_before_anything_is_printed(cli, generator, monkeypatch):
+    monkeypatch.setattr(generator, "backend", "captured")
+    code, out, err = cli("--prompt", "class", "--seed", "1")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: backend captured: ")
+
+
 def test_fault_100_output_is_utf_8_in_the_c_locale_and_wandb_is_not_imported():
     before = "import atexit; atexit.register(lambda: print(*sorted(set(sys.modules) & {'wandb', 'transformers'})))"
     environment = {**os.environ, "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
