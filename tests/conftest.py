@@ -1,4 +1,4 @@
-"""Shared fixtures: the real GPT-2 tokenizer files and a small text, where this machine has them; stand-ins."""
+"""Shared fixtures: the real GPT-2 tokenizer files and a small text, where GPT_TEST_ASSETS names them; stand-ins."""
 
 import atexit
 import http.server
@@ -12,19 +12,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ASSETS = ROOT.parent / "shared" / "assets"
 
 for folder in (ROOT, ROOT / "data"):  # the scripts' own import paths, also under a bare `pytest`
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
 
+def asset(name):
+    """Returns the path of a file or folder in the folder GPT_TEST_ASSETS. Skips the test if it does not exist."""
+    assets = os.environ.get("GPT_TEST_ASSETS")
+    path = Path(assets).absolute() / name if assets else None
+    if path is None or not path.exists():
+        pytest.skip(f"needs {name}: set GPT_TEST_ASSETS to a folder that holds it (see README, Install)")
+    return path
+
+
 @pytest.fixture(scope="session")
 def bpe_cache():
-    """The folder of tiktoken's downloaded files, with gpt2's; TIKTOKEN_CACHE_DIR points there meanwhile."""
-    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or ASSETS / "tiktoken_cache")
+    """The folder of tiktoken's downloaded files, with gpt2's; TIKTOKEN_CACHE_DIR names it meanwhile."""
+    given = os.environ.get("TIKTOKEN_CACHE_DIR")
+    folder = Path(given).absolute() if given else asset("tiktoken_cache")
     if not (folder / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee").exists():
-        pytest.skip("needs gpt2's tokenizer files: set TIKTOKEN_CACHE_DIR to a folder that tiktoken has filled")
+        pytest.skip(f"needs gpt2's tokenizer files: {folder} is not a cache that tiktoken has filled with them")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
         yield folder
@@ -33,10 +42,7 @@ def bpe_cache():
 @pytest.fixture(scope="session")
 def tinyshakespeare():
     """The path of tinyshakespeare.txt (1,115,394 bytes)."""
-    path = ASSETS / "corpora" / "tinyshakespeare.txt"
-    if not path.exists():
-        pytest.skip("needs tinyshakespeare.txt in shared/assets/corpora beside the checkout")
-    return path
+    return asset("corpora/tinyshakespeare.txt")
 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on a busy machine threads that wait must not spin
