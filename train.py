@@ -35,16 +35,21 @@ from gpt.config import (
 from gpt.corpus import Corpus, check_tokenizer
 from gpt.data import Prefetch
 from gpt.errors import InputError, ResourceError, Stopped, note, run_main, say, tell, unheard
+from gpt.files import step_folders
 from gpt.generate import TextGenerator
 from gpt.graph import GraphedStep
 from gpt.kernels.cuda_graph import CudaGraph
-from gpt.log import Log, NoLog, Recorder, exit_record, logged_evaluation, start_wandb
+from gpt.log import Log, NoLog, Recorder, exit_record, start_wandb
 from gpt.loss import IGNORED
+from gpt.metrics_file import logged_evaluation
 from gpt.model import GPT, REFERENCE, ModelConfig, flops_per_token
 from gpt.optim import LossScaler, OptimConfig, clip_gradients, gated_step, learning_rate, make_optimizer
+from gpt.plot import RunPicture
 from gpt.ranks import join
 from gpt.runtime import MachineConfig, Runtime, StopFlag, launched, profiler, seed_step
+from gpt.sampling import SamplingParams
 from gpt.saver import NoSaver, Saver, run_folder
+from gpt.state import State, load_optimizer
 
 PRESETS = Path(__file__).parent / "presets"
 SAMPLE_TOKENS = 200
@@ -102,7 +107,7 @@ def follow(config, base, ranks):
     verify = config.verify if ranks.leads else "size"
     corpus = Corpus(config.data, config.tokenizer, verify, block_size, size, config.seed)
     budget = Budget(config.length, size, block_size, corpus.windows.per_epoch)
-    newest = checkpoints.step_folders(config.out)[:1]
+    newest = step_folders(config.out)[:1]
     checkpoint = find_start(config, base, corpus)
     progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
     if checkpoint and progress.evaluated_step != progress.step:  # perhaps made up for after the checkpoint was saved
@@ -128,7 +133,11 @@ def follow(config, base, ranks):
         step = stepper(config, state, run, record["compile"])
         constant = {"config": flatten(config), "runtime": record, "base": origin}
         log = start_log(config, progress, budget) if ranks.leads else NoLog()
-        saver = Saver(out, state, corpus, constant, log, config.rhythm) if ranks.leads else NoSaver()
+        saver = (
+            Saver(out, state, corpus, constant, log, config.rhythm, asdict(SamplingParams()))
+            if ranks.leads
+            else NoSaver()
+        )
         try:
             train(config, corpus, budget, run, state, step, log, saver, stop)
         finally:
@@ -320,10 +329,10 @@ def build(config, model, budget, progress, run, checkpoint):
     record = run.record(compiled, ops is not None, progress.micro_batch_size)
     if checkpoint:
         if checkpoint.step > 0:  # before the first step the optimizer holds nothing yet
-            checkpoints.load_optimizer(optimizer, model, checkpoint)
+            load_optimizer(optimizer, model, checkpoint)
         scaler.load(checkpoint.state["scaler"])
         resume.check_runtime(before, record)
-    state = checkpoints.State(model, optimizer, scaler, progress, ops or REFERENCE)
+    state = State(model, optimizer, scaler, progress, ops or REFERENCE)
     size, kind = progress.micro_batch_size, config.optim.optimizer
     needs = memory.estimate(config.model, model.vocab_size, size, run.dtype, run.device, kind)
     kernels = ", C++ attention" if ops else ""
@@ -379,7 +388,8 @@ def start_log(config, progress, budget):
         run = start_wandb(config.wandb, progress.wandb_id or None, Path(config.out).name, config.out, flatten(config))
         progress.wandb_id = run.id if run else progress.wandb_id
     begins = progress.step == 0 and progress.evaluated_step is None
-    return Log(Path(config.out), -1 if begins else progress.step, budget.total_steps(progress), run)
+    out = Path(config.out)
+    return Log(out, -1 if begins else progress.step, budget.total_steps(progress), RunPicture(out), run)
 
 
 if __name__ == "__main__":

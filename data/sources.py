@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpt.errors import InputError, ResourceError
-from gpt.prompts import json_object
+from gpt.files import json_object
 
 BLOCK_BYTES = 1 << 16
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")

@@ -6,11 +6,10 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,35 +17,28 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from gpt import interop
-from gpt.adamw import AdamW
-from gpt.budget import Progress
 from gpt.errors import InputError, IntegrityError, NonFiniteError, ResourceError, note
-from gpt.files import inside, is_folder, read_json, remove_tree, sha256_of, sync_folder
-from gpt.model import GPT, REFERENCE, Ops
-from gpt.muon import MuonAdamW
-from gpt.optim import LossScaler, state_names
-from gpt.sampling import SamplingParams
+from gpt.files import (
+    STEP_FOLDER,
+    inside,
+    is_folder,
+    read_json,
+    read_pointer,
+    remove_tree,
+    sha256_of,
+    step_folders,
+    step_number,
+    sync_folder,
+)
 from gpt.tokenizer import load_tokenizer, save_tokenizer
 
 FORMAT_VERSION = 1
-STEP_FOLDER = re.compile(r"^step-\d{9}$")
 MANIFEST = "training/manifest.json"
 OPTIMIZER = "training/optimizer.safetensors"
 STATE = "training/state.json"
 ONE_AT_A_TIME = threading.Lock()  # for one_thread
 HASHERS = 2  # threads: the two large files of a checkpoint are hashed side by side
 GPT2_VOCABULARIES = range(50257, 50305)  # as released, up to padded to a multiple of 64
-
-
-@dataclass
-class State:
-    """What training changes, and a checkpoint holds."""
-
-    model: GPT
-    optimizer: AdamW | MuonAdamW
-    scaler: LossScaler
-    progress: Progress
-    ops: Ops = REFERENCE
 
 
 @dataclass(frozen=True)
@@ -62,22 +54,23 @@ class Checkpoint:
 # ---- saving
 
 
-def save_checkpoint(out, step, model, optimizer, tokenizer, state, dataset, code_version):
-    """Write `out/step-<step>` so that it is there whole or not at all, and return its path. `state` is plain data, and
-    `dataset` the data's record. Raises NonFiniteError for weights that are not finite, ResourceError if writing
-    fails."""
+def save_checkpoint(out, step, model, tokenizer, optimizer, state, sampling, manifest):
+    """Writes `out/step-<step>`, whole or not at all, and returns its path. `optimizer` holds the trainer's tensors and
+    `state` its plain data; `sampling` are the defaults that generation_config.json names; `manifest` is what the
+    manifest says beside step, tokenizer and files. Raises NonFiniteError for weights that are not finite, ResourceError
+    if writing fails."""
     weights = finite_weights(model, step)
     target = Path(out) / f"step-{step:09d}"
     temporary = target.with_name(target.name + ".tmp")
     try:
         remove_tree(temporary)
         (temporary / "training").mkdir(parents=True)
-        write_model(temporary, weights, model, tokenizer)
-        save_file(optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
+        write_model(temporary, weights, model, tokenizer, sampling)
+        save_file(optimizer, temporary / OPTIMIZER)
         write_json(temporary / STATE, state)
-        manifest = {"format_version": FORMAT_VERSION, "step": step, "tokenizer": tokenizer.record, "dataset": dataset}
         files = {name: describe(temporary / name) for name in files_below(temporary)}
-        write_json(temporary / MANIFEST, sealed(manifest | {"code": code_version, "files": files}))
+        manifest = {"format_version": FORMAT_VERSION, "step": step, "tokenizer": tokenizer.record, **manifest}
+        write_json(temporary / MANIFEST, sealed(manifest | {"files": files}))
         make_durable(temporary)
         remove_tree(target)  # left by an earlier, damaged save of the same step
         os.rename(temporary, target)
@@ -98,11 +91,10 @@ def finite_weights(model, step):
     return weights
 
 
-def write_model(folder, weights, model, tokenizer):
-    """The Hugging Face part of a checkpoint."""
+def write_model(folder, weights, model, tokenizer, sampling):
+    """Writes the Hugging Face part of a checkpoint."""
     save_file(weights, folder / interop.WEIGHTS, metadata={"format": "pt"})
     write_json(folder / "config.json", interop.config_json(model.config, model.vocab_size, tokenizer.eot))
-    sampling = asdict(SamplingParams())
     write_json(folder / "generation_config.json", interop.generation_json(tokenizer.eot, sampling))
     save_tokenizer(tokenizer, folder, model_max_length=model.config.block_size)
 
@@ -115,17 +107,6 @@ def writing_failed(target, error, needs):
         f"{target}: writing failed: {reason} (needs {needs / 1e9:.3f} GB, {free / 1e9:.3f} GB free); "
         "free some space or make it writable"
     )
-
-
-def optimizer_tensors(model, optimizer):
-    """An optimizer's state as name -> CPU tensor, as "exp_avg.blocks.0.ln_1.bias", without the vocabulary's padding."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            if name == "token.weight" and value.dim():
-                value = value[: model.vocab_size]
-            found[f"{key}.{name}"] = value.detach().cpu().contiguous()
-    return found
 
 
 def sealed(manifest):
@@ -167,27 +148,6 @@ def make_durable(folder):
 # ---- finding and verifying
 
 
-def step_folders(out):
-    """The step folders of a run, newest first, valid or not."""
-    if not is_folder(out):
-        return []
-    return sorted((p for p in Path(out).iterdir() if STEP_FOLDER.match(p.name) and p.is_dir()), reverse=True)
-
-
-def step_of(folder):
-    return int(folder.name.removeprefix("step-"))
-
-
-def read_pointer(out, name):
-    """The folder that `out/<name>.txt` names, or None if it names no step folder of this run."""
-    try:
-        text = (Path(out) / f"{name}.txt").read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    folder = Path(out) / text
-    return folder if STEP_FOLDER.match(text) and folder.is_dir() else None
-
-
 def verify_checkpoint(folder, training=True):
     """The Checkpoint in a step folder, every file of its manifest checked. Raises IntegrityError naming what is wrong.
     Without `training`, the optimizer's state is checked by its size alone: hashing it takes longer than all else."""
@@ -221,7 +181,7 @@ def read_manifest(folder):
         inside(folder, name)
     if sealed(manifest) != manifest:
         raise IntegrityError(f"{folder / MANIFEST}: sha256 mismatch; use another checkpoint")
-    if STEP_FOLDER.match(folder.name) and step != step_of(folder):
+    if STEP_FOLDER.match(folder.name) and step != step_number(folder):
         raise IntegrityError(f"{folder}: its manifest is of step {step}; use another checkpoint")
     return manifest
 
@@ -357,31 +317,3 @@ def crop_vocabulary(model, vocab_size):
     with torch.no_grad():
         model.token.weight[vocab_size:] = 0
     model.vocab_size = vocab_size
-
-
-def load_optimizer(optimizer, model, checkpoint):
-    """Fill an optimizer's state from a Checkpoint. IntegrityError for a tensor that is missing, unknown, mis-shaped."""
-    path = checkpoint.path / OPTIMIZER
-    with interop.opened(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-    for name, parameter in model.named_parameters():
-        state = {}
-        for key in state_names(optimizer, parameter):
-            value = tensors.pop(f"{key}.{name}", None)
-            if value is None:
-                raise IntegrityError(f"{path}: {key}.{name} is missing; use another checkpoint")
-            rows = model.vocab_size if name == "token.weight" else None
-            shape = () if key == "step" else (rows or len(parameter), *parameter.shape[1:])
-            if tuple(value.shape) != shape:
-                raise IntegrityError(f"{path}: {key}.{name} is {tuple(value.shape)}, model wants {shape}")
-            state[key] = value.to(parameter.device) if key == "step" else padded(value, parameter)
-        optimizer.state[parameter] = state
-    if tensors:
-        raise IntegrityError(f"{path}: {min(tensors)} is unknown; use another checkpoint")
-
-
-def padded(value, parameter):
-    """`value` on the parameter's device, with zero rows where the vocabulary is padded."""
-    full = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    full[: len(value)] = value.to(parameter.device)
-    return full.detach()

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from gpt.errors import InputError, note
-from gpt.measure import faster
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = 1024**3
@@ -59,29 +58,6 @@ def has_compiler() -> bool:
 
 
 # ---- precision
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Returns the torch.dtype of a precision name. "auto" is bf16 on GPUs that have it, fp16 on older ones, and on a
-    CPU whichever of fp32 and bf16 a short measurement finds faster."""
-    if name != "auto":
-        return DTYPES[name]
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        return torch.bfloat16 if capability >= (8, 0) else torch.float16 if capability >= (7, 0) else torch.float32
-    return torch.bfloat16 if device.type == "cpu" and bf16_is_faster() else torch.float32
-
-
-def bf16_is_faster() -> bool:
-    """Returns whether this CPU multiplies bf16 matrices faster than fp32 ones: a product of 256 tokens with a matrix of
-    GPT-2 small, as in training. On a CPU without bf16 instructions it takes a hundred times as long."""
-
-    def contest():
-        x, weight = torch.ones(256, 768), torch.ones(768, 768)
-        half_x, half_weight = x.bfloat16(), weight.bfloat16()
-        return lambda: x @ weight, lambda: half_x @ half_weight
-
-    return faster(f"bf16 products, {torch.get_num_threads()} threads", contest)
 
 
 def set_precision(dtype: torch.dtype) -> None:

@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from gpt.errors import IntegrityError, ResourceError, note
+from gpt.errors import InputError, IntegrityError, ResourceError, note
 
 JSON_LIMIT = 1 << 28  # bytes; the tokenizer.json of a vocabulary of 200,000 takes 15 MB
+STEP_FOLDER = re.compile(r"^step-\d{9}$")
 LOCK = "lock"
 LOCKED_BYTE = 1 << 30  # where Windows locks: far behind the text, which must stay readable
 LOCK_POLL_SECONDS = 0.1
@@ -104,6 +105,42 @@ def read_json(path):
     if not isinstance(values, dict):
         raise IntegrityError(f"{path}: not a JSON object; restore it")
     return values
+
+
+def json_object(line: str, field: str, where: str, advice: str = "correct the line") -> dict[str, Any]:
+    """Returns the object on a line of JSON. Raises InputError unless it is one and has a string `field`."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict) or not isinstance(value.get(field), str):
+        raise InputError(f'{where}: expected an object with string field "{field}"; {advice}')
+    return value
+
+
+# ---- run folders
+
+
+def step_folders(out: str | Path) -> list[Path]:
+    """Returns the step folders of a run, newest first, valid or not."""
+    if not is_folder(out):
+        return []
+    return sorted((p for p in Path(out).iterdir() if STEP_FOLDER.match(p.name) and p.is_dir()), reverse=True)
+
+
+def step_number(folder: Path) -> int:
+    """step_number(Path("out/mine/step-000000100")) -> 100"""
+    return int(folder.name.removeprefix("step-"))
+
+
+def read_pointer(out: str | Path, name: str) -> Path | None:
+    """Returns the folder that `out/<name>.txt` names, or None if it names no step folder of this run."""
+    try:
+        text = (Path(out) / f"{name}.txt").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    folder = Path(out) / text
+    return folder if STEP_FOLDER.match(text) and folder.is_dir() else None
 
 
 # ---- one program at a time

@@ -10,7 +10,8 @@ import torch
 from gpt.backend import make_backend, pick_backend
 from gpt.config import GROUP, defaults, fields, refuse, suggestion, unflatten
 from gpt.decode import Decoder
-from gpt.device import free_memory, pick_device, pick_dtype, set_precision
+from gpt.device import free_memory, pick_device, set_precision
+from gpt.kernels.select import pick_dtype
 from gpt.errors import InputError
 from gpt.sampling import SamplingParams
 from gpt.score import score_text

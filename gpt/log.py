@@ -4,29 +4,29 @@ import collections
 import contextlib
 import json
 import math
-import os
 import sys
+import time
 
 from tqdm import tqdm
 
-from gpt.errors import ResourceError, code_and_reason, note, tell, unheard
-from gpt.files import no_link, write_durably
-from gpt.metrics import METRICS, step_of
+from gpt.errors import code_and_reason, note, tell, unheard
+from gpt.files import write_durably
+from gpt.metrics_file import METRICS, MetricsFile
 from gpt.model import flops_per_token
-from gpt.picture import Picture
 from gpt.runtime import peak_flops
 
 WANDB_PATIENCE = 8  # seconds that each stage of a missing wandb service may cost
+SECONDS_BETWEEN_DRAWINGS = 120
 
 
 class Log:
-    """Writes one record per logged step to metrics.jsonl, the terminal and wandb, and has them drawn; nothing of it
-    ends the run by failing. `step` is the last one whose record stays, -1 for none. Raises ResourceError if
-    metrics.jsonl cannot be opened."""
+    """Writes one record per logged step to metrics.jsonl, the terminal and wandb, and calls `draw()` now and then to
+    draw them. No failure of these ends the run. `step` is the last one whose record stays, -1 for none. Raises
+    ResourceError if metrics.jsonl cannot be opened."""
 
-    def __init__(self, out, step, total_steps, wandb_run=None):
+    def __init__(self, out, step, total_steps, draw, wandb_run=None):
         self.metrics, self.wandb_run = MetricsFile(out / METRICS, step), wandb_run
-        self.picture = Picture(out)
+        self.draw, self.next_drawing, self.is_drawn = draw, time.monotonic() + SECONDS_BETWEEN_DRAWINGS, True
         self.is_terminal = sys.stderr is not None and sys.stderr.isatty()
         self.bar = tqdm(
             total=total_steps,
@@ -52,7 +52,9 @@ class Log:
             with unheard(sys.stderr):
                 self.bar.set_postfix_str(short(record))
         self.send(record)
-        self.picture.recorded("val_loss" in record, record["step"] >= total_steps)
+        self.is_drawn = False
+        if "val_loss" in record and time.monotonic() >= self.next_drawing:
+            self.draw_losses()
 
     def send(self, record):
         if self.wandb_run is None:
@@ -71,11 +73,17 @@ class Log:
         """Put all metrics on the disk: before a checkpoint, so that they never lag behind one. Raises ResourceError."""
         self.metrics.sync()
 
+    def draw_losses(self):
+        """Has the losses drawn, at evaluations some time apart and at the end."""
+        self.draw()
+        self.next_drawing, self.is_drawn = time.monotonic() + SECONDS_BETWEEN_DRAWINGS, True
+
     def close(self):
         with unheard(sys.stderr):
             self.bar.close()
         self.metrics.close()
-        self.picture.close()
+        if not (self.is_drawn or isinstance(sys.exception(), KeyboardInterrupt)):
+            self.draw_losses()
         if self.wandb_run is not None:
             with contextlib.suppress(Exception):  # as in send
                 self.wandb_run.finish()
@@ -95,60 +103,6 @@ class NoLog:
 
     def close(self):
         """Nothing is open."""
-
-
-class MetricsFile:
-    """metrics.jsonl, a record a line. What the disk does not take is kept and written when it does."""
-
-    def __init__(self, path, step):
-        self.path, self.unwritten, self.told = path, bytearray(), False
-        try:
-            self.last_line = cut_metrics(path, step)  # of the file as it was opened
-            self.file = open(path, "ab", buffering=0, opener=no_link)
-        except OSError as error:
-            raise self.refused(error) from None
-
-    def refused(self, error):
-        return ResourceError(f"{self.path}: {error.strerror}; free some space or make it writable")
-
-    def write(self, record):
-        record = {name: finite_or_none(value) for name, value in record.items()}
-        try:
-            record = self.merged(record)
-            self.unwritten += (json.dumps(record) + "\n").encode()
-            self.flush()
-        except OSError as error:
-            if not self.told:
-                note("warning", f"{self.path}: {error.strerror}; what it lacks is kept until it can be written")
-            self.told = True
-
-    def merged(self, record):
-        """`record`, with the line of its step that an earlier process wrote before its evaluation was cut short; that
-        line is taken back."""
-        line, self.last_line = self.last_line, ""
-        if not line or json.loads(line)["step"] != record["step"]:
-            return record
-        self.file.truncate(self.file.tell() - len(line) - 1)
-        return json.loads(line) | record
-
-    def flush(self):
-        while self.unwritten:
-            del self.unwritten[: self.file.write(self.unwritten)]
-        self.told = False
-
-    def sync(self):
-        try:
-            self.flush()
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            raise self.refused(error) from None
-
-    def close(self):
-        try:
-            self.flush()
-        except OSError as error:
-            note("warning", f"{self.path}: {error.strerror}; its last {self.unwritten.count(10)} lines are lost")
-        self.file.close()
 
 
 class Recorder:
@@ -213,31 +167,6 @@ class Recorder:
             record["tok_per_s"], record["mfu"] = round(speed, 1), round(mfu, 4)
             record["train_seconds"] = round(self.logged_seconds, 3)
         self.log.write(record, self.budget.total_steps(self.progress))
-
-
-def logged_evaluation(out, step):
-    """The validation loss that the metrics of a run have for a step, or None."""
-    path = out / METRICS
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    found = [json.loads(line).get("val_loss") for line in lines if step_of(line) == step]
-    return found[-1] if found else None
-
-
-def cut_metrics(path, step):
-    """Drop the lines beyond `step`, and an unfinished last one: an interrupted run may have got further than its last
-    checkpoint. Returns the last line that stays, or ""."""
-    if not path.exists():
-        return ""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # the last is empty, or torn
-    kept = [line for line in lines[:-1] if step_of(line) <= step]
-    if kept != lines[:-1] or lines[-1]:
-        write_durably(path, "".join(line + "\n" for line in kept))
-    return kept[-1] if kept else ""
-
-
-def finite_or_none(value):
-    """JSON has no nan and no infinity, which an fp16 step that was skipped may show."""
-    return value if math.isfinite(value) else None
 
 
 def describe(record, total_steps):

@@ -1,7 +1,6 @@
 """What a run has written about itself, read back: its losses step by step, what it reached when, its settings."""
 
 import bisect
-import json
 import math
 import tomllib
 from dataclasses import dataclass
@@ -9,8 +8,8 @@ from pathlib import Path
 
 from gpt.errors import InputError, ResourceError, note
 from gpt.files import is_folder
+from gpt.metrics_file import METRICS, record_of
 
-METRICS = "metrics.jsonl"
 CONFIG = "config.toml"
 
 
@@ -102,22 +101,6 @@ def read_points(path):
     if damaged:
         note("warning", f"{path}: damaged lines passed over: {len(damaged)}")
     return points_of(in_order(record for record in records if record is not None))
-
-
-def record_of(line):
-    """The record in a line of metrics.jsonl, or None if there is none: it is damaged, or has no step."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    is_record = isinstance(record, dict) and type(record.get("step")) is int and record["step"] in range(1 << 53)
-    return record if is_record else None
-
-
-def step_of(line):
-    """The step of a line of metrics.jsonl; infinity if it is none."""
-    record = record_of(line)
-    return math.inf if record is None else record["step"]
 
 
 def in_order(records):

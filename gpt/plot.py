@@ -5,6 +5,7 @@ the best validation loss, and the training time and tokens at the first evaluati
 several runs there follow the settings in which they differ. Of one run the picture is RUN/loss.png, which training
 draws, too."""
 
+import importlib.util
 import io
 import itertools
 import sys
@@ -16,11 +17,12 @@ from typing import Annotated, Literal
 import tyro
 
 from gpt.config import from_cli, refuse, toml_value
-from gpt.errors import InputError, ResourceError, note, printable, run_main, say
+from gpt.errors import Error, InputError, ResourceError, note, printable, run_main, say
 from gpt.files import is_folder, write_durably
 from gpt.metrics import differing, loss_of_all, read_histories
-from gpt.picture import INSTALL, PICTURE
 
+PICTURE = "loss.png"
+INSTALL = 'pip install -c constraints.txt -e ".[plot]" brings matplotlib'
 FORMATS = (".png", ".svg", ".pdf")
 AXES = {"step": "training steps", "tokens": "training tokens", "seconds": "seconds of training"}
 
@@ -66,6 +68,29 @@ def main():
     except OSError as error:
         raise ResourceError(f"{out}: {error.strerror}; free some space or give another --out") from None
     note("info", f"drawn: {out}")
+
+
+class RunPicture:
+    """Draws the loss.png of a run under way. A drawing that fails is one warning; without matplotlib nothing is drawn,
+    and a note says so at the start."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.has_failed = folder, False
+        self.can_draw = importlib.util.find_spec("matplotlib") is not None
+        if not self.can_draw:
+            note("info", f"no {PICTURE} is drawn: {INSTALL}")
+
+    def __call__(self) -> None:
+        if not self.can_draw:
+            return
+        try:
+            histories = read_histories([self.folder])
+            check_drawable(histories, "step")
+            write_durably(self.folder / PICTURE, draw(histories, "step", None, "png"))
+        except (Error, OSError, ValueError, RuntimeError, ImportError) as error:  # of matplotlib, too
+            if not self.has_failed:
+                note("warning", f"{PICTURE} was not drawn: {getattr(error, 'strerror', None) or error}")
+            self.has_failed = True
 
 
 def check_drawable(histories, axis):

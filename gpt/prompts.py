@@ -2,7 +2,6 @@
 
 Also how a setting that was read as JSON, there or at the prompt of the interactive mode, is checked."""
 
-import functools
 import json
 import sys
 import typing
@@ -10,6 +9,8 @@ from dataclasses import dataclass, field
 
 from gpt.config import defaults, fields, suggestion, unflatten
 from gpt.errors import InputError
+from gpt.files import json_object
+from gpt.generate import GenerationParams
 
 MOST_BYTES = 64 << 20
 MOST = (1 << 64) - 1  # the largest whole number of a setting
@@ -62,17 +63,6 @@ def from_jsonl(numbered, path):
     return prompts
 
 
-def json_object(line, field, where, advice="correct the line"):
-    """The object on a line of JSON. Raises InputError unless it is one and has a string `field`."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict) or not isinstance(value.get(field), str):
-        raise InputError(f'{where}: expected an object with string field "{field}"; {advice}')
-    return value
-
-
 def from_json(line, where, number):
     value = json_object(line, "prompt", where)
     prompt_id = value.get("id", number)
@@ -93,19 +83,10 @@ def from_json(line, where, number):
 def checked(name, value):
     """(value, problems) of a setting of GenerationParams: the value as its field has it, and what is wrong with it, in
     words."""
-    cls, known, usual = generation_params()
-    value, wanted = as_wanted(value, known[name].type)
+    value, wanted = as_wanted(value, fields(GenerationParams)[name].type)
     if wanted:
         return value, [f"{name} {json.dumps(value)} must be {wanted}"]
-    return value, unflatten(cls, usual | {name: value}).problems()
-
-
-@functools.cache
-def generation_params():
-    """GenerationParams with its fields and their defaults."""
-    from gpt.generate import GenerationParams  # data/prepare.py reads JSON lines too, and needs no torch
-
-    return GenerationParams, fields(GenerationParams), defaults(GenerationParams)
+    return value, unflatten(GenerationParams, defaults(GenerationParams) | {name: value}).problems()
 
 
 def as_wanted(value, wanted):

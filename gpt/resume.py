@@ -5,17 +5,11 @@ from pathlib import Path
 
 from gpt import interop
 from gpt.budget import LengthConfig, RhythmConfig
-from gpt.checkpoint import (
-    STEP_FOLDER,
-    load_folder,
-    newest_checkpoint,
-    step_folders,
-    verify_checkpoint,
-)
+from gpt.checkpoint import load_folder, newest_checkpoint, verify_checkpoint
 from gpt.config import refuse
 from gpt.corpus import check_tokenizer
 from gpt.errors import InputError, IntegrityError, ResourceError, note
-from gpt.files import is_folder
+from gpt.files import STEP_FOLDER, is_folder, step_folders
 from gpt.model import ModelConfig
 from gpt.runtime import MachineConfig
 

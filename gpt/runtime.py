@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from gpt.data import mix
-from gpt.device import device_name, has_compiler, pick_device, pick_dtype, set_precision, set_threads
+from gpt.device import device_name, has_compiler, pick_device, set_precision, set_threads
 from gpt.errors import InputError, ResourceError, tell
 from gpt.kernels import build
 from gpt.kernels.native_attention import NativeAttention
-from gpt.kernels.select import attention_is_faster, training_library
+from gpt.kernels.select import attention_is_faster, pick_dtype, training_library
 from gpt.model import Ops
 from gpt.ranks import ALONE
 

@@ -11,18 +11,15 @@ from gpt.checkpoint import (
     MANIFEST,
     OPTIMIZER,
     STATE,
-    STEP_FOLDER,
     json_text,
     read_manifest,
-    read_pointer,
     save_checkpoint,
     sealed,
-    step_folders,
-    step_of,
 )
 from gpt.config import to_toml
 from gpt.errors import IntegrityError, ResourceError, note
-from gpt.files import lock_folder, remove_tree, write_durably
+from gpt.files import STEP_FOLDER, lock_folder, read_pointer, remove_tree, step_folders, step_number, write_durably
+from gpt.state import optimizer_tensors
 
 TRAINER_STATES_KEPT = 2
 FAILURES_ALLOWED = 2  # failed saves in a row that are only warnings
@@ -64,8 +61,9 @@ class Saver:
     `constant` is what every state.json repeats: the settings, the machine, the base model. `rhythm` says how many
     checkpoints to keep (keep_last, keep_every)."""
 
-    def __init__(self, out, state, corpus, constant, log, rhythm):
+    def __init__(self, out, state, corpus, constant, log, rhythm, sampling):
         self.out, self.state, self.corpus, self.constant = Path(out), state, corpus, constant
+        self.sampling = sampling
         self.log, self.rhythm = log, rhythm
         self.saved_step, self.failures = None, 0
         if self.folder(state.progress.step).is_dir():  # resumed: finish what an interruption may have left undone
@@ -99,9 +97,9 @@ class Saver:
         stored = {"progress": asdict(state.progress), "scaler": state.scaler.state(), **self.constant}
         try:
             self.log.sync()
-            save_checkpoint(
-                self.out, step, state.model, state.optimizer, corpus.tokenizer, stored, corpus.record, __version__
-            )
+            tensors = optimizer_tensors(state.model, state.optimizer)
+            about = {"dataset": corpus.record, "code": __version__}
+            save_checkpoint(self.out, step, state.model, corpus.tokenizer, tensors, stored, self.sampling, about)
             self.point()
         except OSError as error:
             raise ResourceError(f"{self.out}: {error.strerror}; free some space or make it writable") from None
@@ -162,11 +160,11 @@ def apply_retention(out, saved, keep_last, keep_every):
     """Delete step folders other than the newest `keep_last`, the best and every `keep_every`-th; of those kept, only
     the newest two keep their trainer state. Counted from step `saved`, just written: folders beyond it are damaged ones
     that a resume has passed over, and stay. What cannot be deleted is one warning."""
-    folders = [folder for folder in step_folders(out) if step_of(folder) <= saved and not is_linked(folder)]
+    folders = [folder for folder in step_folders(out) if step_number(folder) <= saved and not is_linked(folder)]
     best = read_pointer(out, "best")
     newest = folders[: max(keep_last, 1)]
     for place, folder in enumerate(folders):
-        kept = folder in newest or folder == best or (keep_every and step_of(folder) % keep_every == 0)
+        kept = folder in newest or folder == best or (keep_every and step_number(folder) % keep_every == 0)
         try:
             if not kept:
                 remove_step(folder)

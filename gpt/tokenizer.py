@@ -11,6 +11,7 @@ import numpy as np
 import tiktoken
 
 from gpt.errors import InputError, IntegrityError
+from gpt.files import read_pointer, step_folders
 from gpt.interop_tokenizer import (
     BYTE_OF,
     END_OF_TEXT,
@@ -138,14 +139,9 @@ def load_tokenizer(source, training_text=None):
     raise InputError(f"no tokenizer named {source}; choices: {', '.join(choices())}, x.tiktoken, or a folder with one")
 
 
-def step_folder(folder):
-    """In a run folder the step folder that is its best, else its newest; any other folder itself."""
-    steps = {path.name: path for path in sorted(folder.glob("step-" + 9 * "[0-9]"))}
-    try:
-        best = (folder / "best.txt").read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        best = ""
-    return steps.get(best) or next(reversed(steps.values()), folder)
+def step_folder(folder: Path) -> Path:
+    """Returns the step folder of a run folder that is its best, else its newest; any other folder itself."""
+    return read_pointer(folder, "best") or next(iter(step_folders(folder)), folder)
 
 
 def choices():

@@ -30,7 +30,8 @@ from training_helpers import (
 
 import sample
 from gpt import checkpoint as checkpoints
-from gpt.checkpoint import load_optimizer, load_pretrained, newest_checkpoint, verify_checkpoint
+from gpt.checkpoint import load_pretrained, newest_checkpoint, save_checkpoint, verify_checkpoint
+from gpt.state import load_optimizer, optimizer_tensors
 from gpt.errors import InputError, IntegrityError
 from gpt.saver import point
 from gpt.tokenizer import load_tokenizer
@@ -319,8 +320,8 @@ def test_a_manifest_with_entries_of_another_kind_is_an_integrity_error(files, ru
 def test_the_optimizers_state_comes_back_bit_for_bit_without_the_padding(tmp_path):
     model = tiny_model()
     optimizer = optimizer_of(model)
-    tokenizer, state = load_tokenizer("byte"), {"progress": {}}
-    folder = checkpoints.save_checkpoint(tmp_path, 1, model, optimizer, tokenizer, state, {}, "test")
+    tensors, about = optimizer_tensors(model, optimizer), {"dataset": {}}
+    folder = save_checkpoint(tmp_path, 1, model, load_tokenizer("byte"), tensors, {"progress": {}}, {}, about)
     assert load_file(folder / "training/optimizer.safetensors")["exp_avg.token.weight"].shape == (257, 16)
     loaded, _, _ = load_pretrained(folder)
     other = optimizer_of(loaded, seed=9)

@@ -10,7 +10,7 @@ from training_helpers import fingerprint, make_data, tiny_model, train_here
 
 import train
 from gpt.budget import LengthConfig, Progress
-from gpt.checkpoint import State
+from gpt.state import State
 from gpt.graph import WARM_UPS, GraphedStep
 from gpt.optim import LossScaler, OptimConfig, make_optimizer
 from gpt.ranks import Alone

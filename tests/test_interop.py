@@ -38,8 +38,8 @@ def released_size(name):
 
 
 def save(model, tokenizer, out):
-    optimizer = make_optimizer(model, OptimConfig())
-    return save_checkpoint(out, 1, model, optimizer, tokenizer, {}, {"train": []}, "test")
+    defaults = dataclasses.asdict(SamplingParams())
+    return save_checkpoint(out, 1, model, tokenizer, {}, {}, defaults, {"dataset": {"train": []}})
 
 
 def theirs_of(tokenizer, folder, **changes):

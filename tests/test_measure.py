@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from gpt import measure
-from gpt.measure import faster
+from gpt.kernels import measure
+from gpt.kernels.measure import faster
 
 
 @pytest.fixture(autouse=True)

@@ -1,23 +1,23 @@
 """Curves of runs: what is read from a run folder, the numbers of the table, the picture, drawing while a run trains."""
 
 import errno
-import io
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 from training_helpers import DRAW, in_process, make_data, train_here
 
-from gpt import picture, plot
+from gpt import log, plot
 from gpt.config import fields, to_toml
-from gpt.metrics import Point, differing, is_finite, loss_of_all, read_histories, step_of
-from gpt.picture import Picture
-from gpt.plot import PlotConfig, report, running_mean
+from gpt.log import Log
+from gpt.metrics import Point, differing, is_finite, loss_of_all, read_histories
+from gpt.metrics_file import step_of
+from gpt.plot import PlotConfig, RunPicture, report, running_mean
 
 FAST = [  # evaluated every 20 steps of 100 tokens
     {"step": 0, "tokens": 0, "val_loss": 5.0},
@@ -364,7 +364,7 @@ def test_without_matplotlib_there_is_the_table_and_an_error_that_names_the_pip_l
 
 def test_without_matplotlib_training_says_so_and_goes_on(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(Picture, "start", DRAW)
+    monkeypatch.setattr(RunPicture, "__call__", DRAW)
     run = train_here("tiny", "--data", data, "--out", tmp_path / "out", *SHORT, "--max_steps", 6)
     assert run.code == 0, run.stderr
     assert run.stderr.count("[plot]") == 1
@@ -374,7 +374,7 @@ def test_without_matplotlib_training_says_so_and_goes_on(data, tmp_path, monkeyp
 
 
 def test_the_command_starts_without_torch_and_the_import_without_matplotlib():
-    code = "import sys, gpt.plot, gpt.picture; print(*{name.split('.')[0] for name in sys.modules})"
+    code = "import sys, gpt.plot; print(*{name.split('.')[0] for name in sys.modules})"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "tyro" in run.stdout.split()
     assert not set(run.stdout.split()) & {"torch", "matplotlib", "wandb", "transformers"}
@@ -403,8 +403,7 @@ def data(tmp_path_factory):
 def drawing(monkeypatch):
     """Runs are drawn, as they are not in other tests."""
     pytest.importorskip("matplotlib", reason="needs matplotlib, the extra [plot]")
-    monkeypatch.setattr(Picture, "start", DRAW)
-    monkeypatch.setattr(picture, "SECONDS_TO_WAIT", 100)
+    monkeypatch.setattr(RunPicture, "__call__", DRAW)
 
 
 def test_a_run_leaves_its_picture_and_a_resumed_one_a_new_one(data, tmp_path, drawing, monkeypatch):
@@ -429,138 +428,56 @@ def test_a_run_that_ends_before_an_evaluation_is_drawn_too(tmp_path, drawing):
 
 def test_fault_037_a_picture_that_cannot_be_drawn_is_one_warning(data, tmp_path, drawing, monkeypatch):
     (tmp_path / "out/loss.png").mkdir(parents=True)
-    monkeypatch.setattr(picture, "SECONDS_BETWEEN", 0)
+    monkeypatch.setattr(log, "SECONDS_BETWEEN_DRAWINGS", 0)
     run = train_here("tiny", "--data", data, "--out", tmp_path / "out", *SHORT, "--max_steps", 6)
     assert run.code == 0, run.stderr
     assert run.stderr.count("warning:") == 1
-    assert re.search(r"^warning: loss\.png was not drawn: .*loss\.png: a folder", run.stderr, re.MULTILINE)
-
-
-class Clock:
-    """In place of the module time."""
-
-    now = 1000.0
-
-    def monotonic(self):
-        return self.now
+    assert re.search(r"^warning: loss\.png was not drawn: Is a directory", run.stderr, re.MULTILINE)
 
 
 @pytest.fixture
-def watched(tmp_path, drawing, monkeypatch):
-    """A Picture with a clock that stands still and, in place of the processes that draw, ones that end when told."""
-    started = []
+def watched(tmp_path, monkeypatch):
+    """(Log, clock, times of its drawings): a Log with a clock that stands still."""
+    clock, drawn_at = SimpleNamespace(now=1000.0), []
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return Log(tmp_path, -1, 100, lambda: drawn_at.append(clock.now)), clock, drawn_at
 
-    class Process:
-        pid, returncode = os.getpid(), None
 
-        def __init__(self, command, **_options):
-            started.append(self)
-            self.stderr = io.BytesIO(b"")
-
-        def poll(self):
-            return self.returncode
-
-        def wait(self, timeout):
-            self.returncode = 0
-
-    monkeypatch.setattr(subprocess, "Popen", Process)
-    monkeypatch.setattr(os, "setpriority", lambda *_: None, raising=False)
-    monkeypatch.setattr(picture, "time", Clock())
-    return Picture(tmp_path), picture.time, started
+EVALUATED = {"step": 1, "val_loss": 2.0, "val_bpb": 3.0}
 
 
 def test_a_run_is_drawn_at_evaluations_only_and_never_two_of_them_within_two_minutes(watched):
-    made, clock, started = watched
-    drawn_at = []
+    made, clock, drawn_at = watched
     for second in range(1, 1000):
         clock.now = 1000.0 + second
-        made.recorded(evaluated=second % 50 == 0, ends=False)
-        if len(started) > len(drawn_at):
-            drawn_at.append(second)
-            started[-1].returncode = 0
-    assert drawn_at == [150, 300, 450, 600, 750, 900]
+        made.write(EVALUATED if second % 50 == 0 else {"step": 1}, 100)
+    assert [at - 1000 for at in drawn_at] == [150, 300, 450, 600, 750, 900]
 
 
-def test_a_drawing_that_takes_long_is_not_joined_by_another_but_followed_at_the_end(watched):
-    made, clock, started = watched
-    for hour in range(5):
-        clock.now += 3600
-        made.recorded(evaluated=True, ends=hour == 4)
-    assert len(started) == 1
+def test_the_end_is_drawn_once_and_only_if_something_was_recorded(watched):
+    made, clock, drawn_at = watched
+    clock.now += 1000
+    made.write(EVALUATED, 100)
     made.close()
-    assert [process.returncode for process in started] == [0, 0]
+    assert drawn_at == [2000.0]
 
 
-def test_the_end_is_drawn_once(watched):
-    made, _, started = watched
-    made.recorded(evaluated=False, ends=False)
-    made.recorded(evaluated=True, ends=True)
+def test_what_was_recorded_after_the_last_drawing_is_drawn_at_the_end(watched):
+    made, _, drawn_at = watched
+    made.write({"step": 2}, 100)
     made.close()
-    assert len(started) == 1
+    assert len(drawn_at) == 1
 
 
-def test_a_run_that_recorded_nothing_is_not_drawn(watched):
-    made, _, started = watched
+def test_a_run_that_recorded_nothing_or_was_interrupted_is_not_drawn(watched):
+    made, _, drawn_at = watched
     made.close()
-    assert started == []
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs signals")
-def test_training_does_not_wait_for_a_drawing_that_hangs(tmp_path, drawing, monkeypatch, capsys):
-    monkeypatch.setattr(picture, "SECONDS_TO_WAIT", 0.2)
-    made = Picture(make_run(tmp_path / "run", FAST))
-    made.recorded(evaluated=True, ends=True)
-    process = made.process
-    os.kill(process.pid, signal.SIGSTOP)
-    try:
-        assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
-        assert os.getsid(process.pid) != os.getsid(0)  # Ctrl-C does not reach it
-        made.close()
-        assert process.poll() is None
-        assert not (tmp_path / "run/loss.png").exists()
-    finally:
-        os.kill(process.pid, signal.SIGCONT)
-    assert process.wait(60) == 0  # on its own it finishes
-    check_png(tmp_path / "run/loss.png")
-    process.stderr.close()
-    assert capsys.readouterr().err == ""
-
-
-def test_an_interrupted_run_does_not_wait_for_its_picture(watched, monkeypatch):
-    made, _, started = watched
-    waited = []
-    monkeypatch.setattr(subprocess.Popen, "wait", lambda self, timeout: waited.append(timeout))
-    made.recorded(evaluated=False, ends=False)
+    made.is_drawn = False
     try:
         raise KeyboardInterrupt
     except KeyboardInterrupt:
         made.close()
-    assert (len(started), waited) == (1, [0])
-
-
-def test_a_second_ctrl_c_ends_the_wait_and_nothing_else(watched, monkeypatch):
-    made, _, started = watched
-
-    def wait(self, timeout):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(subprocess.Popen, "wait", wait)
-    made.recorded(evaluated=False, ends=False)
-    made.close()
-    assert len(started) == 1
-
-
-def test_a_process_that_cannot_be_started_is_one_warning(watched, monkeypatch, capsys):
-    def none_left(*_args, **_options):
-        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
-
-    monkeypatch.setattr(subprocess, "Popen", none_left)
-    made, clock, _ = watched
-    for _ in range(3):
-        clock.now += 1000
-        made.recorded(evaluated=True, ends=False)
-    made.close()
-    assert capsys.readouterr().err == "warning: loss.png was not drawn: Resource temporarily unavailable\n"
+    assert drawn_at == []
 
 
 def test_fault_117_the_picture_is_nobodys_to_change_and_no_link_is_written_through(two, drawn, tmp_path):

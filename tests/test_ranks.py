@@ -30,7 +30,7 @@ from training_helpers import (
 import train
 from gpt import ranks as ranks_module
 from gpt.budget import Progress
-from gpt.checkpoint import State
+from gpt.state import State
 from gpt.corpus import Corpus
 from gpt.errors import IntegrityError
 from gpt.files import lock_folder

@@ -13,9 +13,10 @@ import torch
 
 from gpt import device, runtime
 from gpt.config import refuse
-from gpt.device import pick_device, pick_dtype
+from gpt.device import pick_device
+from gpt.kernels.select import pick_dtype
 from gpt.errors import InputError, ResourceError
-from gpt.kernels import build
+from gpt.kernels import build, select
 from gpt.model import ModelConfig
 from gpt.ranks import Alone
 from gpt.runtime import MachineConfig, Runtime, StopFlag, gpu_peak, own_device, seed_step
@@ -64,7 +65,7 @@ def test_of_several_processes_each_has_a_gpu_of_its_own(monkeypatch):
 def test_precision_follows_the_gpu_and_on_a_cpu_a_measurement(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for bf16_wins in (True, False):
-        monkeypatch.setattr(device, "faster", lambda *_, wins=bf16_wins: wins)
+        monkeypatch.setattr(select, "faster", lambda *_, wins=bf16_wins: wins)
         assert pick_dtype("auto", cpu) == (torch.bfloat16 if bf16_wins else torch.float32)
     expected = {(6, 1): torch.float32, (7, 0): torch.float16, (7, 5): torch.float16}
     expected |= dict.fromkeys(((8, 0), (8, 9), (9, 0), (10, 0)), torch.bfloat16)

@@ -17,7 +17,8 @@ import torch
 from training_helpers import optimizer_of, rewrite_manifest, save_step, snapshot, step_names, tiny_model
 
 from gpt.budget import Progress
-from gpt.checkpoint import State, load_pretrained, newest_checkpoint, verify_checkpoint
+from gpt.state import State
+from gpt.checkpoint import load_pretrained, newest_checkpoint, verify_checkpoint
 from gpt.errors import ResourceError
 from gpt.saver import Saver, apply_retention, sweep
 from gpt.tokenizer import load_tokenizer

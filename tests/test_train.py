@@ -21,7 +21,7 @@ import gpt
 import train
 from gpt import saver
 from gpt.budget import Progress
-from gpt.checkpoint import State
+from gpt.state import State
 from gpt.config import from_cli
 from gpt.data import Windows
 from gpt.errors import ResourceError

@@ -21,14 +21,15 @@ from gpt.checkpoint import save_checkpoint, sealed
 from gpt.errors import run_main
 from gpt.model import GPT, ModelConfig
 from gpt.optim import OptimConfig, make_optimizer
-from gpt.picture import Picture
+from gpt.plot import RunPicture
 from gpt.shards import ShardWriter, write_manifest
+from gpt.state import optimizer_tensors
 from gpt.tokenizer import load_tokenizer, save_tokenizer
 
 ROOT = Path(train.__file__).parent
 # Pins what decides bits. One thread: two that wait for each other on a busy machine take ten times as long.
 QUICK = ("--dtype", "fp32", "--threads", "1", "--compile", "off", "--device", "cpu")
-DRAW, Picture.start = Picture.start, lambda self: None  # it would cost each of the many small runs a second
+DRAW, RunPicture.__call__ = RunPicture.__call__, lambda self: None  # it would cost each small run a second
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ def save_step(out, step, model=None, tokenizer=None):
     tokenizer = tokenizer or load_tokenizer("byte")
     model = model or tiny_model(tokenizer.vocab_size, seed=step)
     state = {"progress": {"step": step}, "scaler": {}, "config": {"seed": 1}, "runtime": {}, "base": None}
-    return save_checkpoint(Path(out), step, model, optimizer_of(model), tokenizer, state, {"train": []}, "test")
+    optimizer = optimizer_tensors(model, optimizer_of(model))
+    about = {"dataset": {"train": []}, "code": "test"}
+    return save_checkpoint(Path(out), step, model, tokenizer, optimizer, state, {"temperature": 0.8}, about)
 
 
 def rewrite_manifest(folder, **changes):

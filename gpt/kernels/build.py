@@ -25,7 +25,7 @@ from typing import BinaryIO
 
 from gpt.errors import ResourceError, note
 from gpt.files import cache_folder, lock_file, make_private, no_link, write_durably
-from gpt.measure import cpu_identity, torch_version
+from gpt.kernels.measure import cpu_identity, torch_version
 
 FOLDER = Path(__file__).parent
 GENERATION, TRAINING = "generation", "training"  # the purpose of a library

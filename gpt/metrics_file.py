@@ -1,0 +1,106 @@
+"""metrics.jsonl: one JSON record per logged step, written during training and read back afterwards."""
+
+import json
+import math
+import os
+
+from gpt.errors import ResourceError, note
+from gpt.files import no_link, write_durably
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsFile:
+    """metrics.jsonl, opened to append one record per line. Keeps what a full disk refuses and writes it later. `step`
+    is the last one whose line stays, -1 for none. Raises ResourceError if the file cannot be opened."""
+
+    def __init__(self, path, step):
+        self.path, self.unwritten, self.told = path, bytearray(), False
+        try:
+            self.last_line = cut_metrics(path, step)  # of the file as it was opened
+            self.file = open(path, "ab", buffering=0, opener=no_link)
+        except OSError as error:
+            raise self.refused(error) from None
+
+    def refused(self, error):
+        return ResourceError(f"{self.path}: {error.strerror}; free some space or make it writable")
+
+    def write(self, record):
+        record = {name: finite_or_none(value) for name, value in record.items()}
+        try:
+            record = self.merged(record)
+            self.unwritten += (json.dumps(record) + "\n").encode()
+            self.flush()
+        except OSError as error:
+            if not self.told:
+                note("warning", f"{self.path}: {error.strerror}; what it lacks is kept until it can be written")
+            self.told = True
+
+    def merged(self, record):
+        """`record`, with the line of its step that an earlier process wrote before its evaluation was cut short; that
+        line is taken back."""
+        line, self.last_line = self.last_line, ""
+        if not line or json.loads(line)["step"] != record["step"]:
+            return record
+        self.file.truncate(self.file.tell() - len(line) - 1)
+        return json.loads(line) | record
+
+    def flush(self):
+        while self.unwritten:
+            del self.unwritten[: self.file.write(self.unwritten)]
+        self.told = False
+
+    def sync(self):
+        try:
+            self.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise self.refused(error) from None
+
+    def close(self):
+        try:
+            self.flush()
+        except OSError as error:
+            note("warning", f"{self.path}: {error.strerror}; its last {self.unwritten.count(10)} lines are lost")
+        self.file.close()
+
+
+def logged_evaluation(out, step):
+    """The validation loss that the metrics of a run have for a step, or None."""
+    path = out / METRICS
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    found = [json.loads(line).get("val_loss") for line in lines if step_of(line) == step]
+    return found[-1] if found else None
+
+
+def cut_metrics(path, step):
+    """Drop the lines beyond `step`, and an unfinished last one: an interrupted run may have got further than its last
+    checkpoint. Returns the last line that stays, or ""."""
+    if not path.exists():
+        return ""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # the last is empty, or torn
+    kept = [line for line in lines[:-1] if step_of(line) <= step]
+    if kept != lines[:-1] or lines[-1]:
+        write_durably(path, "".join(line + "\n" for line in kept))
+    return kept[-1] if kept else ""
+
+
+def finite_or_none(value):
+    """JSON has no nan and no infinity, which an fp16 step that was skipped may show."""
+    return value if math.isfinite(value) else None
+
+
+def record_of(line):
+    """The record in a line of metrics.jsonl, or None if there is none: it is damaged, or has no step."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_record = isinstance(record, dict) and type(record.get("step")) is int and record["step"] in range(1 << 53)
+    return record if is_record else None
+
+
+def step_of(line):
+    """The step of a line of metrics.jsonl; infinity if it is none."""
+    record = record_of(line)
+    return math.inf if record is None else record["step"]
