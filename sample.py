@@ -15,13 +15,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gpt.answers import Answers, Progress, answer_line, opened
 from gpt.config import GROUP, fields, flatten, from_cli, refuse
 from gpt.errors import InputError, ResourceError, note, printable, run_main, stdout_errors, tell
-from gpt.generate import GenerationParams, TextGenerator
-from gpt.interactive import interact
-from gpt.prompts import Prompt, from_flag, read_prompts, read_stdin
-from gpt.runtime import set_threads
+from gpt.generate.answers import Answers, Progress, answer_line, opened
+from gpt.generate.generator import GenerationParams, TextGenerator
+from gpt.generate.interactive import interact
+from gpt.generate.prompts import Prompt, from_flag, read_prompts, read_stdin
+from gpt.train.runtime import set_threads
 
 SEPARATOR = "---"
 

@@ -18,9 +18,8 @@ from typing import Literal
 
 import torch
 
-from gpt import checkpoint as checkpoints
-from gpt import interop, memory, resume
-from gpt.budget import BatchConfig, Budget, LengthConfig, Progress, RhythmConfig
+from gpt.checkpoint import folder as checkpoints
+from gpt.checkpoint import weights as interop
 from gpt.config import (
     GROUP,
     check_preset_comes_first,
@@ -32,24 +31,26 @@ from gpt.config import (
     read_toml,
     refuse,
 )
-from gpt.corpus import Corpus, check_tokenizer
-from gpt.data import Prefetch
 from gpt.errors import InputError, ResourceError, Stopped, note, run_main, say, tell, unheard
 from gpt.files import step_folders
-from gpt.generate import TextGenerator
-from gpt.graph import GraphedStep
+from gpt.generate.generator import TextGenerator
+from gpt.generate.sampling import SamplingParams
 from gpt.kernels.cuda_graph import CudaGraph
-from gpt.log import Log, NoLog, Recorder, exit_record, start_wandb
 from gpt.loss import IGNORED
-from gpt.metrics_file import logged_evaluation
 from gpt.model import GPT, REFERENCE, ModelConfig, flops_per_token
-from gpt.optim import LossScaler, OptimConfig, clip_gradients, gated_step, learning_rate, make_optimizer
-from gpt.plot import RunPicture
-from gpt.ranks import join
-from gpt.runtime import MachineConfig, Runtime, StopFlag, launched, profiler, seed_step
-from gpt.sampling import SamplingParams
-from gpt.saver import NoSaver, Saver, run_folder
-from gpt.state import State, load_optimizer
+from gpt.report.plot import RunPicture
+from gpt.text.corpus import Corpus, check_tokenizer
+from gpt.text.windows import Prefetch
+from gpt.train import memory, resume
+from gpt.train.budget import BatchConfig, Budget, LengthConfig, Progress, RhythmConfig
+from gpt.train.graph import GraphedStep
+from gpt.train.log import Log, NoLog, Recorder, exit_record, start_wandb
+from gpt.train.metrics_file import logged_evaluation
+from gpt.train.optim import LossScaler, OptimConfig, clip_gradients, gated_step, learning_rate, make_optimizer
+from gpt.train.ranks import join
+from gpt.train.runtime import MachineConfig, Runtime, StopFlag, launched, profiler, seed_step
+from gpt.train.saver import NoSaver, Saver, run_folder
+from gpt.train.state import State, load_optimizer
 
 PRESETS = Path(__file__).parent / "presets"
 SAMPLE_TOKENS = 200

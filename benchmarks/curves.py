@@ -38,7 +38,7 @@ def ids_of(vocabulary: bytes) -> bytes:
 
 def our_losses(config, path: Path) -> tuple[Callable, int]:
     """Returns (losses(ids, targets) -> (B, T), context) of a snapshot of ours."""
-    from gpt.interop import load_model
+    from gpt.checkpoint.weights import load_model
 
     model = load_model(path)
     return model, model.config.block_size

@@ -67,9 +67,9 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def load(config, folder: Path):
     """Returns a TextGenerator whose back end does not depend on the number of prompts in a call."""
-    from gpt.backend import pick_backend
-    from gpt.generate import TextGenerator
-    from gpt.runtime import set_threads
+    from gpt.generate.backend import pick_backend
+    from gpt.generate.generator import TextGenerator
+    from gpt.train.runtime import set_threads
 
     set_threads(config.threads)
     generator = TextGenerator.load(folder, config.device, config.dtype, config.quantize, config.backend)
@@ -136,7 +136,7 @@ def padded_to(tokens: int):
     """A context in which a Decoder pads every prompt to `tokens`, and drops the padding from the cache afterwards."""
     import torch
 
-    from gpt.decode import Decoder
+    from gpt.generate.decode import Decoder
 
     plain = Decoder.prefill
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from project import ROOT
 
-from gpt.shards import MANIFEST
+from gpt.text.shards import MANIFEST
 
 SHAPES = {  # flags of train.py; on a CPU the preset `tiny` as it is
     "cuda": "--n_layer 4 --n_head 4 --n_embd 256 --block_size 256 --global_batch_size 16 --micro_batch_size 8",

@@ -58,8 +58,8 @@ def run_form(config, form: str) -> tuple:
     import torch
     from programs import form_settings
 
-    from gpt.generate import TextGenerator
-    from gpt.runtime import set_threads
+    from gpt.generate.generator import TextGenerator
+    from gpt.train.runtime import set_threads
 
     tell(f"reading with {form}")
     set_threads(config.threads)
@@ -86,7 +86,7 @@ def read(generator, ids, rows):
     logit by more than some forms err."""
     import torch
 
-    from gpt.backend import make_backend, pick_backend
+    from gpt.generate.backend import make_backend, pick_backend
 
     backend = make_backend(pick_backend(generator.backend, generator.model, 1_000_000), generator.model)
     predicted = ids.shape[1] - 1

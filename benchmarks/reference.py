@@ -26,7 +26,7 @@ class Reference:
     """The model of `folder` in fp32."""
 
     def __init__(self, folder: Path, device: str):
-        from gpt.interop import load_model
+        from gpt.checkpoint.weights import load_model
 
         self.model = load_model(folder).to(device).eval()
 

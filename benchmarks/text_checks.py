@@ -12,12 +12,12 @@ from proof import Proof, expect
 from reference import all_logits
 
 import gpt
-from gpt.backend import make_backend
-from gpt.decode import Decoder
-from gpt.generate import GenerationParams, TextGenerator
+from gpt.generate.backend import make_backend
+from gpt.generate.decode import Decoder
+from gpt.generate.generator import GenerationParams, TextGenerator
+from gpt.generate.sampling import SamplingParams
+from gpt.generate.sequence import Sequence
 from gpt.model import GPT, ModelConfig
-from gpt.sampling import SamplingParams
-from gpt.sequence import Sequence
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp32:int8", "bf16:int8")
 BACKENDS = ("eager", "captured", "compiled")

@@ -116,8 +116,8 @@ def together(config, folder: Path, record: dict) -> list[list[str]]:
 
 def parameters(folder: Path) -> int:
     """Returns the number of parameters of the model in `folder`."""
-    from gpt.interop import read_config
-    from gpt.memory import count_parameters
+    from gpt.checkpoint.weights import read_config
+    from gpt.train.memory import count_parameters
 
     return count_parameters(*read_config(folder))
 
@@ -261,7 +261,7 @@ def finish(config, record: dict) -> None:
 
 def flops_of(folder: Path) -> float:
     """Returns the FLOPs of training on one token with the model in `folder`."""
-    from gpt.interop import read_config
+    from gpt.checkpoint.weights import read_config
     from gpt.model import flops_per_token
 
     return flops_per_token(*read_config(folder))

@@ -105,7 +105,7 @@ class Ours(Trainer):
         self.take_step = None
 
     def fresh(self):
-        from gpt.interop import load_model
+        from gpt.checkpoint.weights import load_model
 
         return load_model(self.folder)
 
@@ -288,7 +288,7 @@ class Peak:
     def products(self) -> dict[str, float]:
         """Returns FLOP/s in {"fp32", "bf16"}: of square matrix products on a CPU, from the data sheet on CUDA; 0.0 if
         unknown."""
-        from gpt.runtime import DTYPES, peak_flops
+        from gpt.train.runtime import DTYPES, peak_flops
 
         return {name: peak_flops(self.device, DTYPES[name]) for name in ("fp32", "bf16")}
 

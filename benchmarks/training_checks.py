@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from trainers import ready_to_train
 
 import train
-from gpt.graph import CudaGraph, GraphedStep
 from gpt.model import GPT, ModelConfig
+from gpt.train.graph import CudaGraph, GraphedStep
 
 TOLERANCE = 0.05  # nats, between the validation loss of a run and that of the run in fp32
 SMALL_MODELS = {  # (shape, sequences of a step), where launching a step's kernels takes longer than running them

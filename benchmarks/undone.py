@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import train
-from gpt import model, runtime
+from gpt import model
 from gpt.attention import causal_attention
 from gpt.kernels import training
 from gpt.loss import IGNORED
+from gpt.train import runtime
 
 
 def loss() -> None:

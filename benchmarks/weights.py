@@ -24,10 +24,10 @@ def make_weights(work: Path, size: str, seed: int = 0) -> Path:
         return folder
     import torch
 
-    from gpt.checkpoint import write_model
-    from gpt.interop import weights_of
+    from gpt.checkpoint.folder import write_model
+    from gpt.checkpoint.weights import weights_of
     from gpt.model import GPT, ModelConfig
-    from gpt.tokenizer import load_tokenizer
+    from gpt.text.tokenizer import load_tokenizer
 
     layers, heads, width = SIZES[size]
     tokenizer = load_tokenizer("byte" if size == "tiny" else "gpt2")
@@ -36,7 +36,7 @@ def make_weights(work: Path, size: str, seed: int = 0) -> Path:
     enliven(model)
     with Whole(folder) as unfinished:
         unfinished.mkdir(parents=True)
-        write_model(unfinished, weights_of(model), model, tokenizer)
+        write_model(unfinished, weights_of(model), model, tokenizer, {})
     return folder
 
 
@@ -59,10 +59,10 @@ def fresh_weights(work: Path, size: str, block_size: int, seed: int = 0) -> Path
 
 
 def write_weights(folder: Path, model) -> None:
-    """Writes what gpt.interop.load_model needs into the new `folder`: the weights and config.json."""
+    """Writes what gpt.checkpoint.weights.load_model needs into the new `folder`: the weights and config.json."""
     from safetensors.torch import save_file
 
-    from gpt.interop import WEIGHTS, config_json, weights_of
+    from gpt.checkpoint.weights import WEIGHTS, config_json, weights_of
 
     folder.mkdir(parents=True)
     save_file(weights_of(model), folder / WEIGHTS, metadata={"format": "pt"})
@@ -121,7 +121,7 @@ def prompts_of(folder: Path, rows: int, length: int, seed: int = 0) -> list[list
 @functools.cache
 def words_of(folder):
     """Returns the tokenizer of a folder and the ids of its words."""
-    from gpt.tokenizer import load_tokenizer
+    from gpt.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     ranks = tokenizer.encoding._mergeable_ranks

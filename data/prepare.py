@@ -21,14 +21,13 @@ from tqdm import tqdm
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this script works also where `gpt` is not installed
 
-from encode import batches, encoded, units
-from gather import gather, training_sample
-from sources import Reading
-
 from gpt.config import from_cli, refuse
 from gpt.errors import InputError, printable, run_main, say
-from gpt.shards import MANIFEST, ShardWriter, write_manifest, writing_failed
-from gpt.tokenizer import load_tokenizer, save_tokenizer
+from gpt.text.encode import batches, encoded, units
+from gpt.text.gather import gather, training_sample
+from gpt.text.shards import MANIFEST, ShardWriter, write_manifest, writing_failed
+from gpt.text.sources import Reading
+from gpt.text.tokenizer import load_tokenizer, save_tokenizer
 
 STAGING = "prepare.tmp"  # inside the output folder until everything in it is complete
 OURS = re.compile(r"prepare\.tmp|dataset\.json|tokenizer(_config)?\.json|(train|val)_\d{6}\.bin")

@@ -134,7 +134,7 @@ def server():
 
 def replace_decode(monkeypatch, decode):
     """Makes plain torch's back end call `decode(ids, cache)` instead of the model."""
-    from gpt.backend import Backend
+    from gpt.generate.backend import Backend
 
     monkeypatch.setattr(Backend, "decode", staticmethod(decode))
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import torch
 
-from gpt.sampling import UNITS, Filters, SamplingParams
+from gpt.generate.sampling import UNITS, Filters, SamplingParams
 
 OFF = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
 

@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT
 from training_helpers import make_data, tiny_model
 
-from gpt.generate import TextGenerator
-from gpt.tokenizer import load_tokenizer
+from gpt.generate.generator import TextGenerator
+from gpt.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import mmap
 import pytest
 import torch
 
-from gpt.kernels.native import move_together
+from gpt.kernels.native_model import move_together
 from gpt.pages import ALIGNMENT, empty_together, lie_together
 
 

@@ -8,16 +8,16 @@ import random
 
 import pytest
 import tiktoken
-from corpora import SHAKESPEARE_BYTES, shakespeare, standard_library
-from encode import CUTS, encoded, units
 from prepare_helpers import ALPHABET, EOT, checksums, documents_of, ids_of, rows, run, write
-from sources import Reading, read
-from split import Part
 
 from gpt.errors import InputError, IntegrityError, ResourceError
-from gpt.interop_tokenizer import PATTERNS
-from gpt.shards import open_dataset
-from gpt.tokenizer import Tokenizer, load_tokenizer
+from gpt.text.corpora import SHAKESPEARE_BYTES, shakespeare, standard_library
+from gpt.text.encode import CUTS, encoded, units
+from gpt.text.huggingface import PATTERNS
+from gpt.text.shards import open_dataset
+from gpt.text.sources import Reading, read
+from gpt.text.split import Part
+from gpt.text.tokenizer import Tokenizer, load_tokenizer
 
 # ---- what comes out
 
@@ -108,7 +108,7 @@ def test_a_long_document_is_the_same_whatever_the_size_of_its_blocks(tmp_path, m
     source = write(tmp_path / "x.txt", text)
     run(tmp_path / "one", source, val_split="tail")
     for size in (1, 7, 1000):
-        monkeypatch.setattr("sources.BLOCK_BYTES", size)
+        monkeypatch.setattr("gpt.text.sources.BLOCK_BYTES", size)
         run(tmp_path / "other", source, val_split="tail")
         assert checksums(tmp_path / "other") == checksums(tmp_path / "one")
 
@@ -139,8 +139,10 @@ def test_a_bpe_of_the_size_asked_for_is_trained_on_the_training_part_alone(tmp_p
 
 def test_a_bpe_sees_a_bounded_sample_of_the_text(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("gather.TRAINING_BYTES", 20_000)
-    monkeypatch.setattr("gpt.tokenizer.train_bpe", lambda texts, size: seen.extend(texts) or load_tokenizer("byte"))
+    monkeypatch.setattr("gpt.text.gather.TRAINING_BYTES", 20_000)
+    monkeypatch.setattr(
+        "gpt.text.tokenizer.train_bpe", lambda texts, size: seen.extend(texts) or load_tokenizer("byte")
+    )
     source = write(tmp_path / "x.jsonl", rows(*(f"{n:09d} " * 10 for n in range(1000))))
     for name in ("a", "b"):
         run(tmp_path / name, source, tokenizer="bpe:300")
@@ -151,8 +153,10 @@ def test_a_bpe_sees_a_bounded_sample_of_the_text(tmp_path, monkeypatch):
 
 def test_a_bpes_sample_and_the_validation_split_are_chosen_apart(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("gather.TRAINING_BYTES", 3_000)  # a smaller share of the text than is validated on
-    monkeypatch.setattr("gpt.tokenizer.train_bpe", lambda texts, size: seen.extend(texts) or load_tokenizer("byte"))
+    monkeypatch.setattr("gpt.text.gather.TRAINING_BYTES", 3_000)  # a smaller share of the text than is validated on
+    monkeypatch.setattr(
+        "gpt.text.tokenizer.train_bpe", lambda texts, size: seen.extend(texts) or load_tokenizer("byte")
+    )
     source = write(tmp_path / "x.jsonl", rows(*(f"{n:09d} " * 10 for n in range(1000))))
     run(tmp_path / "out", source, tokenizer="bpe:300", val_split="hash", val_fraction=0.2)
     assert 1_000 < sum(map(len, seen)) < 6_000
@@ -184,7 +188,7 @@ def test_a_long_documents_side_is_that_of_its_whole_text(tmp_path, monkeypatch):
     for n, text in enumerate(texts):
         write(tmp_path / f"{n:03d}.txt", text)
     run(tmp_path / "whole", tmp_path, val_fraction=0.2)
-    monkeypatch.setattr("sources.BLOCK_BYTES", 16)
+    monkeypatch.setattr("gpt.text.sources.BLOCK_BYTES", 16)
     (tmp_path / "more").mkdir()
     run(tmp_path / "more" / "pieces", *sorted(tmp_path.glob("*.txt")), val_fraction=0.2)
     for split in ("train", "val"):

@@ -17,13 +17,13 @@ from types import SimpleNamespace
 import pytest
 import tiktoken
 from conftest import ROOT
-from encode import Unit, encoded
 from prepare import worker_count
 from prepare_helpers import ALPHABET, EOT, checksums, documents_of, ids_of, rows, run, script, write
-from split import Survey
 
 from gpt.errors import InputError, ResourceError
-from gpt.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from gpt.text.encode import Unit, encoded
+from gpt.text.split import Survey
+from gpt.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 # ---- faults
 
@@ -33,7 +33,7 @@ def test_fault_001_invalid_utf8_names_the_byte(tmp_path, monkeypatch):
     source = write(tmp_path / "x.txt", data)
     expected = r"x\.txt: invalid UTF-8 at byte 1000 \(0xff\); use --encoding, or --errors replace\|skip"
     for size in (1, 333, 1 << 16):
-        monkeypatch.setattr("sources.BLOCK_BYTES", size)
+        monkeypatch.setattr("gpt.text.sources.BLOCK_BYTES", size)
         with pytest.raises(InputError, match=expected):
             run(tmp_path / "out", source)
         assert not (tmp_path / "out").exists()
@@ -65,7 +65,7 @@ def test_fault_002_no_documents(tmp_path, data):
 
 
 def test_fault_002_a_built_in_corpus_without_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr("corpora.standard_library", lambda: ([], {}))
+    monkeypatch.setattr("gpt.text.corpora.standard_library", lambda: ([], {}))
     with pytest.raises(InputError, match="--corpus stdlib: no documents"):
         run(tmp_path / "out", corpus="stdlib", val_fraction=0)
     assert not (tmp_path / "out").exists()

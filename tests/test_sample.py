@@ -15,13 +15,13 @@ import torch
 from conftest import ROOT, replace_decode, scripted_decode
 
 import sample
-from gpt import prompts as prompts_module
-from gpt.answers import Answers, opened
 from gpt.errors import ResourceError, run_main
-from gpt.generate import TextGenerator
+from gpt.generate import prompts as prompts_module
+from gpt.generate.answers import Answers, opened
+from gpt.generate.generator import TextGenerator
+from gpt.generate.prompts import Prompt
 from gpt.model import GPT, ModelConfig
-from gpt.prompts import Prompt
-from gpt.tokenizer import load_tokenizer
+from gpt.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,7 +30,7 @@ import sys, time, torch
 sys.path.insert(0, {root!r})
 import sample
 from gpt.model import GPT, ModelConfig
-from gpt.tokenizer import load_tokenizer
+from gpt.text.tokenizer import load_tokenizer
 torch.set_num_threads(1)
 def load(*_):
     torch.manual_seed(0)

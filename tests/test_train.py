@@ -15,24 +15,34 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_helpers import fingerprint, make_data, metrics, sha256, step_names, text_of, tiny_model, train_here
+from training_helpers import (
+    Recording,
+    fingerprint,
+    make_data,
+    metrics,
+    sha256,
+    step_names,
+    text_of,
+    tiny_model,
+    train_here,
+)
 
 import gpt
 import train
-from gpt import saver
-from gpt.budget import Progress
-from gpt.state import State
 from gpt.config import from_cli
-from gpt.data import Windows
 from gpt.errors import ResourceError
-from gpt.log import cut_metrics
 from gpt.loss import IGNORED
 from gpt.model import GPT
-from gpt.optim import LossScaler, OptimConfig, make_optimizer
-from gpt.reader import TokenReader
-from gpt.runtime import MachineConfig, Runtime
-from gpt.shards import open_dataset
-from gpt.tokenizer import load_tokenizer, train_bpe
+from gpt.text.reader import TokenReader
+from gpt.text.shards import open_dataset
+from gpt.text.tokenizer import load_tokenizer, train_bpe
+from gpt.text.windows import Windows
+from gpt.train import saver
+from gpt.train.budget import Progress
+from gpt.train.metrics_file import cut_metrics
+from gpt.train.optim import LossScaler, OptimConfig, make_optimizer
+from gpt.train.runtime import MachineConfig, Runtime
+from gpt.train.state import State
 
 LENGTH = 8  # steps of the runs below
 FLAGS = ("--max_steps", LENGTH, "--warmup_steps", 2, "--log_every", 1, "--eval_every", 4, "--save_every", 0)
@@ -71,20 +81,6 @@ def weights(out, step):
 
 
 # ---- one step
-
-
-class Recording:
-    """Stands in for an optimizer: keeps the gradients that it is given."""
-
-    def __init__(self, model):
-        self.model, self.param_groups = model, [{}]
-
-    def step(self):
-        self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
-
-    def zero_grad(self):
-        for parameter in self.model.parameters():
-            parameter.grad = None
 
 
 @pytest.fixture

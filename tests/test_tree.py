@@ -72,25 +72,28 @@ def test_gpt_never_imports_the_scripts(path):
         ("gpt.model", {"gpt.attention", "gpt.config", "gpt.loss"}),
         ("gpt.attention", set()),
         ("gpt.loss", set()),
-        ("gpt.graph", {"gpt.errors"}),
-        ("gpt.data", {"gpt.errors"}),
-        ("gpt.optim", {"gpt.adamw", "gpt.errors", "gpt.muon", "gpt.ranks"}),
-        ("gpt.adamw", set()),
-        ("gpt.muon", set()),
-        ("gpt.budget", set()),
+        ("gpt.train.graph", {"gpt.errors"}),
+        ("gpt.text.windows", {"gpt.errors"}),
+        ("gpt.train.optim", {"gpt.train.adamw", "gpt.errors", "gpt.train.muon", "gpt.train.ranks"}),
+        ("gpt.train.adamw", set()),
+        ("gpt.train.muon", set()),
+        ("gpt.train.budget", set()),
         ("gpt.files", {"gpt.errors"}),
-        ("gpt.answers", {"gpt.errors", "gpt.files"}),
+        ("gpt.generate.answers", {"gpt.errors", "gpt.files"}),
         ("gpt.kernels.build", {"gpt.errors", "gpt.files"}),
-        ("gpt.memory", {"gpt.errors", "gpt.model"}),
-        ("gpt.shards", {"gpt.errors", "gpt.files"}),
-        ("gpt.reader", {"gpt.errors", "gpt.files", "gpt.shards"}),
-        ("gpt.ranks", {"gpt.errors"}),
-        ("gpt.runtime", {"gpt.data", "gpt.errors", "gpt.kernels.build", "gpt.ranks"}),
-        ("gpt.log", {"gpt.errors", "gpt.files", "gpt.metrics", "gpt.model", "gpt.picture", "gpt.runtime"}),
-        ("gpt.metrics", {"gpt.errors", "gpt.files"}),
+        ("gpt.train.memory", {"gpt.errors", "gpt.model"}),
+        ("gpt.text.shards", {"gpt.errors", "gpt.files"}),
+        ("gpt.text.reader", {"gpt.errors", "gpt.files", "gpt.text.shards"}),
+        ("gpt.train.ranks", {"gpt.errors"}),
+        ("gpt.train.runtime", {"gpt.text.windows", "gpt.errors", "gpt.kernels.build", "gpt.train.ranks"}),
+        (
+            "gpt.train.log",
+            {"gpt.errors", "gpt.files", "gpt.report.metrics", "gpt.model", "gpt.picture", "gpt.train.runtime"},
+        ),
+        ("gpt.report.metrics", {"gpt.errors", "gpt.files"}),
         ("gpt.picture", {"gpt.errors"}),
-        ("gpt.plot", {"gpt.config", "gpt.errors", "gpt.files", "gpt.metrics", "gpt.picture"}),
-        ("gpt.sampling", {"gpt.errors"}),
+        ("gpt.report.plot", {"gpt.config", "gpt.errors", "gpt.files", "gpt.report.metrics", "gpt.picture"}),
+        ("gpt.generate.sampling", {"gpt.errors"}),
     ],
 )
 def test_a_module_of_the_core_imports_only_what_lies_below_it(module, allowed):
@@ -128,7 +131,7 @@ def test_importing_gpt_loads_no_torch():
 def test_sample_imports_neither_wandb_nor_transformers():
     loaded = loaded_by("import sample")
     assert "torch" in loaded
-    assert not loaded & {"wandb", "transformers", "tokenizers", "gpt.log"}
+    assert not loaded & {"wandb", "transformers", "tokenizers", "gpt.train.log"}
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=name_of)

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 
 import train
-from gpt.checkpoint import save_checkpoint, sealed
+from gpt.checkpoint.folder import save_checkpoint, sealed
 from gpt.errors import run_main
 from gpt.model import GPT, ModelConfig
-from gpt.optim import OptimConfig, make_optimizer
-from gpt.plot import RunPicture
-from gpt.shards import ShardWriter, write_manifest
-from gpt.state import optimizer_tensors
-from gpt.tokenizer import load_tokenizer, save_tokenizer
+from gpt.report.plot import RunPicture
+from gpt.text.shards import ShardWriter, write_manifest
+from gpt.text.tokenizer import load_tokenizer, save_tokenizer
+from gpt.train.optim import OptimConfig, make_optimizer
+from gpt.train.state import optimizer_tensors
 
 ROOT = Path(train.__file__).parent
 # Pins what decides bits. One thread: two that wait for each other on a busy machine take ten times as long.
@@ -97,6 +97,20 @@ def optimizer_of(model, seed=0):
     optimizer.step()
     optimizer.zero_grad()
     return optimizer
+
+
+class Recording:
+    """Stands in for an optimizer: keeps the gradients that it is given."""
+
+    def __init__(self, model):
+        self.model, self.param_groups = model, [{}]
+
+    def step(self):
+        self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+
+    def zero_grad(self):
+        for parameter in self.model.parameters():
+            parameter.grad = None
 
 
 def save_step(out, step, model=None, tokenizer=None):
@@ -205,7 +219,8 @@ class Processes:
     def __init__(self, folder):
         self.folder, self.started = Path(folder), 0
         code = "import sys; sys.path[:0] = sys.argv[1:]; import training_helpers; training_helpers.serve()"
-        command, pipe = [sys.executable, "-c", code, str(ROOT), str(ROOT / "tests")], subprocess.PIPE
+        paths = [str(path) for path in (ROOT, ROOT / "tests", *(ROOT / "tests").glob("*/")) if path.is_dir()]
+        command, pipe = [sys.executable, "-c", code, *paths], subprocess.PIPE
         self.server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
 
     def ask(self, **request):

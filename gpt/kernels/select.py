@@ -9,9 +9,9 @@ from gpt.attention import LayerCache, causal_attention, merge_heads
 from gpt.device import DTYPES
 from gpt.errors import note
 from gpt.kernels import build
+from gpt.kernels.measure import faster
 from gpt.kernels.native_attention import NativeAttention
 from gpt.kernels.native_model import NativeModel
-from gpt.kernels.measure import faster
 from gpt.model import GPT, REFERENCE, KVCache, ModelConfig, Ops
 from gpt.quantize import to_int8
 
@@ -33,8 +33,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def bf16_is_faster() -> bool:
-    """Returns whether this CPU multiplies bf16 matrices faster than fp32 ones: 256 tokens by a matrix of GPT-2 small, as
-    in training. On a CPU without bf16 instructions it takes a hundred times as long."""
+    """Returns whether this CPU multiplies bf16 matrices faster than fp32 ones: 256 tokens by a matrix of GPT-2 small,
+    as in training. On a CPU without bf16 instructions it takes a hundred times as long."""
 
     def contest():
         x, weight = torch.ones(256, 768), torch.ones(768, 768)

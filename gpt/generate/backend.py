@@ -1,0 +1,161 @@
+"""What runs the model while it generates: plain torch, torch.compile, or C++ of our own. All compute the same."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from gpt.attention import cached_attention
+from gpt.device import has_compiler
+from gpt.errors import InputError, note
+from gpt.generate.sampling import choose
+from gpt.kernels import build
+from gpt.kernels.native_model import NativeModel, supports
+from gpt.kernels.native_sampler import NativeSampler
+from gpt.kernels.select import gpu_ops, native_is_faster
+from gpt.model import GPT, REFERENCE, KVCache, Ops, count_parameters
+
+if TYPE_CHECKING:
+    from gpt.generate.step import Step
+
+NAMES = ("auto", "eager", "compiled", "native", "captured")
+BUILD_PAYS = 4e10  # steps times parameters from which a run waits the seconds that building the kernels takes
+COMPILE_PAYS = 200_000  # steps from which compiling for a GPU, a minute or so, takes less time than it saves
+MOST_SHAPES = 64  # for which one process compiles a function: numbers of rows, kinds of settings
+
+
+class Backend:
+    """Plain torch on any device, and the interface of the others."""
+
+    name = "eager"
+    captures = False  # whether steps are launched as CUDA graphs
+    narrow = False  # whether `choose` may leave a row undecided: see sampling.choose
+
+    def __init__(self, model: GPT, ops: Ops = REFERENCE):
+        self.model, self.ops, self.choose_ids = model, ops, choose
+        # Whether `decode` reads the cache beyond a row's length, with the weight 0.
+        self.reads_beyond = ops.cached_attention is cached_attention
+
+    def slots(self, rows: int) -> int:
+        """Returns the number of row slots for `rows`. Above 4 it is a multiple of 4: a CPU's matrix products in fp32
+        round differently in the 5th to 7th row than in the others, and a text would depend on its slot."""
+        return rows if rows <= 4 else math.ceil(rows / 4) * 4
+
+    def prefill(self, ids: torch.Tensor, cache: KVCache) -> None:
+        """Reads ids (1, T) into a cache of one row."""
+        with no_cudnn_attention(self.model.device):
+            self.model.hidden(ids, cache, self.ops)
+
+    def decode(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Appends ids (R,), one per row, to the cache; returns the logits (R, V) after them. Reads nothing on the
+        host, so it can be compiled or captured. The next call may overwrite the logits."""
+        return self.model(ids[:, None], cache=cache, ops=self.ops)
+
+    def choose(self, logits: torch.Tensor, step: Step) -> torch.Tensor:
+        """Chooses each row's next id from logits (R, V), which it changes. Sets `step.next`, counts `step.turns` and
+        returns the ids (R,), or what stands for none."""
+        # Not -inf, which would look like damaged weights.
+        logits[:, step.eot].masked_fill_(step.ignores_eot, torch.finfo(torch.float32).min)
+        draws = step.draws.gather(1, step.turns[:, None] % step.draws.shape[1])[:, 0]
+        ids = self.choose_ids(logits, step.filters, draws, step.seen, step.banned, step.narrow)
+        step.turns += 1
+        step.next.copy_(ids.clamp(min=0))
+        return ids
+
+
+class Captured(Backend):
+    """Plain torch on a GPU, its steps launched as CUDA graphs."""
+
+    name, captures, narrow = "captured", True, True
+
+    def __init__(self, model: GPT):
+        super().__init__(model, gpu_ops(model.device))
+
+
+class Compiled(Backend):
+    """The step compiled; on a GPU its kernels are captured too. On a CPU `choose` is not compiled: it decides on the
+    host how much to sort."""
+
+    name = "compiled"
+
+    def __init__(self, model: GPT):
+        on_gpu = model.device.type == "cuda"
+        super().__init__(model, gpu_ops(model.device) if on_gpu else REFERENCE)
+        self.captures = self.narrow = on_gpu
+        self.decode = compile_static(self.decode)
+        if on_gpu:
+            self.choose_ids = compile_static(choose)
+
+
+class Native(Backend):
+    """C++ on a CPU: the whole forward pass, and the end of a step."""
+
+    name = "native"
+
+    def __init__(self, model: GPT):
+        super().__init__(model)
+        self.reads_beyond = False
+        library = build.load_library()
+        kernels = NativeModel(model, library)
+        self.prefill, self.decode, self.choose = kernels.prefill, kernels.decode, NativeSampler(library).choose
+
+    def slots(self, rows: int) -> int:
+        return rows
+
+
+BACKENDS = {backend.name: backend for backend in (Backend, Captured, Compiled, Native)}
+
+
+def make_backend(name: str, model: GPT) -> Backend:
+    """Returns the Backend of a name that pick_backend gave."""
+    return BACKENDS[name](model)
+
+
+def pick_backend(name: str, model: GPT, steps: int, rows: int) -> str:
+    """Returns the name of the back end that `name` stands for. "auto" goes by device, number of decode steps and, on a
+    CPU, a short measurement. Raises InputError for a back end that cannot run here."""
+    device = model.device.type
+    if name == "auto" and device == "cpu":
+        work = steps * count_parameters(model.config, model.vocab_size)
+        usable = supports(model) and library(wait=work >= BUILD_PAYS) is not None
+        return "native" if usable and native_is_faster(model, rows) else "eager"
+    if name == "auto" and device == "cuda":
+        return "compiled" if steps >= COMPILE_PAYS and has_compiler() else "captured"
+    if name == "captured" and device != "cuda":
+        raise InputError(f"backend captured: CUDA graphs need a CUDA device, the model is on {device}; use auto")
+    if name == "native" and not (supports(model) and library(wait=True)):
+        raise InputError("backend native: needs a CPU, fp32, bf16 or int8 weights and a C++ compiler; use auto")
+    return "eager" if name == "auto" else name
+
+
+def library(wait: bool):
+    """Returns the compiled kernels, or None without them. If it does not pay to wait, they are then built in the
+    background for the next program."""
+    found = build.build_now() if wait else build.load_library()
+    if found is None and not wait and build.start_background_build():
+        note("info", "the C++ kernels are being built in the background; until then --backend eager runs the model")
+    return found
+
+
+def compile_static(function):
+    """Returns `function`, compiled for the shapes of its calls. More than MOST_SHAPES are an error: torch would go on
+    uncompiled, at a tenth of the speed, with a warning at most."""
+    compiled = torch.compile(function, dynamic=False, fullgraph=True)
+
+    def call(*arguments):
+        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, fail_on_recompile_limit_hit=True):
+            return compiled(*arguments)
+
+    return call
+
+
+def no_cudnn_attention(device: torch.device):
+    """Returns a context without cuDNN's attention, which builds a plan, for up to a second, at every new length."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

@@ -1,0 +1,1 @@
+"""What runs have reached, in tables and pictures."""

@@ -1,0 +1,252 @@
+"""Text to ids and back: tiktoken encodings by name, file or folder; their identity; training and storing them."""
+
+import functools
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from gpt.errors import InputError, IntegrityError
+from gpt.files import read_pointer, step_folders
+from gpt.text.huggingface import (
+    BYTE_OF,
+    END_OF_TEXT,
+    GPT2_PATTERNS,
+    Vocabulary,
+    by_id,
+    pattern_name,
+    read_folder,
+    to_huggingface,
+    unspelled,
+)
+from gpt.text.rank_files import named_encoding, read_rank_file
+
+# What patterns treat differently: letters, digits, contractions, every white space, marks, and how a text ends.
+PROBES = (
+    "The quick brown fox's dog didn't; WE'LL we've I'm you'd they're IT'S naïve Straße ſ's DŽungla",
+    "1 12 123 1234 12345678901234567890 3.14 0x1F ²³ ½ Ⅻ ٣٤٥ x2y 1st",
+    "a b  c   d\te\t\tf\ng\n\nh\r\ni\r\rj\x0bk\x0cl\x85m\xa0n\u1680o\u2003\u2003p\u2028q\u2029r\u202fs\u205ft\u3000u",
+    "v \n w \n \n  x \t\n\n\n y   \r\n  z",
+    '(x)! ...\n\n--- [y]{z} /path/to//file.\n/ <tag>\n\t"q" `r` $5 50% a_b __c__ #d @e -> => != ^^ \\n ~',
+    "你好，世界。\n日本語テキスト 한국어 텍스트 русский текст ελληνικά עברית العربية हिन्दी ไทย",
+    "e\u0301 n\u0303o a\u0308\u0323 👩‍👩‍👧‍👦 🇫🇷 ☃️ 😀😀 \ufffd\u200b\u200d\ufeff\x00\x01\x7f",
+    f"{END_OF_TEXT} <|fim_prefix|> trailing  ",
+    "\n\n  ",
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tiktoken Encoding with the id that stands before each document."""
+
+    name: str
+    encoding: tiktoken.Encoding
+    eot: int
+
+    @property
+    def vocab_size(self):
+        """Number of ids, end-of-text and unused ones included."""
+        return self.encoding.n_vocab
+
+    @functools.cached_property
+    def identity(self):
+        """sha256 (hex) of the behaviour: the (bytes, id) list, the special tokens, the ids of the probe texts. The
+        pattern's spelling does not count: tiktoken has changed gpt2's twice."""
+        parts = [f"{rank} {token.hex()}" for token, rank in by_id(self.encoding._mergeable_ranks)]
+        parts += [f"{rank} special {text}" for text, rank in by_id(self.encoding._special_tokens)]
+        parts += [" ".join(map(str, self.encode(probe))) for probe in PROBES]
+        return hashlib.sha256("\n".join(parts).encode("utf-8")).hexdigest()
+
+    @property
+    def record(self):
+        """What shards and checkpoints store of the tokenizer."""
+        return {"name": self.name, "identity": self.identity, "vocab_size": self.vocab_size, "eot": self.eot}
+
+    @property
+    def pattern(self):
+        return self.encoding._pat_str
+
+    def encode(self, text, allow_special=False):
+        """The ids of `text`, in which `<|endoftext|>` is ordinary text unless `allow_special`; lone surrogates count as
+        U+FFFD. Raises InputError for a text that the tokenizer cannot split."""
+        try:
+            if allow_special:
+                return self.encoding.encode(text, allowed_special="all")
+            return self.encoding.encode_ordinary(text)
+        except BaseException as error:  # tiktoken's own PanicException derives from BaseException
+            if type(error).__name__ != "PanicException":
+                raise
+            reason = str(error).splitlines()[0][-80:]
+            raise InputError(
+                f"the tokenizer cannot split this text ({reason}): {len(text)} characters from {text[:20]!r}; "
+                "break its longest run of white space"
+            ) from None
+
+    def decode_bytes(self, ids):
+        """The bytes of `ids`. Raises InputError for an id that the vocabulary lacks."""
+        try:
+            return self.encoding.decode_bytes(ids)
+        except (KeyError, OverflowError) as error:
+            raise InputError(f"tokenizer {self.name}: {error} is not in its vocabulary of {self.vocab_size}") from None
+
+    def decode(self, ids):
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def byte_lengths(self):
+        """Bytes of text that each id stands for, int64 (vocab_size,); 0 for special and unused ids."""
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        ranks = self.encoding._mergeable_ranks
+        lengths[list(ranks.values())] = list(map(len, ranks))
+        return lengths
+
+    @property
+    def vocabulary(self):
+        ranks, special_tokens = self.encoding._mergeable_ranks, self.encoding._special_tokens
+        end_of_text = next(text for text, rank in special_tokens.items() if rank == self.eot)
+        return Vocabulary(self.name, ranks, self.pattern, special_tokens, end_of_text)
+
+    @functools.cached_property
+    def huggingface(self):
+        """The text of `tokenizer.json` and the settings for `tokenizer_config.json`."""
+        stored, config = to_huggingface(self.vocabulary)
+        return json.dumps(stored, ensure_ascii=False, indent=1), config
+
+
+# ---- loading
+
+
+def load_tokenizer(source, training_text=None):
+    """The Tokenizer that `source` names: a tiktoken name, "byte", "bpe:N" (trained on the iterable `training_text`), a
+    `.tiktoken` rank file with its JSON beside it, or a data, run, checkpoint or Hugging Face folder.
+
+    Raises InputError for what is none of these, or cannot be had; IntegrityError for a damaged file."""
+    source = str(source)
+    if source == "byte":
+        return byte_tokenizer()
+    if source in tiktoken.list_encoding_names():
+        return named_tokenizer(source)
+    if source.startswith("bpe:"):
+        return trained_tokenizer(source, training_text)
+    if source.endswith(".tiktoken"):
+        return build(read_rank_file(Path(source)), source)
+    if Path(source).is_dir():
+        return build(read_folder(step_folder(Path(source))), source)
+    raise InputError(f"no tokenizer named {source}; choices: {', '.join(choices())}, x.tiktoken, or a folder with one")
+
+
+def step_folder(folder: Path) -> Path:
+    """Returns the step folder of a run folder that is its best, else its newest; any other folder itself."""
+    return read_pointer(folder, "best") or next(iter(step_folders(folder)), folder)
+
+
+def choices():
+    return ["byte", "bpe:N", *tiktoken.list_encoding_names()]
+
+
+def build(vocabulary, source):
+    """The Tokenizer of a Vocabulary that a user supplied. Raises InputError for one that tiktoken would panic on."""
+    check_vocabulary(vocabulary, source)
+    try:
+        encoding = tiktoken.Encoding(
+            vocabulary.name,
+            pat_str=vocabulary.pattern,
+            mergeable_ranks=vocabulary.ranks,
+            special_tokens=vocabulary.special_tokens,
+        )
+    except ValueError as error:
+        raise InputError(f"{source}: pattern not understood ({error}); correct it") from None
+    return Tokenizer(vocabulary.name, encoding, vocabulary.special_tokens[vocabulary.end_of_text])
+
+
+def check_vocabulary(vocabulary, source):
+    ids = [*vocabulary.ranks.values(), *vocabulary.special_tokens.values()]
+    if not all(type(rank) is int and 0 <= rank < 1 << 31 for rank in ids):
+        raise InputError(f"{source}: an id is not a whole number from 0 to 2^31 - 1; correct it")
+    if len(set(ids)) < len(ids):
+        raise InputError(f"{source}: an id is given to two tokens; correct it")
+    absent = [byte for byte in range(256) if bytes([byte]) not in vocabulary.ranks]
+    if absent:
+        raise InputError(f"{source}: {len(absent)} of the 256 single bytes are missing (0x{absent[0]:02x} …); add them")
+    if vocabulary.end_of_text not in vocabulary.special_tokens:
+        raise InputError(f"{source}: no special token {END_OF_TEXT}; add it")
+
+
+def byte_tokenizer():
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    return build(Vocabulary("byte", ranks, GPT2_PATTERNS[0], {END_OF_TEXT: 256}), "byte")
+
+
+def named_tokenizer(name):
+    encoding = named_encoding(name)
+    if END_OF_TEXT not in encoding._special_tokens:
+        raise InputError(f"tokenizer {name}: no special token {END_OF_TEXT}; choices: {', '.join(choices())}")
+    return Tokenizer(name, encoding, encoding._special_tokens[END_OF_TEXT])
+
+
+# ---- training and storing
+
+
+def trained_tokenizer(source, training_text):
+    size = source.removeprefix("bpe:")
+    if not re.fullmatch(r"[1-9][0-9]{0,6}", size) or int(size) < 257:
+        raise InputError(f"tokenizer {source}: N in bpe:N is a number of ids from 257 to 9999999; try bpe:2048")
+    if training_text is None:
+        raise InputError(f"tokenizer {source}: trained by data/prepare.py; give the data folder it made instead")
+    return train_bpe(training_text, int(size))
+
+
+def train_bpe(texts, size):
+    """A byte-level BPE with GPT-2's pattern and `size` ids before end-of-text, trained on the iterable `texts`."""
+    try:
+        from tokenizers import Tokenizer as Trained
+        from tokenizers import models, pre_tokenizers, trainers
+    except ImportError:
+        raise InputError(f"tokenizer bpe:{size}: training needs tokenizers; pip install tokenizers") from None
+    trained = Trained(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=sorted(BYTE_OF), show_progress=False, special_tokens=[]
+    )
+    trained.train_from_iterator(texts, trainer)
+    ranks = {unspelled(text): rank for text, rank in trained.get_vocab().items()}
+    if len(ranks) < size:
+        raise InputError(f"tokenizer bpe:{size}: the text yields only {len(ranks)} ids; use bpe:{len(ranks)} or fewer")
+    return build(Vocabulary(f"bpe:{size}", ranks, GPT2_PATTERNS[0], {END_OF_TEXT: size}), f"bpe:{size}")
+
+
+def save_tokenizer(tokenizer, folder, model_max_length=None):
+    """Write `tokenizer.json` and `tokenizer_config.json`, which Hugging Face and `load_tokenizer` both read, and check
+    that they read back as the same tokenizer."""
+    folder = Path(folder)
+    text, config = tokenizer.huggingface
+    if model_max_length is not None:
+        config = config | {"model_max_length": model_max_length}
+    if pattern_name(tokenizer.pattern) is None:
+        check_engine(tokenizer, text)
+    (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8", newline="\n")
+    settings = json.dumps(config, ensure_ascii=False, indent=2)
+    (folder / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8", newline="\n")
+    if load_tokenizer(folder).identity != tokenizer.identity:
+        raise IntegrityError(f"{folder}: tokenizer {tokenizer.name} does not read back as it was written; report it")
+
+
+def check_engine(tokenizer, text):
+    """Raises InputError for a pattern, not one of the known, that means something else in Hugging Face's engine; where
+    `tokenizers` is not installed this goes unchecked."""
+    try:
+        from tokenizers import Tokenizer as Stored
+    except ImportError:
+        return
+    stored = Stored.from_str(text)
+    stored.encode_special_tokens = True
+    for probe in PROBES:
+        if stored.encode(probe).ids != tokenizer.encode(probe):
+            raise InputError(
+                f"tokenizer {tokenizer.name}: its pattern splits {probe[:20]!r}… differently in Hugging Face's engine; "
+                "write it without possessive repeats and $"
+            )

@@ -1,0 +1,230 @@
+"""What a run tells: metrics.jsonl, a progress bar or plain lines, wandb when asked, loss.png, and exit.json."""
+
+import collections
+import contextlib
+import json
+import math
+import sys
+import time
+
+from tqdm import tqdm
+
+from gpt.errors import code_and_reason, note, tell, unheard
+from gpt.files import write_durably
+from gpt.model import flops_per_token
+from gpt.train.metrics_file import METRICS, MetricsFile
+from gpt.train.runtime import peak_flops
+
+WANDB_PATIENCE = 8  # seconds that each stage of a missing wandb service may cost
+SECONDS_BETWEEN_DRAWINGS = 120
+
+
+class Log:
+    """Writes one record per logged step to metrics.jsonl, the terminal and wandb, and calls `draw()` now and then to
+    draw them. No failure of these ends the run. `step` is the last one whose record stays, -1 for none. Raises
+    ResourceError if metrics.jsonl cannot be opened."""
+
+    def __init__(self, out, step, total_steps, draw, wandb_run=None):
+        self.metrics, self.wandb_run = MetricsFile(out / METRICS, step), wandb_run
+        self.draw, self.next_drawing, self.is_drawn = draw, time.monotonic() + SECONDS_BETWEEN_DRAWINGS, True
+        self.is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total_steps,
+            initial=max(step, 0),
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.is_terminal,
+            leave=True,
+        )
+
+    def advance(self, total_steps):
+        """One more step is done; `total_steps` is the present estimate of the run's length."""
+        self.bar.total = total_steps
+        with unheard(sys.stderr):
+            self.bar.update()
+
+    def write(self, record, total_steps):
+        """Record the numbers of one step: a dict with "step" first."""
+        self.metrics.write(record)
+        if not self.is_terminal or "val_loss" in record:
+            tell(describe(record, total_steps))
+        if self.is_terminal and "loss" in record:
+            with unheard(sys.stderr):
+                self.bar.set_postfix_str(short(record))
+        self.send(record)
+        self.is_drawn = False
+        if "val_loss" in record and time.monotonic() >= self.next_drawing:
+            self.draw_losses()
+
+    def send(self, record):
+        if self.wandb_run is None:
+            return
+        try:
+            self.wandb_run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+        except Exception as error:  # whatever wandb raises, training goes on
+            note("warning", f"wandb stopped taking metrics: {error}")
+            self.wandb_run = None
+
+    def say(self, text):
+        """Print a line or more beside the progress bar, on stderr."""
+        tell(text)
+
+    def sync(self):
+        """Put all metrics on the disk: before a checkpoint, so that they never lag behind one. Raises ResourceError."""
+        self.metrics.sync()
+
+    def draw_losses(self):
+        """Has the losses drawn, at evaluations some time apart and at the end."""
+        self.draw()
+        self.next_drawing, self.is_drawn = time.monotonic() + SECONDS_BETWEEN_DRAWINGS, True
+
+    def close(self):
+        with unheard(sys.stderr):
+            self.bar.close()
+        self.metrics.close()
+        if not (self.is_drawn or isinstance(sys.exception(), KeyboardInterrupt)):
+            self.draw_losses()
+        if self.wandb_run is not None:
+            with contextlib.suppress(Exception):  # as in send
+                self.wandb_run.finish()
+
+
+class NoLog:
+    """The Log of a rank that does not write."""
+
+    def advance(self, total_steps):
+        """Nothing is shown."""
+
+    def write(self, record, total_steps):
+        """Nothing is recorded."""
+
+    def say(self, text):
+        """Nothing is printed."""
+
+    def close(self):
+        """Nothing is open."""
+
+
+class Recorder:
+    """Turns the numbers of steps into records for a Log. The host reads them one step late, so that it never waits
+    for the device; a step that was not finite ends the run there, before anything is saved."""
+
+    def __init__(self, log, log_every, progress, budget, scaler, windows, run, model):
+        self.log, self.log_every, self.progress, self.budget, self.scaler = log, log_every, progress, budget, scaler
+        self.windows, self.fetch = windows, run.fetch
+        self.peak = peak_flops(run.device, run.dtype) * run.ranks.size
+        self.flops_per_token = flops_per_token(model.config, model.vocab_size)
+        self.pending, self.record, self.next_window = None, None, progress.windows_seen
+        self.recent = collections.deque(maxlen=100)  # finite losses
+        self.logged_tokens, self.logged_seconds = progress.tokens, progress.train_seconds
+
+    def step(self, lr, numbers):
+        """Note the step just made: its learning rate, and its loss, gradient norm and whether both are finite as a
+        tensor (3,) on the device."""
+        self.read()
+        self.pending = (self.progress.step, self.progress.tokens, lr, self.fetch(numbers), self.next_window)
+        self.next_window = self.progress.windows_seen
+        self.log.advance(self.budget.total_steps(self.progress))
+
+    def read(self, always=False):
+        """Read the numbers of the last step and log them if it is time. `always` is for a step that is evaluated: they
+        are logged in any case, by `evaluated` or else by the next read. Raises NonFiniteError."""
+        if self.pending is not None:
+            record = self.take()
+            self.record = record if always or record["step"] % self.log_every == 0 else None
+        if self.record is not None and not always:
+            self.write(self.record)
+            self.record = None
+
+    def evaluated(self, val_loss, val_bpb):
+        """Log an evaluation together with the numbers of its step; returns whether it is a new best."""
+        record = self.record or {"step": self.progress.step, "tokens": self.progress.tokens}
+        self.record = None
+        self.write(record | {"val_loss": val_loss, "val_bpb": val_bpb})
+        return self.progress.evaluated(val_loss)
+
+    def take(self):
+        (step, tokens, lr, fetched, first_window), self.pending = self.pending, None
+        loss, norm, finite = fetched()
+        self.scaler.check(step, bool(finite), loss, "" if finite else self.windows.place(first_window))
+        self.watch(step, loss)
+        return {"step": step, "tokens": tokens, "loss": loss, "lr": lr, "grad_norm": norm}
+
+    def watch(self, step, loss):
+        """Warn of a loss far above the recent ones: twice their mean, and by a nat at least."""
+        mean = sum(self.recent) / len(self.recent) if len(self.recent) >= 10 else math.inf
+        if loss > max(2 * mean, mean + 1):
+            note("warning", f"loss spike at step {step}: {loss:.1f}, mean {mean:.1f}")
+        if math.isfinite(loss):
+            self.recent.append(loss)
+
+    def write(self, record):
+        if "loss" in record:
+            seconds = self.progress.train_seconds - self.logged_seconds
+            speed = (record["tokens"] - self.logged_tokens) / seconds if seconds else 0.0
+            mfu = speed * self.flops_per_token / self.peak if self.peak else 0.0
+            self.logged_tokens, self.logged_seconds = record["tokens"], self.progress.train_seconds
+            record["tok_per_s"], record["mfu"] = round(speed, 1), round(mfu, 4)
+            record["train_seconds"] = round(self.logged_seconds, 3)
+        self.log.write(record, self.budget.total_steps(self.progress))
+
+
+def describe(record, total_steps):
+    """A record as a plain line: "step 20/100  loss 3.214  lr 6.0e-04  …"."""
+    parts = [f"step {record['step']}/{total_steps}"]
+    if "loss" in record:
+        parts += [f"loss {record['loss']:.4f}", f"lr {record['lr']:.2e}", f"grad_norm {record['grad_norm']:.2f}"]
+        parts += [f"{record['tok_per_s']:,.0f} tok/s"]
+        parts += [f"mfu {100 * record['mfu']:.1f}%"] if record["mfu"] else []
+        left = (total_steps - record["step"]) * record["train_seconds"] / max(record["step"], 1)
+        parts += [f"eta {tqdm.format_interval(left)}"]
+    if "val_loss" in record:
+        parts += [f"val_loss {record['val_loss']:.4f}", f"val_bpb {record['val_bpb']:.4f}"]
+    return "  ".join(parts)
+
+
+def short(record):
+    mfu = f" mfu {100 * record['mfu']:.0f}%" if record["mfu"] else ""
+    return f"loss {record['loss']:.3f} {record['tok_per_s']:,.0f} tok/s{mfu}"
+
+
+def start_wandb(project, run_id, name, out, config):
+    """A wandb run, continued if `run_id` is known to wandb; None with a warning if that fails."""
+    try:
+        import wandb
+
+        names = ("init_timeout", "login_timeout", "finish_timeout")  # older versions lack some
+        limits = {name: WANDB_PATIENCE for name in names if hasattr(wandb.Settings(), name)}
+        settings = wandb.Settings(quiet=True, x_disable_stats=True, **limits)
+        run = wandb.init(
+            project=project, id=run_id, name=name, dir=out, config=config, resume="allow", settings=settings
+        )
+    except Exception as error:  # whatever wandb raises, training goes on
+        note("warning", f"wandb is off: {' '.join(str(error).split())}")
+        return None
+    if run.url:
+        note("info", f"metrics go to {run.url}")
+    return run
+
+
+@contextlib.contextmanager
+def exit_record(out, ranks):
+    """Leave the reason of a failure on any rank, or of a stop, in `out/exit.json`: under torchrun the exit code alone
+    says nothing."""
+    if not ranks.leads:
+        yield
+        return
+    path = out / "exit.json"
+    path.unlink(missing_ok=True)
+
+    def write(error):
+        code, reason = code_and_reason(error)
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            write_durably(path, json.dumps({"code": code, "reason": reason}) + "\n")
+
+    ranks.on_failure_elsewhere(write)
+    try:
+        yield
+    except BaseException as error:
+        write(ranks.cause(error))
+        raise

@@ -1,0 +1,195 @@
+"""A run's folder: when checkpoints are written there and which are kept. The Saver, its pointers, retention."""
+
+import contextlib
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from gpt import __version__
+from gpt.checkpoint.folder import (
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    json_text,
+    read_manifest,
+    save_checkpoint,
+    sealed,
+)
+from gpt.config import to_toml
+from gpt.errors import IntegrityError, ResourceError, note
+from gpt.files import STEP_FOLDER, lock_folder, read_pointer, remove_tree, step_folders, step_number, write_durably
+from gpt.train.state import optimizer_tensors
+
+TRAINER_STATES_KEPT = 2
+FAILURES_ALLOWED = 2  # failed saves in a row that are only warnings
+
+
+@contextlib.contextmanager
+def run_folder(out, settings, newest, ranks):
+    """The run folder `out`, created and locked by rank 0, with its settings in it and what an interrupted save left
+    cleared away. `newest` is the step folder, in a list, that was its newest before: no other run may have saved there
+    since."""
+    out = Path(out)
+    if not ranks.leads:
+        yield out
+        return
+    with cannot_write(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with lock_folder(out):
+        if step_folders(out)[:1] != newest:
+            raise ResourceError(f"{out}: another run has just saved a checkpoint there; give the command again")
+        with cannot_write(out):
+            sweep(out)
+            values = {name: value for name, value in settings.items() if name != "resume"}
+            heading = "# python train.py THIS_FILE --out NEW repeats this run\n"
+            write_durably(out / "config.toml", heading + to_toml(values))
+        yield out
+
+
+@contextlib.contextmanager
+def cannot_write(out):
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
+
+
+class Saver:
+    """Writes the checkpoints of a run into `out` and keeps the pointers and the number of them right.
+
+    `constant` is what every state.json repeats: the settings, the machine, the base model. `rhythm` says how many
+    checkpoints to keep (keep_last, keep_every)."""
+
+    def __init__(self, out, state, corpus, constant, log, rhythm, sampling):
+        self.out, self.state, self.corpus, self.constant = Path(out), state, corpus, constant
+        self.sampling = sampling
+        self.log, self.rhythm = log, rhythm
+        self.saved_step, self.failures = None, 0
+        if self.folder(state.progress.step).is_dir():  # resumed: finish what an interruption may have left undone
+            self.saved_step = state.progress.step
+            self.point()
+
+    def folder(self, step):
+        return self.out / f"step-{step:09d}"
+
+    def save(self, is_last=False):
+        """Save this step's checkpoint, unless there is one, and point to it. A failure to write is a warning until the
+        third in a row, or at the end of the run."""
+        step = self.state.progress.step
+        if self.saved_step == step:
+            self.point_to_best()  # a resumed run may have evaluated a step that was saved before
+            return
+        self.corpus.verifier.wait()
+        try:
+            self.write(step)
+        except ResourceError as error:
+            self.failures += 1
+            if is_last or self.failures > FAILURES_ALLOWED:
+                raise
+            note("warning", f"checkpoint at step {step} failed: {error}")
+            return
+        self.saved_step, self.failures = step, 0
+        apply_retention(self.out, step, self.rhythm.keep_last, self.rhythm.keep_every)
+
+    def write(self, step):
+        state, corpus = self.state, self.corpus
+        stored = {"progress": asdict(state.progress), "scaler": state.scaler.state(), **self.constant}
+        try:
+            self.log.sync()
+            tensors = optimizer_tensors(state.model, state.optimizer)
+            about = {"dataset": corpus.record, "code": __version__}
+            save_checkpoint(self.out, step, state.model, corpus.tokenizer, tensors, stored, self.sampling, about)
+            self.point()
+        except OSError as error:
+            raise ResourceError(f"{self.out}: {error.strerror}; free some space or make it writable") from None
+
+    def point(self):
+        """Make the pointers name this step's checkpoint and the best one's."""
+        point(self.out, "latest", self.folder(self.state.progress.step))
+        self.point_to_best()
+
+    def point_to_best(self):
+        progress = self.state.progress
+        best = self.folder(progress.best_step)
+        if progress.best_loss is not None and best.is_dir() and read_pointer(self.out, "best") != best:
+            point(self.out, "best", best)
+
+
+class NoSaver:
+    """The Saver of a rank that does not write."""
+
+    def save(self, is_last=False):
+        """Nothing is saved here."""
+
+
+def sweep(out):
+    """Remove what an interrupted save or deletion left behind."""
+    for path in Path(out).glob("step-*.tmp"):
+        if STEP_FOLDER.match(path.name.removesuffix(".tmp")):
+            remove_tree(path)
+    for folder in step_folders(out):
+        if not is_linked(folder):
+            (folder / f"{MANIFEST}.tmp").unlink(missing_ok=True)
+
+
+def point(out, name, folder):
+    """Make `out/<name>.txt`, and the link `out/<name>` where the system has links, name `folder`."""
+    try:
+        write_durably(Path(out) / f"{name}.txt", folder.name + "\n")
+    except OSError as error:
+        raise ResourceError(f"{out}/{name}.txt: {error.strerror}; free some space or make it writable") from None
+    link, temporary = Path(out) / name, Path(out) / f"{name}.tmp"
+    if link.exists() and not link.is_symlink():
+        return
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(folder.name, target_is_directory=True)
+        os.replace(temporary, link)
+    except (OSError, NotImplementedError):  # the text file is what counts; a link that cannot follow it must go
+        with contextlib.suppress(OSError):
+            link.unlink()
+
+
+def is_linked(folder):
+    """Whether a step folder leads elsewhere through a link: nothing is deleted there."""
+    return folder.is_symlink() or (folder / "training").is_symlink()
+
+
+def apply_retention(out, saved, keep_last, keep_every):
+    """Delete step folders other than the newest `keep_last`, the best and every `keep_every`-th; of those kept, only
+    the newest two keep their trainer state. Counted from step `saved`, just written: folders beyond it are damaged ones
+    that a resume has passed over, and stay. What cannot be deleted is one warning."""
+    folders = [folder for folder in step_folders(out) if step_number(folder) <= saved and not is_linked(folder)]
+    best = read_pointer(out, "best")
+    newest = folders[: max(keep_last, 1)]
+    for place, folder in enumerate(folders):
+        kept = folder in newest or folder == best or (keep_every and step_number(folder) % keep_every == 0)
+        try:
+            if not kept:
+                remove_step(folder)
+            elif place >= TRAINER_STATES_KEPT:
+                drop_trainer_state(folder)
+        except OSError as error:
+            note("warning", f"{folder}: not deleted: {error.strerror}")
+
+
+def remove_step(folder):
+    """Delete a step folder: it loses its name first, so that no half of one can be taken for a checkpoint."""
+    doomed = folder.with_name(folder.name + ".tmp")
+    remove_tree(doomed)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def drop_trainer_state(folder):
+    """Make a checkpoint one of weights only. The manifest changes first: what it does not list is not read."""
+    try:
+        manifest = read_manifest(folder)
+    except (IntegrityError, ResourceError):
+        return  # damaged or unreadable: left as it is, for the user to judge
+    files = {name: entry for name, entry in manifest["files"].items() if name not in (OPTIMIZER, STATE)}
+    if files != manifest["files"]:
+        write_durably(folder / MANIFEST, json_text(sealed(manifest | {"files": files})))
+    for name in (OPTIMIZER, STATE):
+        (folder / name).unlink(missing_ok=True)

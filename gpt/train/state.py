@@ -1,0 +1,73 @@
+"""What training changes and a checkpoint holds: State, and its tensors by name."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gpt.checkpoint.folder import OPTIMIZER, Checkpoint
+from gpt.checkpoint.weights import opened
+from gpt.errors import IntegrityError
+from gpt.model import GPT, REFERENCE, Ops
+from gpt.train.adamw import AdamW
+from gpt.train.budget import Progress
+from gpt.train.muon import MuonAdamW
+from gpt.train.optim import LossScaler, state_names
+
+
+@dataclass
+class State:
+    """The model in training, with all that an exact continuation needs."""
+
+    model: GPT
+    optimizer: AdamW | MuonAdamW
+    scaler: LossScaler
+    progress: Progress
+    ops: Ops = REFERENCE
+
+
+def optimizer_tensors(model: GPT, optimizer) -> dict[str, torch.Tensor]:
+    """Returns an optimizer's state as name -> CPU tensor, such as "exp_avg.blocks.0.ln_1.bias", without the padding of
+    the vocabulary."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            if name == "token.weight" and value.dim():
+                value = value[: model.vocab_size]
+            tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
+    return tensors
+
+
+def load_optimizer(optimizer, model: GPT, checkpoint: Checkpoint) -> None:
+    """Fills an optimizer's state from a checkpoint. Raises IntegrityError for a tensor that is missing, unknown or
+    mis-shaped."""
+    path = checkpoint.path / OPTIMIZER
+    with opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    for name, parameter in model.named_parameters():
+        rows = model.vocab_size if name == "token.weight" else len(parameter)
+        state = {}
+        for key in state_names(optimizer, parameter):
+            shape = () if key == "step" else (rows, *parameter.shape[1:])
+            value = take_tensor(tensors, f"{key}.{name}", shape, path)
+            state[key] = value.to(parameter.device) if key == "step" else padded(value, parameter)
+        optimizer.state[parameter] = state
+    if tensors:
+        raise IntegrityError(f"{path}: {min(tensors)} is unknown; use another checkpoint")
+
+
+def take_tensor(tensors: dict[str, torch.Tensor], name: str, shape: tuple, path: Path) -> torch.Tensor:
+    """Removes a tensor from `tensors` and returns it. Raises IntegrityError if it is missing or has another shape."""
+    value = tensors.pop(name, None)
+    if value is None:
+        raise IntegrityError(f"{path}: {name} is missing; use another checkpoint")
+    if tuple(value.shape) != shape:
+        raise IntegrityError(f"{path}: {name} is {tuple(value.shape)}, model wants {shape}")
+    return value
+
+
+def padded(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Returns `value` on the parameter's device, with zero rows where the vocabulary is padded."""
+    full = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    full[: len(value)] = value.to(parameter.device)
+    return full.detach()

@@ -1,0 +1,435 @@
+"""Checkpoints that are damaged or hostile: refused by name, the newest good one is found, no pickle is ever run."""
+
+import os
+import pickle
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from training_helpers import (
+    ROOT,
+    in_process,
+    make_data,
+    metrics,
+    optimizer_of,
+    rewrite_manifest,
+    save_step,
+    snapshot,
+    tiny_model,
+    train_here,
+)
+
+import sample
+from gpt.checkpoint import folder as checkpoints
+from gpt.checkpoint.folder import load_pretrained, newest_checkpoint, save_checkpoint, verify_checkpoint
+from gpt.errors import InputError, IntegrityError
+from gpt.text.tokenizer import load_tokenizer
+from gpt.train.saver import point
+from gpt.train.state import load_optimizer, optimizer_tensors
+
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training/manifest.json",
+    "training/optimizer.safetensors",
+    "training/state.json",
+)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run of eight steps with checkpoints at 2, 4, 6 and 8, all kept whole; not to be changed."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    data = make_data(folder / "data", train_size=2000)
+    out = folder / "run"
+    settings = ("--max_steps", "8", "--save_every", "2", "--keep_last", "4", "--eval_every", "0")
+    done = train_here("tiny", "--data", data, "--out", out, *settings)
+    assert done.code == 0, done.stderr
+    return out
+
+
+@pytest.fixture
+def run(run_folder, tmp_path):
+    """A copy of that run, to be damaged. The settings and the data folder's place are the same."""
+    shutil.copytree(run_folder, tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
+
+
+def continue_run(run, *flags):
+    """Go on with a copied run."""
+    data = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["data"]
+    return train_here("tiny", "--data", data, "--out", run, *flags)
+
+
+def test_fault_047_a_step_whose_partial_folder_is_there_is_saved_again(run):
+    partial = run / "step-000000010.tmp"
+    (partial / "training").mkdir(parents=True)
+    (partial / "model.safetensors").write_bytes(b"half")
+    damaged = run / "step-000000009"
+    damaged.mkdir()
+    done = continue_run(run, "--max_steps", "10", "--save_every", "1", "--eval_every", "0", "--keep_last", "9")
+    assert done.code == 0, done.stderr
+    assert {verify_checkpoint(run / f"step-{n:09d}").step for n in (9, 10)} == {9, 10}
+    assert not list(run.glob("*.tmp"))
+
+
+# ---- damage
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    place = random.Random(path.name).randrange(len(content))
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def empty(path):
+    os.truncate(path, 0)
+
+
+def take_away(path):
+    path.unlink()
+
+
+def swap(path):
+    """Put the file of an earlier step in its place; where that has the same content, a byte of it is other."""
+    other = Path(str(path).replace("step-000000008", "step-000000006"))
+    same = other.read_bytes() == path.read_bytes()
+    path.write_bytes(other.read_bytes() + (b" " if same else b""))
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, empty, take_away, swap], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", FILES)
+def test_fault_043_044_a_damaged_checkpoint_is_passed_over_by_name(damage, name, run, capsys):
+    damage(run / "step-000000008" / name)
+    found = newest_checkpoint(run, resumable=True)
+    assert found.step == 6
+    warning = capsys.readouterr().err.splitlines()[0]
+    assert warning.startswith("warning: ")
+    assert "step-000000008" in warning and warning.endswith("; trying step-000000006")
+    with pytest.raises(IntegrityError, match="step-000000008"):
+        verify_checkpoint(run / "step-000000008")
+
+
+def test_fault_043_every_bit_of_the_manifest_counts(run):
+    path = run / "step-000000008/training/manifest.json"
+    content = path.read_bytes()
+    places = random.Random(0).sample(range(8 * len(content)), 300)
+    for place in places:
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        path.write_bytes(changed)
+        with pytest.raises(IntegrityError):
+            verify_checkpoint(path.parents[1])
+
+
+def test_fault_043_a_run_goes_on_from_the_newest_valid_checkpoint_and_says_so(run, run_folder):
+    flip_a_bit(run / "step-000000008/model.safetensors")
+    done = continue_run(run, "--max_steps", "8", "--save_every", "2", "--keep_last", "4", "--eval_every", "0")
+    assert done.code == 0
+    expected = "step-000000008/model.safetensors: sha256 mismatch; trying step-000000006"
+    assert re.search(f"warning: .*{expected}", done.stderr)
+    assert load_file(run / "step-000000008/model.safetensors").keys()
+    for name in ("model.safetensors", "training/optimizer.safetensors"):
+        again, before = run / "step-000000008" / name, run_folder / "step-000000008" / name
+        assert again.read_bytes() == before.read_bytes()
+    assert [record["step"] for record in metrics(run)] == [record["step"] for record in metrics(run_folder)]
+
+
+@pytest.mark.parametrize("command", ["resume", "sample"])
+def test_fault_043_an_explicit_path_to_a_damaged_checkpoint_is_exit_3(command, run):
+    flip_a_bit(run / "step-000000008/model.safetensors")
+    path = run / "step-000000008"
+    if command == "resume":
+        done = train_here("--resume", path)
+    else:
+        done = in_process(sample.main, "sample.py", path, "--prompt", "a")
+    assert done.code == 3
+    assert done.last.startswith(f"error: {path}/model.safetensors: sha256 mismatch; ")
+
+
+def test_fault_043_checkpoints_that_are_all_damaged_are_exit_3_and_never_a_silent_restart(run):
+    for folder in run.glob("step-*"):
+        take_away(folder / "model.safetensors")
+    before = snapshot(run)
+    done = continue_run(run, "--max_steps", "9")
+    assert done.code == 3
+    assert done.last.startswith(f"error: {run}: none of 4 checkpoints can be resumed; ")
+    assert done.stderr.count("warning: ") == 4
+    assert snapshot(run) == before
+    assert in_process(sample.main, "sample.py", run, "--prompt", "a").code == 3
+
+
+def test_fault_044_a_step_folder_under_another_steps_name_is_refused(run):
+    (run / "step-000000008").rename(run / "step-000000123")
+    with pytest.raises(IntegrityError, match="its manifest is of step 8"):
+        verify_checkpoint(run / "step-000000123")
+    shutil.copytree(run / "step-000000123", run / "mine")  # a name that claims no step
+    assert verify_checkpoint(run / "mine").step == 8
+
+
+POINTERS = {
+    "missing": None,
+    "empty": b"",
+    "nowhere": b"step-000000777\n",
+    "outside": b"../../etc\n",
+    "noise": b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("content", POINTERS.values(), ids=POINTERS)
+def test_fault_045_a_bad_latest_txt_is_a_warning_and_the_newest_is_found(content, run, capsys):
+    (run / "latest.txt").unlink()
+    if content is not None:
+        (run / "latest.txt").write_bytes(content)
+    assert newest_checkpoint(run).step == 8
+    assert re.search(r"warning: .*latest\.txt names no checkpoint; found step-000000008", capsys.readouterr().err)
+
+
+def test_fault_045_a_bad_best_txt_gives_the_newest(run):
+    (run / "best.txt").write_text("/etc\n")
+    assert checkpoints.find_model(run).name == "step-000000008"
+
+
+def test_a_damaged_best_checkpoint_gives_the_newest_with_a_warning(run, capsys):
+    point(run, "best", run / "step-000000004")
+    assert checkpoints.find_model(run).name == "step-000000004"
+    cut(run / "step-000000004/config.json")
+    assert checkpoints.find_model(run).name == "step-000000008"
+    assert "trying the newest checkpoint" in capsys.readouterr().err
+
+
+def test_a_damaged_best_checkpoints_weights_are_never_handed_out(run, capsys):
+    point(run, "best", run / "step-000000004")
+    path = run / "step-000000004/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1  # a weight: the file can still be read
+    path.write_bytes(content)
+    model, _, _ = load_pretrained(run)
+    newest, best = (load_pretrained(without_manifest(run / f"step-00000000{n}"))[0] for n in (8, 4))
+    assert same_weights(model, newest) and not same_weights(model, best)
+    assert "step-000000004/model.safetensors: sha256 mismatch; trying the newest" in capsys.readouterr().err
+
+
+def without_manifest(folder):
+    """A copy of the Hugging Face part of a step folder, which is read without being verified."""
+    return shutil.copytree(folder, folder.parents[1] / folder.name, ignore=shutil.ignore_patterns("training"))
+
+
+def same_weights(model, other):
+    return all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "training/optimizer.safetensors"])
+def test_fault_043_nothing_is_loaded_from_a_folder_in_which_a_bit_is_flipped(name, run):
+    folder = run / "step-000000008"
+    flip_a_bit(folder / name)
+    with pytest.raises(IntegrityError, match=f"{name}: (sha256 mismatch|not valid JSON|not a checkpoint)|format"):
+        load_pretrained(folder)
+
+
+def test_the_optimizers_state_is_hashed_where_it_is_read_and_only_measured_where_it_is_not(run):
+    folder = run / "step-000000008"
+    flip_a_bit(folder / "training/optimizer.safetensors")
+    load_pretrained(folder)
+    with pytest.raises(IntegrityError, match=r"optimizer\.safetensors: sha256 mismatch"):
+        verify_checkpoint(folder)
+    (folder / "training/optimizer.safetensors").write_bytes(b"cut")
+    with pytest.raises(IntegrityError, match=r"optimizer\.safetensors: 3 bytes"):
+        load_pretrained(folder)
+
+
+def test_a_damaged_file_is_said_to_be_damaged_whatever_reading_it_runs_into(run):
+    folder = run / "step-000000008"
+    values = load_file(folder / "model.safetensors")
+    values["transformer.ln_f.bias"] += float("nan")
+    save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IntegrityError, match=r"model\.safetensors: sha256 mismatch"):
+        load_pretrained(folder)
+    with pytest.raises(IntegrityError, match=r"non-finite values in ln_f\.bias"):
+        load_pretrained(without_manifest(folder))
+
+
+def test_loading_leaves_torchs_number_of_threads_alone_even_two_at_once(run_folder, one_thread):
+    torch.set_num_threads(3)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(load_pretrained, [run_folder / "step-000000008"] * 4))
+    load_pretrained(run_folder / "step-000000008")
+    assert torch.get_num_threads() == 3
+
+
+def test_loading_a_model_does_not_import_the_compiler(run_folder):
+    code = "import sys; from gpt.checkpoint import load_pretrained; load_pretrained(sys.argv[1]); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, run_folder], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    assert "gpt.checkpoint.folder" in loaded
+    assert not loaded & {"sympy", "torch._dynamo", "torch._inductor", "torch.fx.experimental.symbolic_shapes"}
+
+
+def test_fault_048_a_newer_format_is_refused_with_both_numbers(run):
+    rewrite_manifest(run / "step-000000008", format_version=3)
+    with pytest.raises(IntegrityError, match="checkpoint format 3, this program reads up to 1"):
+        verify_checkpoint(run / "step-000000008")
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../../x", "a/../../x", "a\\b", "a\x00b", "", "C:x"])
+def test_fault_108_a_name_in_the_manifest_may_not_leave_the_folder(name, run):
+    folder = run / "step-000000008"
+    rewrite_manifest(folder, files={name: {"size": 1, "sha256": "0" * 64}})
+    with pytest.raises(IntegrityError, match="manifest path leaves"):
+        verify_checkpoint(folder)
+    assert in_process(sample.main, "sample.py", folder, "--prompt", "a").code == 3
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "3", '{"format_version": 1}', "[" * 100000, "\ud800"])
+def test_a_malformed_manifest_is_an_integrity_error(content, run):
+    path = run / "step-000000008/training/manifest.json"
+    path.write_text(content, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(IntegrityError, match="step-000000008"):
+        verify_checkpoint(path.parents[1])
+
+
+@pytest.mark.parametrize("files", [[], {"config.json": 3}, {"config.json": {}}])
+def test_a_manifest_with_entries_of_another_kind_is_an_integrity_error(files, run):
+    rewrite_manifest(run / "step-000000008", files=files)
+    with pytest.raises(IntegrityError):
+        verify_checkpoint(run / "step-000000008")
+
+
+# ---- the optimizer's state
+
+
+def test_the_optimizers_state_comes_back_bit_for_bit_without_the_padding(tmp_path):
+    model = tiny_model()
+    optimizer = optimizer_of(model)
+    tensors, about = optimizer_tensors(model, optimizer), {"dataset": {}}
+    folder = save_checkpoint(tmp_path, 1, model, load_tokenizer("byte"), tensors, {"progress": {}}, {}, about)
+    assert load_file(folder / "training/optimizer.safetensors")["exp_avg.token.weight"].shape == (257, 16)
+    loaded, _, _ = load_pretrained(folder)
+    other = optimizer_of(loaded, seed=9)
+    load_optimizer(other, loaded, verify_checkpoint(folder))
+    for ours, theirs in zip(model.parameters(), loaded.parameters(), strict=True):
+        for key, value in optimizer.state[ours].items():
+            kept = value[:257] if value.shape == (320, 16) else value
+            assert torch.equal(other.state[theirs][key][: len(kept)] if kept.dim() else other.state[theirs][key], kept)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda v: v.pop("exp_avg.ln_f.bias"), r"exp_avg\.ln_f\.bias is missing"),
+        (lambda v: v.update(extra=torch.zeros(1)), "extra is unknown"),
+        (
+            lambda v: v.update({"exp_avg.ln_f.bias": torch.zeros(15)}),
+            r"exp_avg\.ln_f\.bias is \(15,\), model wants \(16,\)",
+        ),
+        (lambda v: v.update({"step.ln_f.bias": torch.zeros(2)}), r"step\.ln_f\.bias is \(2,\), model wants \(\)"),
+        (lambda v: v.update({"exp_avg.ln_f.bias": torch.tensor(0.0)}), r"exp_avg\.ln_f\.bias is \(\), model wants"),
+    ],
+)
+def test_fault_049_an_optimizer_state_that_does_not_fit_is_refused_by_name(change, message, tmp_path):
+    model = tiny_model()
+    folder = save_step(tmp_path, 1, model)
+    values = load_file(folder / "training/optimizer.safetensors")
+    change(values)
+    save_file(values, folder / "training/optimizer.safetensors")
+    unchecked = checkpoints.Checkpoint(folder, 1, {}, {})
+    with pytest.raises(IntegrityError, match=message):
+        load_optimizer(optimizer_of(model), model, unchecked)
+
+
+# ---- hostile files
+
+
+class Canary:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.fixture
+def payload(tmp_path):
+    """(bytes of a pickle that creates the canary, and of the same as torch.save writes it; path of the canary)."""
+    canary = tmp_path / "canary"
+    torch.save({"model": Canary(canary)}, tmp_path / "saved.pt")
+    yield pickle.dumps(Canary(canary)), (tmp_path / "saved.pt").read_bytes()
+    assert not canary.exists()
+    pickle.loads(pickle.dumps(Canary(canary))).close()
+    assert canary.exists()  # it would have worked
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["pickle", "torch.save"])
+@pytest.mark.parametrize("name", FILES)
+def test_fault_103_a_pickle_in_place_of_a_checkpoints_file_is_not_run(name, kind, payload, run):
+    path = run / "step-000000008" / name
+    path.write_bytes(payload[kind])
+    assert in_process(sample.main, "sample.py", path.parents[name.count("/")], "--prompt", "a").code == 3
+    assert train_here("--resume", run / "step-000000008").code == 3
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if "/" not in n])
+def test_fault_103_a_pickle_in_a_hugging_face_folder_is_not_run(name, payload, run):
+    folder = run / "step-000000008"
+    shutil.rmtree(folder / "training")
+    (folder / name).write_bytes(payload[1])
+    done = in_process(sample.main, "sample.py", folder, "--prompt", "a")
+    assert done.code == 3
+    assert name in done.last
+
+
+def test_fault_103_a_pickle_named_model_safetensors_is_said_to_be_no_safetensors_file(payload, run):
+    folder = run / "step-000000008"
+    shutil.rmtree(folder / "training")
+    for content in payload:
+        (folder / "model.safetensors").write_bytes(content)
+        with pytest.raises(IntegrityError, match=r"model\.safetensors: not a safetensors file"):
+            load_pretrained(folder)
+
+
+def test_fault_103_a_pt_file_is_no_checkpoint(payload, tmp_path):
+    assert in_process(sample.main, "sample.py", tmp_path / "saved.pt", "--prompt", "a").code == 2
+    assert train_here("tiny", "--data", tmp_path, "--init", tmp_path / "saved.pt").code == 2
+    with pytest.raises(InputError):
+        load_pretrained(tmp_path / "saved.pt")
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "tokenizer.json", "tokenizer_config.json", "train_000000.bin"])
+def test_fault_103_a_pickle_in_place_of_a_data_file_is_not_run(name, payload, tmp_path):
+    data = make_data(tmp_path / "data", train_size=2000)
+    (data / name).write_bytes(payload[0])
+    done = train_here("tiny", "--data", data, "--out", tmp_path / "run")
+    assert done.code == 3
+    assert name in done.last
+    assert not (tmp_path / "run").exists()
+
+
+def test_fault_103_a_pickle_in_npy_shards_is_not_run(payload, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.npy").write_bytes(payload[0])
+    settings = ("--out", tmp_path / "run", "--tokenizer", "byte")
+    assert train_here("tiny", "--data", data, *settings).code == 3
+    np.save(data / "train.npy", np.array([Canary(tmp_path / "canary")], dtype=object), allow_pickle=True)
+    assert train_here("tiny", "--data", data, *settings).code == 3

@@ -1,0 +1,490 @@
+"""Curves of runs: what is read from a run folder, the numbers of the table, the picture, drawing while a run trains."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from training_helpers import DRAW, in_process, make_data, train_here
+
+from gpt.config import fields, to_toml
+from gpt.report import plot
+from gpt.report.metrics import Point, differing, is_finite, loss_of_all, read_histories
+from gpt.report.plot import PlotConfig, RunPicture, report, running_mean
+from gpt.train import log
+from gpt.train.log import Log
+from gpt.train.metrics_file import step_of
+
+FAST = [  # evaluated every 20 steps of 100 tokens
+    {"step": 0, "tokens": 0, "val_loss": 5.0},
+    {"step": 10, "tokens": 1000, "loss": 4.0, "train_seconds": 10.0},
+    {"step": 20, "tokens": 2000, "loss": 3.5, "train_seconds": 20.0, "val_loss": 3.6},
+    {"step": 30, "tokens": 3000, "loss": 3.1, "train_seconds": 30.0},
+    {"step": 40, "tokens": 4000, "loss": 3.0, "train_seconds": 41.5, "val_loss": 3.2},
+    {"step": 60, "tokens": 6000, "loss": 2.9, "train_seconds": 1060.0, "val_loss": 3.3},
+]
+SLOW = [
+    {"step": 0, "tokens": 0, "val_loss": 5.1},
+    {"step": 10, "tokens": 2000, "loss": 4.2, "train_seconds": 30.0, "val_loss": 4.1},
+    {"step": 20, "tokens": 4000, "loss": 3.6, "train_seconds": 61.5, "val_loss": 3.4},
+]
+
+
+def make_run(folder, records, **settings):
+    """A run folder with these metrics (records, or the bytes of the file) and these settings; returns its path."""
+    folder.mkdir(parents=True)
+    text = records if isinstance(records, bytes) else "".join(json.dumps(r) + "\n" for r in records).encode()
+    (folder / "metrics.jsonl").write_bytes(text)
+    if settings:
+        (folder / "config.toml").write_text("# a comment\n" + to_toml(settings), encoding="utf-8")
+    return folder
+
+
+def history_of(folder, records):
+    [history] = read_histories([make_run(folder, records)])
+    return history
+
+
+@pytest.fixture
+def two(tmp_path):
+    """The runs of FAST and SLOW."""
+    fast = make_run(tmp_path / "fast", FAST, out="out/fast", lr=1e-3, schedule="wsd", max_steps=60, optimizer="muon")
+    slow = make_run(tmp_path / "slow", SLOW, out="out/slow", lr=6e-4, schedule="wsd", max_steps=20)
+    return fast, slow
+
+
+def plot_here(*args):
+    return in_process(plot.main, "plot", *args)
+
+
+# ---- what is read
+
+
+def test_a_point_has_what_its_line_has(tmp_path):
+    assert history_of(tmp_path / "run", FAST).points[:3] == [
+        Point(0, 0, 0.0, None, 5.0),
+        Point(10, 1000, 10.0, 4.0, None),
+        Point(20, 2000, 20.0, 3.5, 3.6),
+    ]
+
+
+def test_an_evaluation_without_a_time_has_it_from_its_neighbours_in_proportion(tmp_path):
+    records = [
+        {"step": 4, "tokens": 40, "val_loss": 5.0},
+        {"step": 10, "tokens": 100, "loss": 4.0, "train_seconds": 20.0},
+        {"step": 12, "tokens": 120, "val_loss": 4.0},
+        {"step": 20, "tokens": 200, "loss": 3.0, "train_seconds": 30.0},
+        {"step": 22, "tokens": 220, "val_loss": 3.0},
+    ]
+    seconds = [point.seconds for point in history_of(tmp_path / "run", records).points]
+    assert seconds == pytest.approx([8.0, 20.0, 22.0, 30.0, 33.0])
+
+
+def test_a_run_that_was_only_evaluated_has_no_times(tmp_path):
+    history = history_of(tmp_path / "run", [{"step": 0, "tokens": 0, "val_loss": 5.0}, {"step": 9, "val_loss": 4.0}])
+    assert history.points == [Point(0, 0, 0.0, None, 5.0), Point(9, None, None, None, 4.0)]
+    assert history.curve("val_loss", "step") == ([0, 9], [5.0, 4.0])
+    assert history.curve("val_loss", "seconds") == ([0.0], [5.0])
+    assert history.curve("loss", "step") == ([], [])
+
+
+def test_where_steps_fall_back_what_was_written_later_holds(tmp_path):
+    def record(step, **more):
+        return {"step": step, "tokens": 10 * step} | more
+
+    records = [
+        record(1, loss=5.0),
+        record(2, loss=4.0),
+        record(3, loss=9.0),
+        record(2, val_loss=4.5),  # the same step, made up for after a restart
+        record(3, loss=3.0),
+    ]
+    points = history_of(tmp_path / "run", records).points
+    assert [(point.step, point.loss, point.val_loss) for point in points] == [(1, 5, None), (2, 4, 4.5), (3, 3, None)]
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 2, "lo', b"\x00\x00\x00", b"\xff"])
+def test_fault_041_an_unfinished_last_line_is_passed_over_in_silence(tmp_path, torn, capsys):
+    history = history_of(tmp_path / "run", b'{"step": 1, "tokens": 5, "loss": 2.5}\n' + torn)
+    assert [point.step for point in history.points] == [1]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "bad", [b"7", b"[]", b"{}", b"\xff\xfe", b"\x00", b'{"step": -1}', b'{"step": "2"}', b"[" * 9999]
+)
+def test_damaged_lines_are_passed_over_with_one_warning(tmp_path, bad, capsys):
+    text = b'{"step": 1, "loss": 2.5}\n' + bad + b"\n" + bad + b'\n\n{"step": 3, "loss": 1.5}\n'
+    assert history_of(tmp_path / "run", text).curve("loss", "step") == ([1, 3], [2.5, 1.5])
+    assert re.fullmatch(r"warning: .*metrics\.jsonl: damaged lines passed over: 2\n", capsys.readouterr().err)
+
+
+def test_values_that_are_no_finite_numbers_leave_gaps(tmp_path):
+    text = b'{"step": 1, "loss": 5}\n{"step": 2, "loss": null}\n{"step": 3, "loss": NaN, "val_loss": Infinity}\n'
+    text += (
+        b'{"step": 4, "loss": "2", "val_loss": true}\n{"step": 5, "loss": 1'
+        + b"0" * 400
+        + b'}\n{"step": 6, "loss": 4}\n'
+    )
+    history = history_of(tmp_path / "run", text)
+    assert history.curve("loss", "step") == ([1, 6], [5, 4])
+    assert history.evaluations() == []
+    assert not is_finite(None)
+
+
+def test_the_step_of_a_line_that_is_none_is_beyond_all_others():
+    assert step_of('{"step": 7}') == 7
+    assert step_of('{"step": "7"}') == step_of("") == step_of('{"step": 1e9}') == float("inf")
+
+
+# ---- what is told
+
+
+def test_the_best_loss_is_the_lowest_after_the_first_step_and_the_first_of_equals(tmp_path):
+    def history(name, losses):
+        return history_of(tmp_path / name, [{"step": n, "val_loss": loss} for n, loss in enumerate(losses)])
+
+    assert history("a", [1.0, 3.0, 2.0, 2.0, 4.0]).best().step == 2
+    assert history("b", [1.0]).best() is None
+    assert history("c", []).best() is None
+
+
+def test_the_table_has_the_numbers_counted_by_hand(two):
+    fast, slow = report(read_histories(two), 3.4)[1:3]
+    assert fast.split() == ["fast", "60", "6,000", "1,060.0", "3.3000", "3.2000", "40", "41.5", "4,000"]
+    assert slow.split() == ["slow", "20", "4,000", "61.5", "3.4000", "3.4000", "20", "61.5", "4,000"]
+
+
+def test_the_loss_to_reach_is_the_worst_of_the_best_ones_unless_given(two):
+    assert loss_of_all(read_histories(two)) == 3.4
+    assert "seconds to 3.4000  tokens to 3.4000" in plot_here(*two, "--out", two[0] / "x.png").stdout
+    heading, fast, slow = plot_here(*two, "--loss", 3.3, "--out", two[0] / "x.png").stdout.splitlines()[:3]
+    assert "seconds to 3.3000" in heading
+    assert fast.split()[-2:] == ["41.5", "4,000"]
+    assert slow.split()[-2:] == ["-", "-"]
+    assert plot_here(two[0], "--loss", 5).stdout.splitlines()[1].split()[-2:] == ["0.0", "0"]
+
+
+def test_the_settings_that_differ_are_told_and_no_others(two):
+    assert differing(read_histories(two)) == {"lr": [1e-3, 6e-4], "max_steps": [60, 20], "optimizer": ["muon", None]}
+    rows = [line.split() for line in report(read_histories(two), 3.4)[4:]]
+    assert rows == [
+        ["setting", "fast", "slow"],
+        ["lr", "0.001", "0.0006"],
+        ["max_steps", "60", "20"],
+        ["optimizer", '"muon"', "-"],
+    ]
+
+
+def test_a_run_without_readable_settings_differs_in_none(two, capsys):
+    (two[1] / "config.toml").write_bytes(b"lr = \xff")
+    histories = read_histories(two)
+    assert "config.toml" in capsys.readouterr().err
+    assert report(histories, 3.4)[-1] == "no setting differs"
+    (two[1] / "config.toml").unlink()
+    assert differing(read_histories(two)) == {}
+    assert capsys.readouterr().err == ""
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
+    folders = [make_run(tmp_path / name / "run", FAST) for name in ("a", "b")]
+    assert [history.name for history in read_histories(folders)] == [str(folder) for folder in folders]
+    assert read_histories([folders[0] / ".." / "run"])[0].name == "run"
+
+
+def test_a_run_without_validation_has_dashes(tmp_path):
+    only_trained = make_run(tmp_path / "run", [{"step": 5, "tokens": 50, "loss": 2.0, "train_seconds": 1.0}])
+    assert report(read_histories([only_trained]), None)[1].split() == ["run", "5", "50", "1.0", "-", "-", "-"]
+
+
+# ---- the picture
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The matplotlib figures that are saved meanwhile."""
+    figure = pytest.importorskip("matplotlib.figure", reason="needs matplotlib, the extra [plot]").Figure
+    saved, save = [], figure.savefig
+
+    def savefig(self, *args, **options):
+        saved.append(self)
+        save(self, *args, **options)
+
+    monkeypatch.setattr(figure, "savefig", savefig)
+    return saved
+
+
+def lines_of(figure):
+    """The points of each line that is drawn: [(place, loss), ...]."""
+    return [[tuple(map(float, point)) for point in line.get_xydata()] for line in figure.axes[0].get_lines()]
+
+
+def check_png(path):
+    image = pytest.importorskip("PIL.Image", reason="needs matplotlib, the extra [plot]").open(path)
+    image.load()
+    assert image.format == "PNG"
+    assert min(image.size) > 400
+
+
+@pytest.mark.parametrize(
+    ("axis", "training", "validation"),
+    [
+        ("step", [10, 20, 30, 40, 60], [0, 20, 40, 60]),
+        ("tokens", [1000, 2000, 3000, 4000, 6000], [0, 2000, 4000, 6000]),
+        ("seconds", [10, 20, 30, 41.5, 1060], [0, 20, 41.5, 1060]),
+    ],
+)
+def test_both_losses_are_drawn_against_what_was_asked(two, drawn, axis, training, validation):
+    run = plot_here(two[0], "--x", axis)
+    assert run.code == 0, run.stderr
+    assert lines_of(drawn[0]) == [
+        list(zip(training, [4.0, 3.5, 3.1, 3.0, 2.9], strict=True)),
+        list(zip(validation, [5.0, 3.6, 3.2, 3.3], strict=True)),
+    ]
+    check_png(two[0] / "loss.png")
+    assert run.last == f"info: drawn: {two[0] / 'loss.png'}"
+
+
+def test_one_run_is_drawn_by_step_and_several_by_tokens_into_the_current_folder(two, drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert plot_here("fast").code == plot_here("fast", "slow").code == 0
+    assert [figure.axes[0].get_xlabel() for figure in drawn] == ["training steps", "training tokens"]
+    assert len(lines_of(drawn[1])) == 5  # with that of the loss to reach
+    check_png(tmp_path / "loss.png")
+    assert sorted(os.listdir("fast")) == ["config.toml", "loss.png", "metrics.jsonl"]
+    assert sorted(os.listdir("slow")) == ["config.toml", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize(("name", "begin"), [("x.png", b"\x89PNG"), ("x.SVG", b"<?xml"), ("x.pdf", b"%PDF")])
+def test_the_ending_of_the_file_decides_its_format(two, drawn, tmp_path, name, begin):
+    assert plot_here(*two, "--out", tmp_path / name).code == 0
+    assert (tmp_path / name).read_bytes().startswith(begin)
+
+
+@pytest.mark.parametrize("name", ["$x_1$", "$", "_hidden", "雨 naïve", "a\x1b[2Jb", "%s {} \\frac"])
+def test_fault_110_any_name_can_be_drawn_and_none_drives_the_terminal(tmp_path, drawn, name, recwarn):
+    run = plot_here(make_run(tmp_path / name, FAST), make_run(tmp_path / "other", SLOW), "--out", tmp_path / "x.png")
+    assert run.code == 0, run.stderr
+    assert "\x1b" not in run.stdout + run.stderr
+    assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()][1:] == ["other", "3.4000"]
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "records", [FAST[:1], FAST[1:2], [r for r in FAST if "loss" in r], [r for r in FAST if "val_loss" in r]]
+)
+def test_runs_with_little_in_them_are_drawn(tmp_path, drawn, records):
+    run = plot_here(make_run(tmp_path / "run", records))
+    assert run.code == 0, run.stderr
+    check_png(tmp_path / "run/loss.png")
+
+
+def test_a_run_without_numbers_is_refused_alone_and_warned_of_among_others(tmp_path, drawn):
+    empty, full = make_run(tmp_path / "empty", b""), make_run(tmp_path / "full", FAST)
+    alone = plot_here(empty)
+    assert (alone.code, alone.stdout) == (2, "")
+    assert re.fullmatch(r"error: no losses by step yet: empty; .*", alone.last)
+    both = plot_here(empty, full, "--out", tmp_path / "x.png")
+    assert both.code == 0
+    assert "warning: empty: no losses by tokens yet" in both.stderr
+    assert both.stdout.splitlines()[1].split() == ["empty", *["-"] * 8]
+
+
+def test_a_long_run_is_drawn_behind_its_running_mean_and_from_below_its_first_fall(tmp_path, drawn):
+    records = [{"step": n, "loss": 10.0 if n < 4 else 3.0 + n % 2, "tokens": n} for n in range(120)]
+    assert plot_here(make_run(tmp_path / "run", records)).code == 0
+    _, mean = lines_of(drawn[0])
+    assert mean[50] == (51, pytest.approx(sum(3.0 + n % 2 for n in (50, 51, 52)) / 3))
+    assert 4.0 < drawn[0].axes[0].get_ylim()[1] < 4.2
+
+
+def test_the_running_mean_stands_at_the_middle_of_what_it_is_taken_from():
+    assert running_mean([1, 2, 4, 8, 9], [6.0, 0.0, 3.0, 9.0, 0.0], 3) == ([2, 4, 8], [3.0, 4.0, 4.0])
+
+
+def test_fault_041_a_picture_that_cannot_be_written_leaves_the_one_before(two, drawn, monkeypatch):
+    assert plot_here(two[0]).code == 0
+    before = (two[0] / "loss.png").read_bytes()
+    (two[0] / "metrics.jsonl").write_text(json.dumps(FAST[1]) + "\n")
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    run = plot_here(two[0])
+    assert run.code == 5
+    assert re.fullmatch(r"error: .*loss\.png: No space left on device; .*", run.last)
+    assert (two[0] / "loss.png").read_bytes() == before
+    assert sorted(os.listdir(two[0])) == ["config.toml", "loss.png", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no run is given"),
+        (["nowhere"], "nowhere: no such folder"),
+        (["."], r"metrics\.jsonl: no such file; give the folder of a run"),
+        (["fast", "--out", "x.gif"], r"'x\.gif' must end in \.png, \.svg, \.pdf"),
+        (["fast", "--out", "no/x.png"], "there is no folder no"),
+        (["fast", "--out", "folder.png"], r"folder\.png: a folder"),
+        (["fast", "--loss", "nan"], "not a finite float"),
+        (["fast", "--loss", "-1"], "must be 0 or more"),
+        (["fast", "--y", "3"], "unknown option --y"),
+        (["x" * 10_000], "no such folder"),
+    ],
+)
+def test_what_cannot_be_drawn_is_exit_2(two, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    run = plot_here(*words)
+    assert run.code == 2
+    assert run.last.startswith("error: ")
+    assert re.search(message, run.last)
+    assert not (tmp_path / "loss.png").exists()
+    assert not (two[0] / "loss.png").exists()
+
+
+# ---- matplotlib is an extra
+
+
+def test_without_matplotlib_there_is_the_table_and_an_error_that_names_the_pip_line(two, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run = plot_here(two[0])
+    assert run.code == 2
+    assert run.stdout.splitlines()[1].startswith("fast ")
+    assert re.fullmatch(
+        r'error: no picture: .*matplotlib.*; pip install -c constraints\.txt -e "\.\[plot\]" .*', run.last
+    )
+    assert not (two[0] / "loss.png").exists()
+
+
+def test_without_matplotlib_training_says_so_and_goes_on(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(RunPicture, "__call__", DRAW)
+    run = train_here("tiny", "--data", data, "--out", tmp_path / "out", *SHORT, "--max_steps", 6)
+    assert run.code == 0, run.stderr
+    assert run.stderr.count("[plot]") == 1
+    assert re.search(r"^info: no loss\.png .*\[plot\]", run.stderr, re.MULTILINE)
+    assert "warning" not in run.stderr
+    assert not (tmp_path / "out/loss.png").exists()
+
+
+def test_the_command_starts_without_torch_and_the_import_without_matplotlib():
+    code = "import sys, gpt.plot; print(*{name.split('.')[0] for name in sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "tyro" in run.stdout.split()
+    assert not set(run.stdout.split()) & {"torch", "matplotlib", "wandb", "transformers"}
+
+
+def test_readme_and_help_name_every_flag():
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n### python -m gpt.plot")[1].split("\n### ")[0]
+    flags = fields(PlotConfig).keys() - {"runs"}
+    assert set(re.findall(r"`--(\w+)", section)) == flags
+    run = plot_here("--help")
+    assert run.code == 0
+    assert all(f"--{flag}" in run.stdout for flag in flags)
+
+
+# ---- while a run trains
+
+SHORT = ("--warmup_steps", 0, "--log_every", 1, "--eval_every", 3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("plot") / "data")
+
+
+@pytest.fixture
+def drawing(monkeypatch):
+    """Runs are drawn, as they are not in other tests."""
+    pytest.importorskip("matplotlib", reason="needs matplotlib, the extra [plot]")
+    monkeypatch.setattr(RunPicture, "__call__", DRAW)
+
+
+def test_a_run_leaves_its_picture_and_a_resumed_one_a_new_one(data, tmp_path, drawing, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)  # where there is no `gpt`
+    for steps in (3, 6):
+        run = train_here("tiny", "--data", data, "--out", "out", *SHORT, "--max_steps", steps)
+        assert run.code == 0, run.stderr
+        assert "loss.png" not in run.stderr
+        check_png(out / "loss.png")
+        (out / "loss.png").rename(tmp_path / f"{steps}.png")
+    assert plot_here(out).code == 0
+    assert (out / "loss.png").read_bytes() == (tmp_path / "6.png").read_bytes() != (tmp_path / "3.png").read_bytes()
+    assert not list(out.glob("*.tmp"))
+
+
+def test_a_run_that_ends_before_an_evaluation_is_drawn_too(tmp_path, drawing):
+    data = make_data(tmp_path / "data", val_size=0)
+    assert train_here("tiny", "--data", data, "--out", tmp_path / "out", *SHORT, "--max_steps", 6).code == 0
+    check_png(tmp_path / "out/loss.png")
+
+
+def test_fault_037_a_picture_that_cannot_be_drawn_is_one_warning(data, tmp_path, drawing, monkeypatch):
+    (tmp_path / "out/loss.png").mkdir(parents=True)
+    monkeypatch.setattr(log, "SECONDS_BETWEEN_DRAWINGS", 0)
+    run = train_here("tiny", "--data", data, "--out", tmp_path / "out", *SHORT, "--max_steps", 6)
+    assert run.code == 0, run.stderr
+    assert run.stderr.count("warning:") == 1
+    assert re.search(r"^warning: loss\.png was not drawn: Is a directory", run.stderr, re.MULTILINE)
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    """(Log, clock, times of its drawings): a Log with a clock that stands still."""
+    clock, drawn_at = SimpleNamespace(now=1000.0), []
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return Log(tmp_path, -1, 100, lambda: drawn_at.append(clock.now)), clock, drawn_at
+
+
+EVALUATED = {"step": 1, "val_loss": 2.0, "val_bpb": 3.0}
+
+
+def test_a_run_is_drawn_at_evaluations_only_and_never_two_of_them_within_two_minutes(watched):
+    made, clock, drawn_at = watched
+    for second in range(1, 1000):
+        clock.now = 1000.0 + second
+        made.write(EVALUATED if second % 50 == 0 else {"step": 1}, 100)
+    assert [at - 1000 for at in drawn_at] == [150, 300, 450, 600, 750, 900]
+
+
+def test_the_end_is_drawn_once_and_only_if_something_was_recorded(watched):
+    made, clock, drawn_at = watched
+    clock.now += 1000
+    made.write(EVALUATED, 100)
+    made.close()
+    assert drawn_at == [2000.0]
+
+
+def test_what_was_recorded_after_the_last_drawing_is_drawn_at_the_end(watched):
+    made, _, drawn_at = watched
+    made.write({"step": 2}, 100)
+    made.close()
+    assert len(drawn_at) == 1
+
+
+def test_a_run_that_recorded_nothing_or_was_interrupted_is_not_drawn(watched):
+    made, _, drawn_at = watched
+    made.close()
+    made.is_drawn = False
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        made.close()
+    assert drawn_at == []
+
+
+def test_fault_117_the_picture_is_nobodys_to_change_and_no_link_is_written_through(two, drawn, tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    (two[0] / "loss.png").symlink_to(tmp_path / "mine")
+    assert plot_here(two[0]).code == 0
+    assert (tmp_path / "mine").read_text() == "precious"
+    check_png(two[0] / "loss.png")
+    assert (two[0] / "loss.png").stat().st_mode & 0o022 == 0

@@ -1,0 +1,181 @@
+"""Memory: estimates against what a step really takes, limits of the machine and of its containers, the micro-batch."""
+
+import contextlib
+
+import pytest
+import torch
+from training_helpers import tiny_model
+
+from gpt import device
+from gpt.errors import InputError
+from gpt.model import GPT, ModelConfig
+from gpt.train import memory
+from gpt.train.optim import OptimConfig, make_optimizer
+
+CPU = torch.device("cpu")
+
+# ---- estimates
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("vocab_size", [257, 50257])
+def test_the_estimate_of_weights_and_optimizer_is_what_they_take(vocab_size, kind):
+    config = ModelConfig(n_layer=3, n_head=4, n_embd=64, block_size=32)
+    model = GPT(config, vocab_size)
+    optimizer = make_optimizer(model, OptimConfig(optimizer=kind))
+    optimizer.found_inf = torch.zeros(())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    needs = memory.estimate(config, vocab_size, 1, torch.float32, CPU, kind)
+    size = sum(p.numel() * 4 for p in model.parameters())
+    state = sum(v.numel() * 4 for s in optimizer.state.values() for v in s.values())
+    assert needs["weights"] == pytest.approx(size, rel=0.1)
+    assert needs["gradients"] == pytest.approx(size, rel=0.1)
+    assert needs["optimizer"] == pytest.approx(state, rel=0.1)
+
+
+def measured(model, ids, dtype):
+    """Bytes that a forward pass keeps for the backward pass, weights not counted."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
+        return tensor
+
+    precision = torch.autocast("cpu", dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), precision:
+        loss = model(ids, ids).sum()
+    assert loss.requires_grad
+    return sum(size for _, size in kept.values())
+
+
+SHAPES = [  # n_layer, n_head, n_embd, block_size, vocab_size, rows
+    (2, 4, 64, 128, 257, 4),
+    (6, 4, 128, 64, 257, 4),
+    (2, 2, 32, 64, 8192, 4),
+    (2, 12, 48, 512, 257, 1),  # much attention
+    (1, 1, 16, 16, 257, 1),
+]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_kept_for_the_backward_pass_is_estimated_to_a_tenth(shape, dtype, dropout):
+    *sizes, vocab_size, rows = shape
+    config = ModelConfig(*sizes, dropout=dropout)
+    kept = measured(GPT(config, vocab_size), torch.zeros(rows, config.block_size, dtype=torch.int64), dtype)
+    assert memory.kept_for_backward(config, vocab_size, rows, dtype, CPU) == pytest.approx(kept, rel=0.1)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_activations_are_what_is_kept_and_what_passes(dropout):
+    config = ModelConfig(2, 4, 64, 128, dropout)
+    kept = memory.kept_for_backward(config, 257, 3, torch.float32, CPU)
+    passing = memory.estimate(config, 257, 3, torch.float32, CPU)["activations"] - kept
+    assert passing == (3 * 128 * 4 * 4 * 128 if dropout else 0)
+
+
+def test_on_a_gpu_attention_keeps_no_scores_whatever_the_dropout():
+    sizes = {}
+    for name in ("cpu", "cuda", "mps"):
+        for dropout in (0.0, 0.1):
+            config = ModelConfig(2, 12, 48, 512, dropout)
+            sizes[name, dropout] = memory.kept_for_backward(config, 257, 1, torch.float32, torch.device(name))
+    assert sizes["cuda", 0.1] < 1.1 * sizes["cuda", 0.0] == 1.1 * sizes["cpu", 0.0]
+    assert sizes["mps", 0.1] == sizes["cpu", 0.1] > 10 * sizes["cpu", 0.0]
+
+
+# ---- limits
+
+
+@pytest.fixture
+def groups(tmp_path, monkeypatch):
+    """A function that puts this process into control groups: text of /proc/self/cgroup, file below the root -> text."""
+
+    def pretend(own, files):
+        (tmp_path / "own").write_text(own)
+        for name, text in files.items():
+            path = tmp_path / "root" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    monkeypatch.setattr(device, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(device, "GROUP_ROOT", tmp_path / "root")
+    return pretend
+
+
+STAT = "anon 5\ninactive_file 30\nactive_file 7\n"
+
+
+def test_in_a_container_its_limit_counts_and_dropped_page_cache_does_not(groups):
+    files = {"memory.max": "1000\n", "memory.current": "400\n", "memory.stat": STAT}
+    groups("0::/\n", files)
+    assert device.total_memory(CPU) == 1000
+    assert device.free_memory(CPU) == 1000 - 400 + 30
+
+
+def test_the_tightest_of_nested_groups_counts(groups):
+    files = {"memory.stat": STAT, "job/memory.max": "500", "job/memory.current": "100", "job/memory.stat": STAT}
+    files |= {"job/step/memory.max": "max", "job/step/memory.current": "90", "job/step/memory.stat": STAT}
+    groups("1:name=systemd:/x\n0::/job/step\n", files)
+    assert (device.total_memory(CPU), device.free_memory(CPU)) == (500, 430)
+
+
+def test_the_first_version_of_control_groups_counts_too(groups):
+    files = {"memory/memory.limit_in_bytes": "700", "memory/memory.usage_in_bytes": "200"}
+    files["memory/memory.stat"] = STAT + "total_inactive_file 50\n"
+    groups("4:memory:/docker/abc\n1:cpu:/\n0::/\n", files)  # as seen inside: its own group is the root
+    assert (device.total_memory(CPU), device.free_memory(CPU)) == (700, 550)
+
+
+def test_without_a_limit_it_is_the_machine_that_counts(groups, tmp_path):
+    whole = device.total_memory(CPU)
+    groups("0::/\n", {"memory.max": "max\n", "memory.current": "4\n", "memory.stat": STAT})
+    assert device.total_memory(CPU) == whole > device.free_memory(CPU) > memory.MIB
+    (tmp_path / "own").unlink()
+    assert device.total_memory(CPU) == whole
+
+
+# ---- choices
+
+
+def test_the_chosen_micro_batch_is_the_largest_divisor_that_fits(monkeypatch):
+    config = ModelConfig(2, 2, 32, 64)
+    size = {n: sum(memory.estimate(config, 257, n, torch.float32, CPU).values()) for n in (1, 2, 3, 4, 6, 12)}
+    for n in size:
+        monkeypatch.setattr(memory, "free_memory", lambda _, n=n: size[n] / memory.USABLE + 1)
+        assert memory.choose_micro_batch(config, 257, 12, torch.float32, CPU) == n
+        assert memory.choose_micro_batch(config, 257, n, torch.float32, CPU, sharers=2) < max(n, 2)
+    monkeypatch.setattr(memory, "free_memory", lambda _: 0)
+    assert memory.choose_micro_batch(config, 257, 12, torch.float32, CPU) == 1
+
+
+def test_with_dropout_on_a_cpu_a_smaller_micro_batch_fits(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda _: 2 * memory.GIB)
+    chosen = [
+        memory.choose_micro_batch(ModelConfig(6, 6, 384, 1024, dropout), 257, 8, torch.float32, CPU)
+        for dropout in (0.0, 0.1)
+    ]
+    assert chosen[0] > chosen[1]
+
+
+def test_the_memory_line_adds_up_and_names_its_unit():
+    needs = {
+        "weights": memory.GIB,
+        "gradients": memory.GIB,
+        "optimizer": 2 * memory.GIB,
+        "activations": memory.GIB // 2,
+    }
+    line = "memory: weights 1.0 + gradients 1.0 + optimizer 2.0 + activations 0.5 = 4.5 GiB (estimated)"
+    assert memory.describe(needs) == line
+    assert memory.describe({"weights": 3 * memory.MIB}) == "memory: weights 3.0 = 3.0 MiB (estimated)"
+
+
+def test_fault_101_a_model_that_can_never_fit_is_refused_and_one_that_may_is_not():
+    memory.check_fits(tiny_model().config, 257, CPU)
+    with pytest.raises(InputError, match=r"n_layer 1000000, n_embd 768 needs [0-9,]{18,} bytes"):
+        memory.check_fits(ModelConfig(n_layer=10**6), 50257, CPU)

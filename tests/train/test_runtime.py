@@ -1,0 +1,328 @@
+"""The machine: devices, precision, compilation, determinism, seeds, signals."""
+
+import platform
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gpt import device
+from gpt.config import refuse
+from gpt.device import pick_device
+from gpt.errors import InputError, ResourceError
+from gpt.kernels import build, select
+from gpt.kernels.select import pick_dtype
+from gpt.model import ModelConfig
+from gpt.train import runtime
+from gpt.train.ranks import Alone
+from gpt.train.runtime import MachineConfig, Runtime, StopFlag, gpu_peak, own_device, seed_step
+
+
+@pytest.fixture
+def settings_back():
+    """torch's settings are put back after a Runtime changed them."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+
+
+# ---- devices and precision
+
+
+def test_cpu_is_always_there_and_auto_finds_something():
+    assert pick_device("cpu").type == "cpu"
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "xpu:7", "", "cuda:-2"])
+def test_a_device_that_is_not_there_is_refused_by_name(name):
+    with pytest.raises(InputError, match=r"^device .*use (auto|--device auto)") as caught:
+        pick_device(name)
+    assert name in str(caught.value)
+
+
+def test_of_several_processes_each_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    second, one_of_three = Alone(), Alone()
+    second.size, second.local_rank, second.local_size = 4, 1, 2
+    one_of_three.size = one_of_three.local_size = 3
+    assert own_device(torch.device("cuda"), second) == torch.device("cuda:1")
+    assert own_device(torch.device("cuda"), Alone()) == torch.device("cuda")
+    assert own_device(torch.device("cpu"), one_of_three) == torch.device("cpu")
+    with pytest.raises(InputError, match="3 processes on this machine, 2 GPUs"):
+        own_device(torch.device("cuda"), one_of_three)
+    for name in ("cuda:1", "mps"):
+        with pytest.raises(InputError, match=f"device {name}: 4 processes cannot share it"):
+            own_device(torch.device(name), second)
+
+
+def test_precision_follows_the_gpu_and_on_a_cpu_a_measurement(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for bf16_wins in (True, False):
+        monkeypatch.setattr(select, "faster", lambda *_, wins=bf16_wins: wins)
+        assert pick_dtype("auto", cpu) == (torch.bfloat16 if bf16_wins else torch.float32)
+    expected = {(6, 1): torch.float32, (7, 0): torch.float16, (7, 5): torch.float16}
+    expected |= dict.fromkeys(((8, 0), (8, 9), (9, 0), (10, 0)), torch.bfloat16)
+    for version, dtype in expected.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, version=version: version)
+        assert pick_dtype("auto", cuda) == dtype
+    assert pick_dtype("fp16", cpu) == torch.float16
+
+
+def test_fp32_means_no_shorter_products(settings_back):
+    run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
+    assert torch.get_float32_matmul_precision() == "highest"
+    with run.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    with Runtime(MachineConfig(device="cpu", dtype="bf16")).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+def test_on_a_cpu_a_run_is_deterministic_and_its_record_says_what_bits_depend_on(settings_back):
+    run = Runtime(MachineConfig(device="cpu", dtype="bf16", threads=1))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert run.record(compiled=False, kernels=True, micro_batch_size=4) == {
+        "torch": torch.__version__,
+        "device": device.device_name(run.device),
+        "threads": 1,
+        "precision": "bfloat16",
+        "compile": False,
+        "kernels": True,
+        "micro_batch_size": 4,
+        "deterministic": True,
+        "world_size": 1,
+    }
+
+
+def test_compilation_is_off_on_a_cpu_unless_it_is_asked_for(settings_back):
+    run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
+    assert [run.compiles(setting, 1e21) for setting in ("auto", "on", "off")] == [False, True, False]
+
+
+def test_a_run_that_is_continued_on_the_same_device_stays_compiled_or_not(settings_back):
+    run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
+    before = run.record(compiled=True, kernels=False, micro_batch_size=4)
+    assert [run.compiles(setting, 1e21, before) for setting in ("auto", "on", "off")] == [True, True, False]
+    assert not run.compiles("auto", 1e21, before | {"device": "another"})
+
+
+def test_a_run_on_a_gpu_is_compiled_if_it_is_long_enough_to_save_the_minute_that_takes(settings_back, monkeypatch):
+    run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
+    run.device = torch.device("cuda")
+    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA L4", 121e12), ("unknown", 312e12)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert run.compiles("auto", 210 * peak / 4)  # 210 seconds uncompiled, of which it saves 63
+        assert not run.compiles("auto", 190 * peak / 4)
+
+
+class Library:
+    def __init__(self, has_threads=True):
+        self.gpt_has_threads = lambda: has_threads
+        self.gpt_causal_attention = SimpleNamespace()
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Where kernels are not built yet: what was done about it, "built" or "begun"."""
+    done, library = [], Library()
+    monkeypatch.setattr(build, "load_library", lambda purpose: library if "built" in done else None)
+    monkeypatch.setattr(build, "build_now", lambda purpose: done.append("built") or library)
+    monkeypatch.setattr(build, "start_background_build", lambda purpose: done.append("begun") or True)
+    return done
+
+
+SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16)
+
+
+def bf16_runtime(**settings):
+    return Runtime(MachineConfig(device="cpu", dtype="bf16", **settings))
+
+
+@pytest.fixture
+def kernels_win(monkeypatch):
+    """The measurement says that the C++ is faster; a list to which its questions are added."""
+    asked = []
+    monkeypatch.setattr(runtime, "attention_is_faster", lambda *question: asked.append(question) or True)
+    return asked
+
+
+def test_a_long_run_waits_for_its_kernels_and_a_short_one_has_them_built_for_the_next(
+    settings_back, builds, kernels_win, capsys
+):
+    run = bf16_runtime()
+    assert run.native_attention("auto", SHAPE, False, runtime.KERNELS_PAY / 2) is None
+    assert builds == ["begun"]
+    assert "built in the background" in capsys.readouterr().err
+    assert run.native_attention("auto", SHAPE, False, runtime.KERNELS_PAY) is not None
+    assert builds == ["begun", "built"]
+    assert run.native_attention("auto", SHAPE, False, 1) is not None
+    assert builds == ["begun", "built"]
+
+
+def test_kernels_are_for_uncompiled_runs_in_bf16_without_dropout_on_a_cpu(settings_back, builds, kernels_win):
+    run = bf16_runtime()
+    assert run.native_attention("auto", SHAPE, True, 1e21) is None
+    assert run.native_attention("off", SHAPE, False, 1e21) is None
+    assert run.native_attention("auto", replace(SHAPE, dropout=0.1), False, 1e21) is None
+    assert run.native_attention("auto", replace(SHAPE, n_embd=30), False, 1e21) is None  # heads of an odd width
+    run.device = torch.device("cuda")
+    assert run.native_attention("auto", SHAPE, False, 1e21) is None
+    fp32 = Runtime(MachineConfig(device="cpu", dtype="fp32"))
+    assert fp32.native_attention("auto", SHAPE, False, 1e21) is None
+    assert builds == []
+    with pytest.raises(InputError, match="exclude each other"):
+        refuse(MachineConfig(kernels="on", compile="on").problems())
+
+
+def test_auto_uses_kernels_only_where_a_measurement_finds_them_faster(settings_back, builds, monkeypatch):
+    run = bf16_runtime()
+    for faster in (True, False):
+        monkeypatch.setattr(runtime, "attention_is_faster", lambda *_, faster=faster: faster)
+        assert (run.native_attention("auto", SHAPE, False, 1e21) is not None) == faster
+        assert run.native_attention("on", SHAPE, False, 1) is not None
+
+
+def test_a_run_that_is_continued_keeps_to_its_kernels_or_to_plain_torch(settings_back, builds, kernels_win):
+    run = bf16_runtime()
+    before = run.record(False, kernels=False, micro_batch_size=4)
+    assert run.native_attention("auto", SHAPE, False, 1e21, before) is None
+    assert builds == []
+    assert run.native_attention("auto", SHAPE, False, 1, before | {"kernels": True}) is not None
+    assert builds == ["built"]
+    assert kernels_win == []
+    assert run.native_attention("auto", SHAPE, False, 1e21, before | {"device": "another"}) is not None
+    assert len(kernels_win) == 1
+
+
+def test_kernels_that_one_rank_lacks_or_that_have_no_threads_are_not_used(
+    settings_back, builds, kernels_win, monkeypatch
+):
+    run = bf16_runtime(threads=2)
+    assert run.native_attention("auto", SHAPE, False, 1e21) is not None
+    run.ranks = type("Ranks", (Alone,), {"least": lambda self, number: 0})()
+    assert run.native_attention("auto", SHAPE, False, 1e21) is None
+    run.ranks = Alone()
+    monkeypatch.setattr(build, "build_now", lambda purpose: Library(has_threads=False))
+    assert run.native_attention("auto", SHAPE, False, 1e21) is None
+    torch.set_num_threads(1)
+    assert run.native_attention("auto", SHAPE, False, 1e21) is not None
+
+
+def test_where_kernels_cannot_be_had_auto_goes_without_and_on_is_an_error(settings_back, monkeypatch):
+    for name in ("load_library", "build_now", "start_background_build"):
+        monkeypatch.setattr(build, name, lambda purpose: None)
+    run = bf16_runtime()
+    assert run.native_attention("auto", SHAPE, False, 1e21) is None
+    with pytest.raises(ResourceError, match="kernels on: the library could not be built"):
+        run.native_attention("on", SHAPE, False, 1e21)
+    with pytest.raises(InputError, match=r"kernels on: .* needs a CPU, bf16 and a C\+\+ compiler"):
+        Runtime(MachineConfig(device="cpu", dtype="fp32", kernels="on"))
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    with pytest.raises(InputError, match=r"kernels on: .* needs a CPU, bf16 and a C\+\+ compiler"):
+        bf16_runtime(kernels="on")
+
+
+def test_a_gpu_that_is_named_by_number_becomes_the_current_one(settings_back, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cuda:1", "cuda", "cpu", "cpu:0"):
+        Runtime(MachineConfig(device=name, dtype="fp32"))
+    assert chosen == [torch.device("cuda:1")]
+
+
+PEAKS = {  # what torch calls a GPU, and dense bf16/fp16 TFLOP/s by its maker; 0: not in our table
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA L4": 121,
+    "NVIDIA L40S": 362,
+    "NVIDIA A10": 125,
+    "Tesla T4": 65,
+    "Tesla V100-SXM2-16GB": 125,
+    "NVIDIA GeForce RTX 3090": 71,
+    "NVIDIA RTX A1000 Laptop GPU": 0,
+    "NVIDIA A10G": 0,
+    "NVIDIA L40": 0,
+    "NVIDIA T400 4GB": 0,
+    "NVIDIA GeForce RTX 3090 Ti": 0,
+    "NVIDIA GeForce RTX 4090 Laptop GPU": 0,
+    "NVIDIA GeForce RTX 4090 D": 0,
+    "NVIDIA GeForce RTX 5090 D": 0,
+}
+
+
+def test_a_gpus_peak_is_found_by_whole_words_of_its_name():
+    assert {name: gpu_peak(name) / 1e12 for name in PEAKS} == PEAKS
+
+
+def test_the_measured_peak_is_about_what_a_large_product_reaches():
+    assert runtime.peak_flops(torch.device("cpu"), torch.float32) > 1e7
+    assert runtime.peak_flops(torch.device("cpu"), torch.float16) > 1e5
+
+
+# ---- seeds
+
+
+def draws(seed, step, rank=0):
+    seed_step(seed, step, rank)
+    return torch.rand(4).tolist()
+
+
+def test_random_numbers_are_a_function_of_seed_step_and_rank():
+    first = draws(1, 2, 3)
+    torch.rand(100)
+    assert draws(1, 2, 3) == first
+    others = [draws(seed, step, rank) for seed in (0, 1, 2**63) for step in (0, 1, 10**7) for rank in (0, 1)]
+    assert len({tuple(numbers) for numbers in others}) == 18
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_fault_071_the_first_signal_only_sets_a_flag(number):
+    before = signal.getsignal(number)
+    with StopFlag() as stop:
+        assert not stop
+        signal.raise_signal(number)
+        assert stop
+        signal.raise_signal(signal.SIGTERM)  # a second SIGTERM never breaks a save
+        assert stop
+    assert signal.getsignal(number) is before
+
+
+def test_fault_070_a_second_ctrl_c_interrupts():
+    with StopFlag() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert stop
+
+
+REUSE = """
+import resource, torch
+from gpt.train.runtime import keep_freed_memory
+keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(32):  # it may take some until there is a piece that is large enough
+    before = faults()
+    torch.ones(64 << 20, dtype=torch.uint8)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_memory_of_tensors_that_are_gone_is_used_again_without_the_system():
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", REUSE], cwd=root, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000  # of 16,384 pages
