@@ -11,11 +11,9 @@ import contextlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
-from gpt.config import GROUP, fields, flatten, from_cli, refuse
+from gpt.config import fields, flatten, make_config, parse_flags, positional, refuse
 from gpt.errors import InputError, ResourceError, note, printable, run_main, stdout_errors, tell
 from gpt.generate.answers import Answers, Progress, answer_line, opened
 from gpt.generate.generator import GenerationParams, TextGenerator
@@ -66,12 +64,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    checkpoint: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")]]
+    checkpoint: str = positional("CHECKPOINT")
     """step folder, run folder (its best, else its newest), Hugging Face GPT-2 folder, or hub name such as gpt2"""
-    source: Source = field(default_factory=Source, metadata=GROUP)
-    generation: GenerationParams = field(default_factory=GenerationParams, metadata=GROUP)
-    destination: Destination = field(default_factory=Destination, metadata=GROUP)
-    machine: Machine = field(default_factory=Machine, metadata=GROUP)
+    source: Source = field(default_factory=Source)
+    generation: GenerationParams = field(default_factory=GenerationParams)
+    destination: Destination = field(default_factory=Destination)
+    machine: Machine = field(default_factory=Machine)
 
     @property
     def as_jsonl(self):
@@ -102,7 +100,8 @@ class SampleConfig:
 
 
 def main():
-    config, given = from_cli(SampleConfig, description=__doc__)
+    flags = parse_flags(SampleConfig, sys.argv[1:], __doc__)
+    config, given = make_config(SampleConfig, flags), flags.keys()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     prompts = prompts_of(config, given)

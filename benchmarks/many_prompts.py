@@ -67,14 +67,14 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def load(config, folder: Path):
     """Returns a TextGenerator whose back end does not depend on the number of prompts in a call."""
+    from gpt.device import set_threads
     from gpt.generate.backend import pick_backend
     from gpt.generate.generator import TextGenerator
-    from gpt.train.runtime import set_threads
 
     set_threads(config.threads)
     generator = TextGenerator.load(folder, config.device, config.dtype, config.quantize, config.backend)
     steps = config.prompts * sum(NEW_TOKENS) // 2 // config.rows
-    generator.backend = pick_backend(config.backend, generator.model, steps)
+    generator.backend = pick_backend(config.backend, generator.model, steps, config.rows)
     return generator
 
 
@@ -133,22 +133,22 @@ def fixed(generator, prompts: list[str], lengths: list[int], params: list, padde
 
 @contextlib.contextmanager
 def padded_to(tokens: int):
-    """A context in which a Decoder pads every prompt to `tokens`, and drops the padding from the cache afterwards."""
+    """A context in which a Step pads every prompt to `tokens`, and drops the padding from the cache afterwards."""
     import torch
 
-    from gpt.generate.decode import Decoder
+    from gpt.generate.step import Step
 
-    plain = Decoder.prefill
+    plain = Step.prefill
 
-    def prefill(decoder, slot, ids):
-        plain(decoder, slot, torch.nn.functional.pad(ids, (0, tokens - len(ids))))
-        decoder.cache.keep(slot, len(ids))
+    def prefill(step, row, ids):
+        plain(step, row, torch.nn.functional.pad(ids, (0, tokens - len(ids))))
+        step.cache.set_length(row, len(ids))
 
-    Decoder.prefill = prefill
+    Step.prefill = prefill
     try:
         yield
     finally:
-        Decoder.prefill = plain
+        Step.prefill = plain
 
 
 def report(config, record: dict) -> None:

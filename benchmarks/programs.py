@@ -20,9 +20,9 @@ class Ours:
 
     def __init__(self, folder, options, threads, device):
         import gpt
+        from gpt.device import set_threads
         from gpt.generate.backend import library
         from gpt.generate.generator import TextGenerator
-        from gpt.train.runtime import set_threads
 
         set_threads(threads)
         if device == "cpu" and not {"eager", "compiled"} & set(options):

@@ -58,8 +58,8 @@ def run_form(config, form: str) -> tuple:
     import torch
     from programs import form_settings
 
+    from gpt.device import set_threads
     from gpt.generate.generator import TextGenerator
-    from gpt.train.runtime import set_threads
 
     tell(f"reading with {form}")
     set_threads(config.threads)
@@ -87,24 +87,18 @@ def read(generator, ids, rows):
     import torch
 
     from gpt.generate.backend import make_backend, pick_backend
+    from gpt.generate.step import new_cache
 
-    backend = make_backend(pick_backend(generator.backend, generator.model, 1_000_000), generator.model)
+    backend = make_backend(pick_backend(generator.backend, generator.model, 1_000_000, rows=1), generator.model)
     predicted = ids.shape[1] - 1
     logits, nats = torch.empty(len(ids), predicted, generator.model.vocab_size), 0.0
     for batch, batch_logits in zip(ids.to(generator.model.device).split(rows), logits.split(rows), strict=True):
-        cache = new_cache(generator.model, len(batch), backend)
+        cache = new_cache(generator.model, len(batch))
         for place, (column, target) in enumerate(zip(batch[:, :-1].t(), batch[:, 1:].t(), strict=True)):
             step_logits = backend.decode(column.contiguous(), cache)
-            cache.counts += 1
             nats -= step_logits.log_softmax(-1).gather(1, target[:, None]).sum().item()
             batch_logits[:, place] = step_logits
     return math.exp(nats / (len(ids) * predicted)), logits.flatten(0, 1)
-
-
-def new_cache(model, rows, backend):
-    from gpt.model import KVCache
-
-    return KVCache(model.config, rows, model.dtype, model.device, backend.attention)
 
 
 def summary(form: str, measured: tuple, reference: tuple) -> dict:

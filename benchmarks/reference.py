@@ -47,4 +47,4 @@ def all_logits(model: Any, rows: list[list[int]]) -> Any:
     import torch
 
     with torch.inference_mode():
-        return model.head(model.ln_f(model.hidden(torch.tensor(rows, device=model.device))))
+        return model.head(model.hidden(torch.tensor(rows, device=model.device)))

@@ -40,9 +40,10 @@ def run_ours(folder: str, spacing: float, words: list[str]) -> None:
     import project  # noqa: F401  makes `train` importable
 
     import train
+    from gpt.train import setup
 
-    stepper = KeepingStepper(train.stepper, Snapshots(folder), spacing)
-    train.stepper = stepper
+    stepper = KeepingStepper(setup.stepper, Snapshots(folder), spacing)
+    setup.stepper = stepper
     sys.argv = ["train.py", *words]
     try:
         train.run_main(train.main, quiet_pipe=False)

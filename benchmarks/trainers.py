@@ -16,7 +16,7 @@ import programs
 from gauges import Clock, peak_memory, release, reset_peak
 
 FORMS = {"fp32", "bf16", "compile", "eager", "adamw", "muon", "by1"}
-UNDONE = {"no-attention", "no-casts", "no-determinism", "no-drop", "no-fused", "no-graph", "no-kernels"}
+UNDONE = {"no-attention", "no-casts", "no-determinism", "no-drop", "no-fused", "no-graph"}
 UNDONE |= {"no-loss", "no-padding", "no-pages"}
 WORDS = FORMS | UNDONE  # what may follow a program's name
 LR, WARMUP_STEPS = 6e-4, 10
@@ -92,9 +92,8 @@ class Ours(Trainer):
     def __init__(self, folder, options, threads, device, grad_clip):
         super().__init__(folder, options, device, grad_clip)
         import gpt
-        import train
 
-        self.train, self.threads, self.version = train, threads, gpt.__version__
+        self.threads, self.version = threads, gpt.__version__
         undone = sorted(set(options) & UNDONE)
         assert "no-casts" not in undone or "by1" in options, "no-casts changes something only with by1"
         assert "no-fused" not in undone or "muon" not in options, "no-fused is for AdamW only"
@@ -110,14 +109,19 @@ class Ours(Trainer):
         return load_model(self.folder)
 
     def build(self, model, batch):
-        train, options = self.train, set(self.options)
-        machine = train.MachineConfig(
+        import train
+        from gpt.train import setup
+        from gpt.train.optim import OptimConfig
+        from gpt.train.runtime import MachineConfig
+
+        options = set(self.options)
+        machine = MachineConfig(
             device=self.device,
             dtype=next(iter(options & {"fp32", "bf16"}), "auto"),
             compile="on" if "compile" in options else "off",
             threads=self.threads,
         )
-        optim = train.OptimConfig(
+        optim = OptimConfig(
             optimizer="muon" if "muon" in options else "adamw",
             lr=LR,
             beta1=BETAS[0],
@@ -125,7 +129,8 @@ class Ours(Trainer):
             weight_decay=WEIGHT_DECAY,
             grad_clip=self.grad_clip,
         )
-        self.take_step = train.stepper(*ready_to_train(model, batch, int("by1" in options), machine, optim))
+        ready = ready_to_train(model, batch, int("by1" in options), machine, optim)
+        self.take_step = setup.stepper(*ready, train.train_step)
 
     def step(self, ids, lr):
         return self.take_step(ids, lr)[0]
@@ -135,20 +140,25 @@ def ready_to_train(model, sequences, micro_batch_size, machine, optim):
     """Returns what train.py makes before its first step, as its `stepper` takes it: (TrainConfig, State, Runtime,
     whether the model is compiled). `micro_batch_size` 0 lets it choose."""
     import train
+    from gpt.train import setup
+    from gpt.train.budget import BatchConfig, Budget, LengthConfig, Progress
+    from gpt.train.runtime import Runtime
+    from gpt.train.start import Start
 
-    length = train.LengthConfig(max_steps=1_000_000)
+    length = LengthConfig(max_steps=1_000_000)
     config = train.TrainConfig(
         data="none",
         model=model.config,
-        batch=train.BatchConfig(global_batch_size=sequences, micro_batch_size=micro_batch_size),
+        batch=BatchConfig(global_batch_size=sequences, micro_batch_size=micro_batch_size),
         length=length,
         optim=optim,
         machine=machine,
     )
-    run = train.Runtime(machine)
-    budget = train.Budget(length, sequences, model.config.block_size, windows_per_epoch=1)
-    state, record = train.build(config, model, budget, train.Progress(), run, None)
-    return config, state, run, record["compile"]
+    runtime = Runtime(machine)
+    budget = Budget(length, sequences, model.config.block_size, windows_per_epoch=1)
+    start = Start(config, base=None, corpus=None, budget=budget, checkpoint=None, progress=Progress(), newest=[])
+    state, record = setup.build(start, model, runtime, train.accumulate)
+    return config, state, runtime, record["compile"]
 
 
 class Peer(Trainer):
@@ -288,7 +298,8 @@ class Peak:
     def products(self) -> dict[str, float]:
         """Returns FLOP/s in {"fp32", "bf16"}: of square matrix products on a CPU, from the data sheet on CUDA; 0.0 if
         unknown."""
-        from gpt.train.runtime import DTYPES, peak_flops
+        from gpt.device import DTYPES
+        from gpt.train.cost import peak_flops
 
         return {name: peak_flops(self.device, DTYPES[name]) for name in ("fp32", "bf16")}
 

@@ -15,8 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from trainers import ready_to_train
 
 import train
+from gpt.kernels.cuda_graph import CudaGraph
 from gpt.model import GPT, ModelConfig
-from gpt.train.graph import CudaGraph, GraphedStep
+from gpt.train.graph import GraphedStep
+from gpt.train.optim import OptimConfig
+from gpt.train.runtime import MachineConfig
 
 TOLERANCE = 0.05  # nats, between the validation loss of a run and that of the run in fp32
 SMALL_MODELS = {  # (shape, sequences of a step), where launching a step's kernels takes longer than running them
@@ -95,14 +98,16 @@ def check_graph(proof: Proof) -> str:
 
 def step_milliseconds(device: str, shape: ModelConfig, sequences: int, captured: bool) -> float:
     """Returns the time of a training step with Muon in bf16, replayed as a CUDA graph or launched kernel by kernel."""
-    machine = train.MachineConfig(device=device, dtype="bf16", compile="off")
-    optim = train.OptimConfig(optimizer="muon")
-    _, state, run, _ = ready_to_train(GPT(shape, 257), sequences, sequences, machine, optim)
+    settings = MachineConfig(device=device, dtype="bf16", compile="off")
+    optim = OptimConfig(optimizer="muon")
+    _, state, machine, _ = ready_to_train(GPT(shape, 257), sequences, sequences, settings, optim)
 
     def launched_step(batch, lr):
-        return train.train_step(state, batch, lr, 1.0, run)
+        return train.train_step(state, batch, lr, 1.0, machine)
 
-    step = GraphedStep(launched_step, CudaGraph(run.device), state.optimizer.zero_grad) if captured else launched_step
+    step = (
+        GraphedStep(launched_step, CudaGraph(machine.device), state.optimizer.zero_grad) if captured else launched_step
+    )
     batch = torch.randint(257, (sequences, shape.block_size + 1), device=device)
     duration = milliseconds(device, lambda: step(batch, 1e-3), calls=50)
     expect(not captured or step.captured, "the step was not captured")

@@ -8,10 +8,9 @@ import torch.nn.functional as F
 
 import train
 from gpt import model
-from gpt.attention import causal_attention
-from gpt.kernels import training
 from gpt.loss import IGNORED
-from gpt.train import runtime
+from gpt.model import REFERENCE
+from gpt.train import runtime, setup
 
 
 def loss() -> None:
@@ -24,14 +23,9 @@ def loss() -> None:
     replace(model, "cross_entropy", cross_entropy)
 
 
-def kernels() -> None:
-    """Uses torch's operations in place of the C++ kernels."""
-    replace(training.TrainingKernels, "install", lambda *_: None)
-
-
 def attention() -> None:
     """Uses torch's fused attention in place of the C++ kernel."""
-    replace(training.TrainingKernels, "causal_attention", staticmethod(causal_attention))
+    replace(runtime.Runtime, "ops", lambda *_: REFERENCE)
 
 
 def pages() -> None:
@@ -42,11 +36,11 @@ def pages() -> None:
 def casts() -> None:
     """Casts the weights anew for every micro-batch."""
 
-    def accumulate(state, batch, run):
-        total = torch.zeros((), device=run.device)
+    def accumulate(state, batch, machine):
+        total = torch.zeros((), device=machine.device)
         parts = batch.split(state.progress.micro_batch_size)
         for part in parts:
-            with run.autocast():
+            with machine.autocast():
                 share = state.model(part[:, :-1].contiguous(), part[:, 1:].contiguous()).mean() / len(parts)
             share.backward()
             total += share.detach()
@@ -72,19 +66,19 @@ def fused() -> None:
         groups += [{"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
         return LoopAdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), foreach=False)
 
-    replace(train, "make_optimizer", make_optimizer)
+    replace(setup, "make_optimizer", make_optimizer)
 
 
 def drop() -> None:
     """Fills gradients with zeros instead of dropping them."""
-    original = train.make_optimizer
+    original = setup.make_optimizer
 
     def make_optimizer(trained, *arguments):
         optimizer = original(trained, *arguments)
         optimizer.zero_grad = lambda: torch._foreach_zero_([p.grad for p in trained.parameters() if p.grad is not None])
         return optimizer
 
-    replace(train, "make_optimizer", make_optimizer)
+    replace(setup, "make_optimizer", make_optimizer)
 
 
 def graph() -> None:

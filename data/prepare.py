@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this script works also where `gpt` is not installed
 
-from gpt.config import from_cli, refuse
+from gpt.config import make_config, parse_flags, positional, refuse
 from gpt.errors import InputError, printable, run_main, say
 from gpt.text.encode import batches, encoded, units
 from gpt.text.gather import gather, training_sample
@@ -38,7 +37,7 @@ SMALL_BYTES = 5_000_000  # of text, for which a vocabulary of 50,000 is too larg
 class PrepareConfig:
     out: str
     """folder for the shards; an earlier dataset in it is replaced"""
-    inputs: tyro.conf.Positional[tuple[str, ...]] = ()
+    inputs: tuple[str, ...] = positional("INPUT…", default=())
     """files, folders, globs, or - for stdin; a document is a file, a line of JSONL, or stdin as a whole"""
     corpus: Literal["", "stdlib", "shakespeare"] = ""
     """built-in text: stdlib (this Python's own sources), shakespeare (1.1 MB, downloaded)"""
@@ -96,8 +95,7 @@ class PrepareConfig:
 
 def main():
     os.umask(os.umask(0o022) | 0o022)  # nothing we write is for others to change
-    config, _ = from_cli(PrepareConfig, description=__doc__)
-    prepare(config)
+    prepare(make_config(PrepareConfig, parse_flags(PrepareConfig, sys.argv[1:], __doc__)))
 
 
 def prepare(config):

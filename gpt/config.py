@@ -1,26 +1,33 @@
-"""Settings: a frozen dataclass becomes flags (by tyro), TOML presets become its defaults, and mistakes get a
-suggestion.
+"""Settings: a frozen dataclass gives the options of the command line, `--help` and the keys of TOML presets.
 
-A settings class may hold further frozen dataclasses: they group the flags in `--help`. Names are flat everywhere: one
-name serves as field, TOML key, flag, log and checkpoint entry, so no name may occur twice in one class."""
+A settings class may hold further frozen dataclasses: they group the options in `--help`. Names are flat everywhere: one
+name serves as field, TOML key, flag, log and checkpoint entry, so no name may occur twice in one class. The docstring
+below a field explains it in `--help`. One field may be `positional`."""
 
+import argparse
+import ast
 import contextlib
 import dataclasses
 import difflib
-import io
+import inspect
 import json
 import math
 import os
+import re
 import sys
+import textwrap
 import tomllib
 import typing
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
 
-import tyro
+from gpt.errors import InputError, note, say, tell
 
-from gpt.errors import InputError, stdout_errors, tell
+Config = TypeVar("Config")
+Fields = dict[str, dataclasses.Field]  # by flat name
 
-GROUP = {"help": ""}  # metadata of a field that is a dataclass: else tyro reads its source file, in search of a text
 # What users of nanoGPT and transformers type, and the name (or names) here.
 OTHER_NAMES = {
     "batch_size": "global_batch_size (sequences per optimizer step) or --micro_batch_size (sequences per forward pass)",
@@ -66,155 +73,198 @@ OTHER_NAMES = {
 }
 
 
-def from_cli(cls, argv=None, base=None, preset=None, description=None, usage=None):
-    """Settings of class `cls` and the set of names that the preset or a flag gave: (config, given).
-
-    The class's defaults lie under `base` (flat name -> value), that under the TOML file `preset`, that under `argv`.
-    Raises InputError for an unknown, repeated or mistyped name, for nan and inf, and for what the class itself refuses.
-    `--help` prints and exits 0; its first line is `usage` (or the script's name) and the options."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    values = defaults(cls) | (base or {})
-    given = set()
-    if preset is not None:
-        from_preset = read_toml(preset, cls)
-        values |= from_preset
-        given |= from_preset.keys()
-    given |= check_flags(cls, argv)
-    default = unflatten(cls, values, checked=False)
-    return run_tyro(cls, argv, default, description, usage), frozenset(given)
+REMOVED = {"fp8_head"}  # settings of earlier versions, which a run's config.toml may still name
 
 
-def run_tyro(cls, argv, default, description, usage):
-    stderr = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(stderr), stdout_errors():
-            return tyro.cli(
-                cls,
-                args=argv,
-                prog=usage,
-                default=default,
-                description=description,
-                use_underscores=True,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        text = stderr.getvalue()
-        tell(text.rstrip())
-        raise InputError(f"settings: {first_sentence(text)}; --help explains every setting") from None
+def make_config(cls: type[Config], *layers: dict[str, Any]) -> Config:
+    """Returns the instance of `cls` with the values of these layers over its defaults; a later layer wins. Raises
+    InputError for a field without a value and for what the class itself refuses."""
+    values = defaults(cls)
+    for layer in layers:
+        values |= layer
+    refuse([f"{name} is not given; --help explains it" for name in fields(cls) if name not in values])
+    return unflatten(cls, values)
 
 
-def first_sentence(box):
-    """What tyro's error box says above its first rule, as one line."""
-    lines = []
-    for line in box.splitlines()[1:]:
-        line = line.strip("│ ")
-        if line.startswith("─"):
-            break
-        lines.append(line)
-    return " ".join(lines) or "not understood"
+def refuse(problems: list[str]) -> None:
+    """Raises InputError with all `problems` of a configuration in one message, unless there are none."""
+    if problems:
+        raise InputError("settings: " + "; ".join(problems))
 
 
-def fields(cls):
-    """Flat name -> dataclass field of `cls` and of the dataclasses inside it."""
-    found = {}
+# ---- fields and values by flat name
+
+
+def fields(cls: Any) -> Fields:
+    """Returns the fields of a settings class and of the dataclasses inside it."""
+    flat: Fields = {}
     for field in dataclasses.fields(cls):
-        found |= fields(field.type) if dataclasses.is_dataclass(field.type) else {field.name: field}
-    return found
+        flat |= fields(field.type) if dataclasses.is_dataclass(field.type) else {field.name: field}
+    return flat
 
 
-def defaults(cls):
-    """Flat name -> default; names without one are left out."""
-    found = {}
-    for name, field in fields(cls).items():
-        if field.default is not dataclasses.MISSING:
-            found[name] = field.default
-    return found
+def defaults(cls: Any) -> dict[str, Any]:
+    """Returns the defaults of a settings class; a field without one is left out."""
+    return {name: field.default for name, field in fields(cls).items() if field.default is not dataclasses.MISSING}
 
 
-def flatten(config):
-    """Flat name -> value, in the order of the fields."""
-    found = {}
+def flatten(config: Any) -> dict[str, Any]:
+    """Returns the values of a settings object, in the order of its fields."""
+    flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        found |= flatten(value) if dataclasses.is_dataclass(value) else {field.name: value}
-    return found
+        flat |= flatten(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return flat
 
 
-def unflatten(cls, values, checked=True):
-    """The instance of `cls` with these flat values. `checked=False` leaves out `__post_init__`: a default that only the
-    flags complete. A name without value is tyro's to ask for."""
-    made = {}
+def unflatten(cls: Any, values: dict[str, Any]) -> Any:
+    """Returns the instance of a settings class with these values; names that are not its fields are ignored."""
+    arguments = {}
     for field in dataclasses.fields(cls):
         nested = dataclasses.is_dataclass(field.type)
-        made[field.name] = unflatten(field.type, values, checked) if nested else values.get(field.name, tyro.MISSING)
-    if checked:
-        return cls(**made)
-    instance = object.__new__(cls)
-    for name, value in made.items():
-        object.__setattr__(instance, name, value)
-    return instance
+        arguments[field.name] = unflatten(field.type, values) if nested else values[field.name]
+    return cls(**arguments)
 
 
-def check_flags(cls, argv):
-    """The flat names of the flags in `argv`. Raises InputError naming every flag that is unknown (with a suggestion),
-    repeated, or whose value is not the number it must be."""
-    known = fields(cls)
-    seen, problems = set(), []
-    for name, value in flags_in(argv, known):
-        if name not in known:
-            problems.append(f"unknown option --{name}; {suggestion(name, known, '--')}")
-        elif name in seen:
-            problems.append(f"option --{name} is given twice; give it once")
-        elif value is not None and not is_number(value, known[name].type):
-            problems.append(f"--{name} {value!r}: not a finite {known[name].type.__name__}")
-        seen.add(name)
-    refuse(problems)
-    return seen
+# ---- the command line
 
 
-def flags_in(argv, known):
-    """(name, value or None) of each flag in `argv`; `--no_x` is one of x where x is a known switch."""
-    for place, word in enumerate(argv):
-        if word == "--":
-            return
-        if not word.startswith("--") or word == "--help":
-            continue
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if name.startswith("no_") and name[3:] in known and known[name[3:]].type is bool:
-            name = name[3:]
-        following = argv[place + 1] if place + 1 < len(argv) and not argv[place + 1].startswith("--") else None
-        yield name, value if equals else following
+class Parser(argparse.ArgumentParser):
+    """Raises InputError for a mistake; argparse prints the usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"settings: {message}; --help explains every setting")
 
 
-def check_preset_comes_first(cls, flags):
-    """Raise InputError for a word among `flags` that is neither a flag of `cls`, which has no lists, nor its value."""
-    switches = {no + name for name, field in fields(cls).items() if field.type is bool for no in ("", "no_")}
-    takes_word = False
-    for word in flags:
-        if word.startswith("--"):
-            name, equals, _ = word[2:].replace("-", "_").partition("=")
-            takes_word = not equals and name not in switches
-        elif takes_word or word == "-h":
-            takes_word = False
+class Once(argparse.Action):
+    """Stores the value of an option, and refuses a second one; argparse keeps the last."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if hasattr(namespace, self.dest):
+            parser.error(f"option --{self.dest} is given twice; give it once")
+        if option_string and self.nargs == 0:  # --x is true, --no_x and --no-x are false
+            values = option_string.removeprefix("--").replace("-", "_") == self.dest
+        setattr(namespace, self.dest, tuple(values) if isinstance(values, list) else values)
+
+
+def positional(metavar: str, **keywords: Any) -> Any:
+    """Returns a dataclass field that takes the words which belong to no option. `--help` calls it `metavar`."""
+    return dataclasses.field(metadata={"metavar": metavar}, **keywords)
+
+
+def parse_flags(cls: type, argv: list[str], description: str | None = None, usage: str | None = None) -> dict[str, Any]:
+    """Returns the values that the options and positional words in `argv` give, and no others.
+
+    Raises InputError for a missing, mistyped or repeated value, else for all unknown options, else for all words that
+    belong to no option. `--help` prints the options with the defaults of `cls` and exits 0; its first line shows
+    `usage` (default: the script's name)."""
+    wants_help = bool({"-h", "--help"} & set(argv))
+    parser = make_parser(cls, wants_help, description, usage)
+    if wants_help:
+        say(parser.format_help().rstrip())
+        parser.exit()
+    # Intermixed: positional words may stand between options. Before Python 3.13 that method reads options behind "--".
+    parse = parser.parse_known_args if "--" in argv else parser.parse_known_intermixed_args
+    values, rest = parse(argv)
+    unknown = [word[2:].split("=")[0] for word in rest if word.startswith("--") and word != "--"]
+    refuse([f"unknown option --{name}; {suggestion(name.replace('-', '_'), fields(cls), '--')}" for name in unknown])
+    refuse([f"{word!r} belongs to no option" for word in rest])
+    return vars(values)
+
+
+def make_parser(cls: type, explain: bool, description: str | None, usage: str | None) -> Parser:
+    """Returns a parser of the options of `cls`; `explain` gives it the texts for `--help`."""
+    metavars = [field.metadata["metavar"] for field in fields(cls).values() if field.metadata]
+    parser = Parser(
+        prog=usage or sys.argv[0],
+        usage=" ".join(["%(prog)s [-h] [OPTIONS]", *metavars]),
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        add_help=explain,
+    )
+    parser._negative_number_matcher = re.compile("-[^-]")  # -1e-3, -inf and -x are values, not options
+    add_arguments(parser, cls, explain)
+    return parser
+
+
+def add_arguments(parser: Parser, cls: Any, explain: bool, title: str = "") -> None:
+    """Adds an argument to `parser` for each field of `cls`, under `title`, and a group for each dataclass inside it."""
+    group = parser.add_argument_group(title) if title else parser
+    texts = explanations(cls) if explain else {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            add_arguments(parser, field.type, explain, f"{field.name} options")
         else:
-            raise InputError(f"settings: {word!r} belongs to no option; if it is the preset, give it first")
+            add_argument(group, field, texts.get(field.name, ""))
 
 
-def is_number(text, wanted):
-    """Whether `text` reads as a `wanted`, int or finite float; any text does where neither is wanted."""
-    if wanted not in (int, float):
-        return True
-    try:
-        return math.isfinite(wanted(text))
-    except (ValueError, OverflowError):
-        return False
+def add_argument(group: Any, field: dataclasses.Field, text: str) -> None:
+    """Adds an argument for one field to a parser or to a group of it, explained by `text`."""
+    keywords = {"action": Once, "help": help_of(field, text)} | keywords_of(field.type)
+    if field.metadata:
+        group.add_argument(field.name, **{"nargs": "?"} | keywords | dict(field.metadata))
+        return
+    names = [f"--{field.name}", f"--no_{field.name}"] if field.type is bool else [f"--{field.name}"]
+    group.add_argument(*names, dest=field.name, **keywords)
+    dashed = [name.replace("_", "-") for name in names if "_" in name]
+    if dashed:  # one spelling is enough in the help
+        group.add_argument(*dashed, dest=field.name, **keywords | {"help": argparse.SUPPRESS})
 
 
-def suggestion(name, known, dashes=""):
-    """What to type instead of the unknown `name`."""
+def keywords_of(wanted: Any) -> dict[str, Any]:
+    """Returns the keywords of `add_argument` for values of type `wanted`."""
+    if wanted is bool:
+        return {"nargs": 0}
+    if typing.get_origin(wanted) is Literal:
+        return {"choices": typing.get_args(wanted)}
+    several = typing.get_origin(wanted) is tuple
+    element = (typing.get_args(wanted) or (wanted,))[0]
+    keywords = {"type": READERS[element if several else wanted], "metavar": element.__name__.upper()}
+    return keywords | {"nargs": "*"} if several else keywords
+
+
+def finite_float(text: str) -> float:
+    """Returns the float that `text` spells. Raises ArgumentTypeError for nan, inf and what is no float."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(text)):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a finite float, not {text!r}")
+
+
+def int_or_none(text: str) -> int | None:
+    return None if text == "None" else int(text)
+
+
+# Type of a field -> the function that reads a value from the command line.
+READERS: dict[Any, Callable[[str], Any]] = {str: str, int: int, float: finite_float, int | None: int_or_none}
+
+
+def help_of(field: dataclasses.Field, text: str) -> str:
+    """Returns the help of a field: its explanation `text` and its default, unless that is empty."""
+    if field.default is dataclasses.MISSING:
+        text += " (required)"
+    elif field.default not in ("", ()):
+        text += f" (default: {field.default})"
+    return text.replace("%", "%%")
+
+
+def explanations(cls: type) -> dict[str, str]:
+    """Returns the docstrings below the fields of a dataclass and of its bases, by the field's name."""
+    texts = {}
+    for base in reversed(cls.__mro__[:-1]):
+        [definition] = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(definition, ast.ClassDef)
+        for node, below in pairwise(definition.body):
+            match node, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    texts[name] = text
+    return texts
+
+
+def suggestion(name: str, known: Iterable[str], dashes: str = "") -> str:
+    """Returns what to type instead of the unknown `name`."""
     if name in OTHER_NAMES and OTHER_NAMES[name].split(" ")[0] in known:
         return f"here it is {dashes}{OTHER_NAMES[name]}"
     close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
@@ -223,8 +273,12 @@ def suggestion(name, known, dashes=""):
     return "--help lists every setting"
 
 
-def read_toml(path, cls):
-    """The flat values of a preset file, checked against the fields of `cls`."""
+# ---- TOML
+
+
+def read_toml(path: str | Path, cls: type) -> dict[str, Any]:
+    """Returns the values of a preset file. Raises InputError for a name or value that does not fit the fields of
+    `cls`."""
     if Path(path).suffix != ".toml":
         raise InputError(f"{path}: settings files are TOML data (name = value), not programs; write a .toml file")
     try:
@@ -233,44 +287,47 @@ def read_toml(path, cls):
         raise InputError(f"{path}: {error.strerror}; give a preset's name or a readable .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid TOML: {error}; write lines like max_steps = 100") from None
-    known = fields(cls)
-    refuse([f"{path}: {p}" for name, value in values.items() if (p := problem_of(name, value, known))])
-    return {name: converted(value, known[name].type) for name, value in values.items()}
+    for name in REMOVED & values.keys():
+        note("info", f"{path}: {name} no longer exists and is ignored")
+        del values[name]
+    known, problems = fields(cls), []
+    for name, value in values.items():
+        if name not in known:
+            problems.append(f"{path}: unknown setting {name}; {suggestion(name, known)}")
+            continue
+        values[name] = in_type(value, known[name].type)
+        if problem := mismatch(values[name], known[name].type):
+            problems.append(f"{path}: {name} = {value!r}: {problem}")
+    refuse(problems)
+    return values
 
 
-def problem_of(name, value, known):
-    """What is wrong with a line of a settings file, in words; "" if nothing."""
-    if name not in known:
-        return f"unknown setting {name}; {suggestion(name, known)}"
-    wanted = known[name].type
-    if type(value) is float and not math.isfinite(value):
-        return f"{name} = {value}: not a finite float"
-    if typing.get_origin(wanted) is typing.Literal and value not in typing.get_args(wanted):
-        return f"{name} = {value!r}: must be one of {', '.join(map(str, typing.get_args(wanted)))}"
-    if wanted in (int, float, str, bool) and type(converted(value, wanted)) is not wanted:
-        return f"{name} = {value!r}: must be {wanted.__name__}, not {type(value).__name__}"
-    return ""
-
-
-def converted(value, wanted):
-    """A value of TOML as a field's type has it: 1 is a float where one is wanted, a list a tuple."""
+def in_type(value: Any, wanted: Any) -> Any:
+    """Returns a value of TOML as a field's type has it: 1 is a float where one is wanted, a list is a tuple."""
     if wanted is float and type(value) is int:
         return float(value)
     return tuple(value) if isinstance(value, list) else value
 
 
-def refuse(problems):
-    """Raise InputError with all `problems` of a configuration in one message, unless there are none."""
-    if problems:
-        raise InputError("settings: " + "; ".join(problems))
+def mismatch(value: Any, wanted: Any) -> str:
+    """Returns why a field of type `wanted` cannot have this value; "" if it can."""
+    kinds = typing.get_args(wanted) or (wanted,)
+    if typing.get_origin(wanted) is Literal:
+        return "" if value in kinds else f"must be one of {', '.join(kinds)}"
+    if float in kinds and not (type(value) is float and math.isfinite(value)):
+        return "not a finite float"
+    if typing.get_origin(wanted) is not tuple and type(value) not in kinds:
+        name = wanted.__name__ if isinstance(wanted, type) else str(wanted)
+        return f"must be {name}, not {type(value).__name__}"
+    return ""
 
 
-def to_toml(values):
-    """Flat settings as TOML text that `read_toml` reads back: strings, numbers, booleans and lists of strings."""
+def to_toml(values: dict[str, Any]) -> str:
+    """Returns TOML text that `read_toml` reads back: strings, numbers, booleans and lists of strings."""
     return "".join(f"{name} = {toml_value(value)}\n" for name, value in values.items())
 
 
-def toml_value(value):
+def toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
@@ -283,9 +340,9 @@ def toml_value(value):
 # ---- presets
 
 
-def find_preset(name, folder):
-    """The path of a preset: a name in `folder`, or a file that the user names; None for no preset. Raises InputError,
-    and lists what there is, for an unknown one."""
+def find_preset(name: str, folder: Path) -> Path | None:
+    """Returns the path of a preset: a name in `folder`, or a file that the user names; None if `name` is empty. Lists
+    the presets and raises InputError for an unknown one."""
     if not name:
         return None
     path = folder / f"{name}.toml"
@@ -297,8 +354,8 @@ def find_preset(name, folder):
     return Path(name)
 
 
-def list_presets(folder):
-    """A line per preset: its name and the first line of its header, which says size, hardware and time."""
+def list_presets(folder: Path) -> str:
+    """Returns a line per preset: its name and the first line of its header, which says size, hardware and time."""
     paths = sorted(folder.glob("*.toml"))
     width = max((len(path.stem) for path in paths), default=0)
     lines = []
@@ -306,13 +363,3 @@ def list_presets(folder):
         first = path.read_text(encoding="utf-8").split("\n")[0]
         lines.append(f"  {path.stem:{width}}  {first.removeprefix('# ')}")
     return "\n".join(lines)
-
-
-def peek(flags, name):
-    """The value of `--name` among flags that are not parsed yet, or ""."""
-    for place, flag in enumerate(flags):
-        if flag.startswith(f"--{name}="):
-            return flag.split("=", 1)[1]
-        if flag == f"--{name}" and place + 1 < len(flags):
-            return flags[place + 1]
-    return ""

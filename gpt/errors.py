@@ -149,12 +149,12 @@ def tell(text):
         return
     tqdm = sys.modules.get("tqdm")  # not imported: no bars
     beside = tqdm.tqdm.external_write_mode(file=sys.stderr, nolock=True) if tqdm else contextlib.nullcontext()
-    with unheard(sys.stderr), beside:
+    with ignore_write_errors(sys.stderr), beside:
         print(printable(text), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def unheard(stream):
+def ignore_write_errors(stream):
     """Ignores errors from writing to `stream`, and silences a stream without a reader."""
     try:
         yield

@@ -1,8 +1,6 @@
-"""Settings: precedence, `given`, every kind of mistake and its message, TOML, presets, help."""
+"""Settings: precedence, what a command line gives, every kind of mistake and its message, TOML, presets, help."""
 
-import contextlib
 import dataclasses
-import io
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +14,14 @@ import sample
 import train
 from gpt.config import (
     OTHER_NAMES,
-    check_preset_comes_first,
     defaults,
     fields,
     find_preset,
     flatten,
-    from_cli,
     list_presets,
-    peek,
+    make_config,
+    parse_flags,
+    positional,
     read_toml,
     refuse,
     suggestion,
@@ -31,6 +29,7 @@ from gpt.config import (
     unflatten,
 )
 from gpt.errors import InputError
+from gpt.train.start import settings
 
 ROOT = Path(train.__file__).parent
 PRESETS = sorted(train.PRESETS.glob("*.toml"))
@@ -49,7 +48,8 @@ class Config:
     name: str = "x"
     """a name"""
     schedule: Literal["cosine", "linear"] = "cosine"
-    """a shape"""
+    """a shape that
+    loses 10 % a step"""
     fast: bool = False
     """a switch"""
     stop: tuple[str, ...] = ()
@@ -70,19 +70,24 @@ def preset(tmp_path, text):
 
 
 def message(*argv, **keywords):
-    with pytest.raises(InputError) as caught, contextlib.redirect_stderr(io.StringIO()):
-        from_cli(Config, list(argv), **keywords)
+    with pytest.raises(InputError) as caught:
+        load(argv, **keywords)
     return str(caught.value)
 
 
-# ---- precedence and given
+def load(argv=(), base=None, preset=None):
+    """Returns the Config of a base, a preset file and a command line, as the scripts make it."""
+    from_preset = read_toml(preset, Config) if preset else {}
+    return make_config(Config, base or {}, from_preset, parse_flags(Config, list(argv)))
+
+
+# ---- precedence, and what is given
 
 
 def test_flags_win_over_the_preset_that_over_the_base_that_over_the_defaults(tmp_path):
     toml = preset(tmp_path, "lr = 2.0\nn_layer = 2")
     base = {"lr": 3.0, "n_layer": 3, "name": "base"}
-    config, given = from_cli(Config, ["--n_layer", "1"], base, toml)
-    assert flatten(config) == {
+    assert flatten(load(["--n_layer", "1"], base, toml)) == {
         "name": "base",
         "schedule": "cosine",
         "fast": False,
@@ -90,28 +95,87 @@ def test_flags_win_over_the_preset_that_over_the_base_that_over_the_defaults(tmp
         "n_layer": 1,
         "lr": 2.0,
     }
-    assert given == {"n_layer", "lr"}
 
 
-def test_given_names_a_flag_that_repeats_the_default():
-    config, given = from_cli(Config, ["--n_layer", "12", "--fast"])
-    assert config == Config(fast=True)
-    assert given == {"n_layer", "fast"}
+def test_a_flag_that_repeats_the_default_is_given():
+    assert parse_flags(Config, ["--n_layer", "12", "--fast", "--stop"]) == {"n_layer": 12, "fast": True, "stop": ()}
+    assert parse_flags(Config, []) == {}
+
+
+def test_a_value_has_the_type_of_its_field():
+    words = ["--lr", "1", "--no-fast", "--stop", "-a", "- b", "--schedule", "linear", "--name", "12"]
+    values = {"lr": 1.0, "fast": False, "stop": ("-a", "- b"), "schedule": "linear", "name": "12"}
+    assert parse_flags(Config, words) == values
+    assert type(parse_flags(Config, ["--lr", "1"])["lr"]) is float
+
+
+@pytest.mark.parametrize(("text", "seed"), [("7", 7), ("None", None)])
+def test_a_number_that_may_be_none_is_read(text, seed):
+    assert parse_flags(sample.SampleConfig, ["--seed", text]) == {"seed": seed}
+
+
+def test_an_equals_sign_gives_a_value_that_looks_like_an_option():
+    assert parse_flags(Config, ["--name=--lr=2"]) == {"name": "--lr=2"}
+
+
+@pytest.mark.parametrize("text", ["-x", "-", "-1e-3", "-h2", "- b"])
+def test_a_value_may_begin_with_a_dash(text):
+    assert parse_flags(Config, ["--name", text]) == parse_flags(Config, [f"--name={text}"]) == {"name": text}
+
+
+@pytest.mark.parametrize("number", ["-1", "-1e-3", "-.5", "-2E+3"])
+def test_a_negative_number_is_refused_by_the_setting_itself(number):
+    assert parse_flags(Config, ["--lr", number]) == {"lr": float(number)}
+    assert message("--lr", number) == f"settings: lr {float(number)} must be above 0"
+
+
+@dataclass(frozen=True)
+class Command(Config):
+    preset: str = positional("PRESET", default="")
+    """a preset"""
+
+
+@pytest.mark.parametrize(
+    "words", [["tiny", "--lr", "1", "--fast"], ["--lr", "1", "tiny", "--fast"], ["--fast", "--lr=1", "tiny"]]
+)
+def test_a_positional_word_stands_anywhere(words):
+    assert parse_flags(Command, words) == {"preset": "tiny", "lr": 1.0, "fast": True}
+
+
+def test_positional_words_of_a_list_are_gathered():
+    words = ["a", "--out", "x", "-", "--workers", "1", "b"]
+    assert parse_flags(prepare.PrepareConfig, words) == {"inputs": ("a", "-", "b"), "out": "x", "workers": 1}
+
+
+def test_two_dashes_end_the_options():
+    words = ["--out", "x", "--", "--a", "--workers=1", "-h2"]
+    assert parse_flags(prepare.PrepareConfig, words) == {"out": "x", "inputs": ("--a", "--workers=1", "-h2")}
+    assert parse_flags(Command, ["tiny", "--"]) == {"preset": "tiny"}
+    assert "--lr: expected one argument" in message("--lr", "--", "1")
+
+
+def test_a_preset_may_follow_the_flags(tmp_path):
+    words = ["--data", "x", "--lr", "0.5", "tiny", "--out", str(tmp_path)]
+    assert settings_of(words) == settings_of(["tiny", *words[:4], *words[5:]])
+    assert settings_of(words)[0].optim.lr == 0.5
+
+
+def settings_of(words):
+    return settings(train.CommandLine, train.TrainConfig, words, train.PRESETS, "")
 
 
 @pytest.mark.parametrize("words", [["--n_layer", "4"], ["--n-layer", "4"], ["--n_layer=4"], ["--n-layer=4"]])
 def test_dashes_underscores_and_equals_signs_mean_the_same(words):
-    config, given = from_cli(Config, words)
-    assert (config.inner.n_layer, given) == (4, {"n_layer"})
+    assert parse_flags(Config, words) == {"n_layer": 4}
 
 
 def test_an_integer_in_toml_is_a_float_where_a_float_is_wanted(tmp_path):
-    config, _ = from_cli(Config, [], preset=preset(tmp_path, "lr = 1"))
+    config = load(preset=preset(tmp_path, "lr = 1"))
     assert type(config.inner.lr) is float
 
 
 def test_a_preset_completed_by_flags_is_checked_only_as_a_whole(tmp_path):
-    config, _ = from_cli(Config, ["--n_layer", "1"], preset=preset(tmp_path, "n_layer = -1"))
+    config = load(["--n_layer", "1"], preset=preset(tmp_path, "n_layer = -1"))
     assert config.inner.n_layer == 1
 
 
@@ -152,16 +216,19 @@ def test_a_bare_batch_size_is_refused_naming_both_sizes():
 def test_fault_096_what_is_no_int_is_refused_naming_option_value_and_type(value):
     for words in (["--n_layer", value], [f"--n_layer={value}"]):
         said = message(*words)
-        assert f"--n_layer {value!r}" in said
-        assert "int" in said
+        assert f"--n_layer: invalid int value: {value!r}" in said
+
+
+def test_fault_096_what_is_neither_int_nor_none_is_refused():
+    with pytest.raises(InputError, match="--seed: invalid int_or_none value: 'x'"):
+        parse_flags(sample.SampleConfig, ["--seed", "x"])
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999", "fast", ""])
 def test_fault_096_what_is_no_finite_float_is_refused_naming_option_value_and_type(value):
     for words in (["--lr", value], [f"--lr={value}"]):
         said = message(*words)
-        assert f"--lr {value!r}" in said
-        assert "finite float" in said
+        assert f"--lr: must be a finite float, not {value!r}" in said
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
@@ -175,8 +242,8 @@ def test_fault_096_every_float_setting_of_train_refuses_nan():
     names = [name for name, known in fields(train.TrainConfig).items() if known.type is float]
     assert len(names) > 8
     for name in names:
-        with pytest.raises(InputError, match=f"--{name} 'nan': not a finite float"):
-            from_cli(train.TrainConfig, ["--data", "x", "--max_steps", "1", f"--{name}", "nan"])
+        with pytest.raises(InputError, match=f"--{name}: must be a finite float, not 'nan'"):
+            parse_flags(train.TrainConfig, ["--data", "x", "--max_steps", "1", f"--{name}", "nan"])
 
 
 @pytest.mark.parametrize(
@@ -219,9 +286,45 @@ def test_a_preset_line_of_the_wrong_kind_is_refused(tmp_path, line, said):
     assert said in message(preset=preset(tmp_path, line))
 
 
-def test_several_mistakes_of_one_kind_come_in_one_message(tmp_path):
-    said = message("--n_layer", "x", "--lr", "y", "--nome", "z")
-    assert all(part in said for part in ("--n_layer 'x'", "--lr 'y'", "unknown option --nome"))
+@pytest.mark.parametrize("words", [["--lr"], ["--lr", "--fast"], ["--fast", "--lr"]])
+def test_fault_096_an_option_without_a_value_is_refused(words):
+    assert message(*words) == "settings: argument --lr: expected one argument; --help explains every setting"
+
+
+def test_fault_096_a_switch_takes_no_value():
+    assert "--fast/--no_fast: ignored explicit argument '1'" in message("--fast=1")
+    assert "--no-fast: ignored explicit argument '1'" in message("--no-fast=1")
+    assert "'1' belongs to no option" in message("--fast", "1")
+
+
+@pytest.mark.parametrize("words", [["word"], ["--lr", "1", "word"], ["--lr=1", "word"], ["--no-fast", "word"]])
+def test_a_word_that_belongs_to_no_option_is_refused(words):
+    assert "'word' belongs to no option" in message(*words)
+
+
+def test_a_second_positional_word_is_refused():
+    with pytest.raises(InputError, match="'more' belongs to no option"):
+        parse_flags(Command, ["tiny", "--fast", "more"])
+
+
+def test_a_field_without_value_is_refused_by_name():
+    with pytest.raises(InputError, match="settings: out is not given"):
+        make_config(prepare.PrepareConfig, parse_flags(prepare.PrepareConfig, ["x"]))
+
+
+def test_fault_095_all_unknown_options_come_in_one_message():
+    said = message("--nome", "z", "--n-layers=3", "--learning-rate", "1", "word")
+    assert "--nome; perhaps you meant --name" in said
+    assert "--n-layers; perhaps you meant --n_layer" in said
+    assert "--learning-rate; here it is --lr" in said
+    assert "'z'" not in said
+
+
+def test_all_words_that_belong_to_no_option_come_in_one_message():
+    assert message("a", "--lr", "1", "b") == "settings: 'a' belongs to no option; 'b' belongs to no option"
+
+
+def test_all_mistakes_of_a_preset_come_in_one_message(tmp_path):
     said = message(preset=preset(tmp_path, "nome = 1\nlr = 'fast'"))
     assert "unknown setting nome" in said
     assert "lr = 'fast'" in said
@@ -297,12 +400,6 @@ def test_a_folder_of_the_same_name_does_not_hide_a_preset(tmp_path, monkeypatch)
     assert find_preset("tiny", train.PRESETS) == train.PRESETS / "tiny.toml"
 
 
-def test_peek_reads_a_flag_before_the_flags_are_parsed():
-    assert peek(["--a", "--init", "gpt2"], "init") == "gpt2"
-    assert peek(["--init=a=b", "--init2", "c"], "init") == "a=b"
-    assert peek(["--init"], "init") == ""
-
-
 # ---- TOML
 
 HARD = [
@@ -356,9 +453,9 @@ def test_flatten_and_unflatten_are_inverse():
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_every_preset_loads_and_is_headed_by_size_command_and_expected_loss(path):
-    config, given = from_cli(train.TrainConfig, ["--data", "x"], preset=path)
-    assert given == {"data", *tomllib.loads(path.read_text(encoding="utf-8"))}
-    assert config.data == "x"
+    values = read_toml(path, train.TrainConfig)
+    assert values.keys() == tomllib.loads(path.read_text(encoding="utf-8")).keys()
+    assert make_config(train.TrainConfig, values, {"data": "x"}).data == "x"
     header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert len(header) >= 2
     command = "train.py --init" if path.stem == "finetune" else f"train.py {path.stem}"
@@ -374,7 +471,7 @@ def test_presets_are_listed_one_a_line(tmp_path):
 
 
 SCRIPTS = {
-    "train.py": (train, train.TrainConfig),
+    "train.py": (train, train.CommandLine),
     "sample.py": (sample, sample.SampleConfig),
     "data/prepare.py": (prepare, prepare.PrepareConfig),
 }
@@ -386,19 +483,18 @@ def test_help_explains_every_field_and_ends_with_0(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     run = in_process(module.main, name, "--help")
     assert run.code == 0
-    lines = run.stdout.splitlines()  # one column of boxes at this width
+    lines = run.stdout.splitlines()
     for setting in fields(cls):
         place = next((i for i, line in enumerate(lines) if mentions(line, setting)), None)
         assert place is not None, f"{setting} is not in the help"
-        text = " ".join(line.strip("│ ") for line in lines[place : place + 3])
+        text = " ".join(line.strip() for line in lines[place : place + 3])
         explanation = text.split("(default")[0].split("(required")[0].split()
         assert len([word for word in explanation if word[0].islower()]) >= 2, f"{setting}: {text}"
 
 
 def mentions(line, setting):
-    words = line.strip("│ ").replace(",", " ").split()
-    positional = (setting.upper(), "[[STR")  # a name, or several values without one
-    return bool(words) and (words[0] == f"--{setting}" or words[0] in positional)
+    names = {"inputs": "INPUT…", "checkpoint": "CHECKPOINT", "preset": "PRESET"}
+    return line.replace(",", " ").split()[:1] == [names.get(setting, f"--{setting}")]
 
 
 def doc_strings(cls):
@@ -421,7 +517,7 @@ def test_every_field_has_its_explanation_beside_it(name):
     todo = [SCRIPTS[name][1]]
     while todo:
         cls = todo.pop()
-        explained = doc_strings(cls)
+        explained = {name: text for base in cls.__mro__[:-1] for name, text in doc_strings(base).items()}
         for known in dataclasses.fields(cls):
             if dataclasses.is_dataclass(known.type):
                 todo.append(known.type)
@@ -444,24 +540,15 @@ def test_the_list_of_presets_is_in_two_columns(tmp_path):
     assert list_presets(tmp_path / "absent") == ""
 
 
-def test_the_help_says_how_to_call_the_program(capsys):
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--lr", "nan", "--nome", "-h"]])
+def test_the_help_says_how_to_call_the_program_and_shows_the_defaults(words, capsys):
     with pytest.raises(SystemExit) as stop:
-        from_cli(Config, ["--help"], usage="train.py PRESET")
+        parse_flags(Config, words, usage="python -m gpt.plot")
     assert stop.value.code == 0
-    assert capsys.readouterr().out.startswith("usage: train.py PRESET [")
-
-
-@pytest.mark.parametrize(
-    "words", [("--name", "x", "tiny"), ("--name=x", "tiny"), ("--fast", "tiny"), ("--no-fast", "tiny")]
-)
-def test_a_preset_behind_the_options_is_told_to_come_first(words):
-    with pytest.raises(InputError, match=r"'tiny' belongs to no option; if it is the preset, give it first"):
-        check_preset_comes_first(Config, words)
-
-
-@pytest.mark.parametrize("words", [(), ("-h",), ("--name", "tiny"), ("--lr", "-1", "--fast"), ("--unknown", "5")])
-def test_words_that_belong_to_an_option_are_no_preset(words):
-    check_preset_comes_first(Config, words)
+    said = capsys.readouterr().out
+    assert said.startswith("usage: python -m gpt.plot [")
+    assert "(default: 0.001)" in said
+    assert "a shape that loses 10 % a step (default: cosine)" in said
 
 
 def test_fault_111_a_preset_of_a_name_too_long_for_a_file_is_unknown(tmp_path, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from gpt.errors import note, tell, unheard
+from gpt.errors import ignore_write_errors, note, tell
 
 ROOT = Path(__file__).resolve().parents[1]
 START = "import sys; from gpt.errors import *\n"
@@ -64,7 +64,7 @@ def test_fault_093_a_reader_who_leaves_ends_a_program_that_writes_for_him_and_no
 @BUFFERED
 @pytest.mark.parametrize("words", ["", ", quiet_pipe=False"])
 def test_fault_036_a_last_line_that_nobody_reads_is_no_failure(nobody, words, unbuffered):
-    code = f"def main():\n    with unheard(sys.stdout): print('nothing to do')\nrun_main(main{words})"
+    code = f"def main():\n    with ignore_write_errors(sys.stdout): print('nothing to do')\nrun_main(main{words})"
     done = run(code, stdout=nobody, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -171,7 +171,7 @@ def test_a_slow_reader_misses_a_line_and_gets_the_next(monkeypatch):
 
 
 def test_only_what_concerns_the_stream_is_forgiven():
-    with pytest.raises(ValueError, match="another"), unheard(sys.stderr):
+    with pytest.raises(ValueError, match="another"), ignore_write_errors(sys.stderr):
         raise ValueError("another")
 
 

@@ -8,9 +8,9 @@ from conftest import ROOT
 from training_helpers import metrics, train_here
 
 import gpt
-from gpt.reader import TokenReader, verify
-from gpt.shards import open_dataset
-from gpt.tokenizer import load_tokenizer
+from gpt.text.reader import TokenReader, verify
+from gpt.text.shards import open_dataset
+from gpt.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

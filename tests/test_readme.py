@@ -9,15 +9,15 @@ from conftest import ROOT
 
 import sample
 import train
-from gpt.config import check_flags, fields, find_preset
+from gpt.config import fields, find_preset, parse_flags
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = {
-    "train.py": train.TrainConfig,
+    "train.py": train.CommandLine,
     "sample.py": sample.SampleConfig,
     "data/prepare.py": prepare.PrepareConfig,
 }
-POSITIONAL = {"inputs", "checkpoint"}
+POSITIONAL = {"inputs", "checkpoint", "preset"}
 
 
 @pytest.mark.parametrize("script", COMMANDS)
@@ -41,9 +41,9 @@ def test_there_are_commands_of_all_three_kinds():
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_uses_flags_and_presets_that_exist(words):
-    check_flags(COMMANDS[words[1]], words[2:])
-    if words[1] == "train.py" and not words[2].startswith("--"):
-        assert find_preset(words[2], ROOT / "presets").exists()
+    flags = parse_flags(COMMANDS[words[1]], words[2:])
+    if "preset" in flags:
+        assert find_preset(flags["preset"], ROOT / "presets").exists()
 
 
 def test_the_map_names_every_module():

@@ -29,7 +29,7 @@ from training_helpers import (
 
 import gpt
 import train
-from gpt.config import from_cli
+from gpt.config import make_config, read_toml
 from gpt.errors import ResourceError
 from gpt.loss import IGNORED
 from gpt.model import GPT
@@ -37,7 +37,7 @@ from gpt.text.reader import TokenReader
 from gpt.text.shards import open_dataset
 from gpt.text.tokenizer import load_tokenizer, train_bpe
 from gpt.text.windows import Windows
-from gpt.train import saver
+from gpt.train import saver, setup, start
 from gpt.train.budget import Progress
 from gpt.train.metrics_file import cut_metrics
 from gpt.train.optim import LossScaler, OptimConfig, make_optimizer
@@ -200,7 +200,8 @@ def initial_model(config, tokenizer):
 def test_the_first_logged_loss_is_the_mean_over_the_first_windows_by_hand(data, tmp_path):
     out = tmp_path / "out"
     assert tiny(data, out, "--dropout", 0, "--max_steps", 1, "--warmup_steps", 0).code == 0
-    config, _ = from_cli(train.TrainConfig, ["--data", str(data)], preset=train.PRESETS / "tiny.toml")
+    preset = read_toml(train.PRESETS / "tiny.toml", train.TrainConfig)
+    config = make_config(train.TrainConfig, preset, {"data": str(data)})
     tokenizer = load_tokenizer("byte")
     reader = TokenReader(open_dataset(data).splits["train"], tokenizer.vocab_size)
     batch = torch.from_numpy(Windows(reader, config.model.block_size, config.seed).take(0, 8))
@@ -455,8 +456,8 @@ def test_fault_035_out_of_gpu_memory_is_exit_5_with_the_setting_to_lower(where, 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train, where, full)
-    monkeypatch.setattr(train.GPT, "compile", lambda self: None)
+    monkeypatch.setattr(setup if where == "warm_up" else train, where, full)
+    monkeypatch.setattr(GPT, "compile", lambda self: None)
     done = tiny(data, tmp_path / "out", "--compile", "on" if where == "warm_up" else "off", "--micro_batch_size", 4)
     assert done.code == 5
     assert done.last == ("error: out of GPU memory: micro_batch_size 4, block_size 32; lower --micro_batch_size")
@@ -531,14 +532,14 @@ def test_fault_028_a_nan_loss_is_exit_4_naming_the_step_and_the_data_and_nothing
 
 def test_fault_028_the_weights_after_a_nan_loss_are_those_before_it(data, tmp_path, monkeypatch):
     out, kept = tmp_path / "out", []
-    original = train.load_model
+    original = setup.first_model
 
-    def load_model(*args):
+    def first_model(*args):
         model, base = original(*args)
         kept.append(model)
         return model, base
 
-    monkeypatch.setattr(train, "load_model", load_model)
+    monkeypatch.setattr(setup, "first_model", first_model)
     poison(monkeypatch, LENGTH)  # the last step: no further one follows before it is noticed
     assert tiny(data, out, "--save_every", 1, "--eval_every", 0).code == 4
     saved = load_file(out / f"step-{LENGTH - 1:09d}/model.safetensors")
@@ -583,7 +584,7 @@ def test_a_validation_loss_that_is_not_finite_is_no_best_and_no_invalid_json(dat
 def test_fault_101_an_impossible_size_is_refused_with_its_bytes_before_any_allocation(
     data, tmp_path, monkeypatch, flags
 ):
-    monkeypatch.setattr(train, "GPT", None)
+    monkeypatch.setattr(start, "GPT", None)
     run = tiny(data, tmp_path / "out", *flags)
     assert run.code == 2
     assert str(flags[1]) in run.last
@@ -627,7 +628,7 @@ def test_fault_029_fp16_overflows_are_skipped_and_the_run_goes_on(data, tmp_path
             super().__init__(*args, **keywords)
             self.scale.fill_(2.0**30)
 
-    monkeypatch.setattr(train, "LossScaler", Large)
+    monkeypatch.setattr(setup, "LossScaler", Large)
     out = tmp_path / "out"
     assert tiny(data, out, "--dtype", "fp16", "--max_steps", 30, "--eval_every", 0).code == 0
     lines = (out / "metrics.jsonl").read_text().splitlines()

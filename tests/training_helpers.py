@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ import torch
 import train
 from gpt.checkpoint.folder import save_checkpoint, sealed
 from gpt.errors import run_main
+from gpt.generate.sampling import SamplingParams
 from gpt.model import GPT, ModelConfig
 from gpt.report.plot import RunPicture
 from gpt.text.shards import ShardWriter, write_manifest
@@ -120,7 +121,7 @@ def save_step(out, step, model=None, tokenizer=None):
     state = {"progress": {"step": step}, "scaler": {}, "config": {"seed": 1}, "runtime": {}, "base": None}
     optimizer = optimizer_tensors(model, optimizer_of(model))
     about = {"dataset": {"train": []}, "code": "test"}
-    return save_checkpoint(Path(out), step, model, tokenizer, optimizer, state, {"temperature": 0.8}, about)
+    return save_checkpoint(Path(out), step, model, tokenizer, optimizer, state, asdict(SamplingParams()), about)
 
 
 def rewrite_manifest(folder, **changes):

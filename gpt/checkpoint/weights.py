@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from gpt.device import empty_together
 from gpt.errors import InputError, IntegrityError, ResourceError
 from gpt.files import inside, read_json, sha256_of
 from gpt.model import GPT, ModelConfig
-from gpt.pages import empty_together
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

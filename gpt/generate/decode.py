@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from gpt.device import to_device
 from gpt.errors import NonFiniteError
 from gpt.generate.backend import Backend
 from gpt.generate.sampling import UNDECIDED
@@ -110,10 +111,7 @@ class Decoder:
         self.step.start(slot, ids, sequence.params.sampling, sequence.params.ignore_eot)
 
     def on_device(self, ids: list[int]) -> torch.Tensor:
-        """Returns ids as a tensor. The copy to a GPU is asynchronous."""
-        tensor = torch.tensor(ids)
-        device = self.step.device
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+        return to_device(torch.tensor(ids), self.step.device)
 
     def launch(self) -> None:
         """Starts the next steps: as many as one launch may have, or one where a row is almost full."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from gpt.config import GROUP, defaults, fields, refuse, suggestion, unflatten
+from gpt.config import defaults, fields, refuse, suggestion, unflatten
 from gpt.device import free_memory, pick_device, set_precision
 from gpt.errors import InputError
 from gpt.generate.backend import make_backend, pick_backend
@@ -28,7 +28,7 @@ class GenerationParams:
 
     max_new_tokens: int = 200
     """tokens to generate after each prompt"""
-    sampling: SamplingParams = field(default_factory=SamplingParams, metadata=GROUP)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     """strings that end the text where they first occur; they are left out of it"""
     ignore_eot: bool = False

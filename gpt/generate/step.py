@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gpt.device import GIB, free_memory
+from gpt.device import GIB, free_memory, pinned_copy
 from gpt.errors import ResourceError
 from gpt.generate.backend import Backend
 from gpt.generate.sampling import Filters, random_draws, top_logprobs
@@ -198,12 +198,6 @@ class Unchanged:
     def __exit__(self, *_):
         for tensor, kept in zip(self.changed, self.kept, strict=True):
             tensor.copy_(kept)
-
-
-def pinned_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Starts a copy to the host; it may be read once the stream has come to it."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
 
 
 def on_host(chosen: Chosen) -> tuple[list, list, list]:

@@ -7,7 +7,7 @@ import weakref
 
 import torch
 
-from gpt.pages import empty_together, lie_together
+from gpt.device import empty_together, lie_together
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 CHUNK = 64  # tokens of a prompt that go through the model at once: what lies between layers stays in the CPU's cache

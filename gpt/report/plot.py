@@ -12,11 +12,9 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
-from gpt.config import from_cli, refuse, toml_value
+from gpt.config import make_config, parse_flags, positional, refuse, toml_value
 from gpt.errors import Error, InputError, ResourceError, note, printable, run_main, say
 from gpt.files import is_folder, write_durably
 from gpt.report.metrics import differing, loss_of_all, read_histories
@@ -29,7 +27,7 @@ AXES = {"step": "training steps", "tokens": "training tokens", "seconds": "secon
 
 @dataclass(frozen=True)
 class PlotConfig:
-    runs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN…")]] = ()
+    runs: tuple[str, ...] = positional("RUN…", default=())
     """run folders"""
     out: str = ""
     """file for the picture: .png, .svg or .pdf (default: RUN/loss.png of one run, loss.png here of several)"""
@@ -52,7 +50,7 @@ class PlotConfig:
 
 
 def main():
-    config, _ = from_cli(PlotConfig, description=__doc__, usage="python -m gpt.report.plot")
+    config = make_config(PlotConfig, parse_flags(PlotConfig, sys.argv[1:], __doc__, "python -m gpt.plot"))
     out = Path(config.out or (Path(config.runs[0]) / PICTURE if len(config.runs) == 1 else PICTURE))
     histories = read_histories(config.runs)
     axis = config.x if config.x != "auto" else "step" if len(histories) == 1 else "tokens"

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from gpt.errors import InputError
+from gpt.loss import IGNORED
 
 FEISTEL_ROUNDS = 6
-IGNORED = -1  # pads the last validation window; the model's loss there is 0
 
 
 class Windows:

@@ -6,14 +6,23 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from gpt.errors import code_and_reason, note, tell, unheard
+from gpt.config import flatten
+from gpt.errors import code_and_reason, ignore_write_errors, note, tell
 from gpt.files import write_durably
 from gpt.model import flops_per_token
+from gpt.text.windows import Windows
+from gpt.train.budget import Budget, Progress
+from gpt.train.cost import peak_flops
 from gpt.train.metrics_file import METRICS, MetricsFile
-from gpt.train.runtime import peak_flops
+from gpt.train.runtime import Runtime
+from gpt.train.state import State
 
 WANDB_PATIENCE = 8  # seconds that each stage of a missing wandb service may cost
 SECONDS_BETWEEN_DRAWINGS = 120
@@ -40,16 +49,16 @@ class Log:
     def advance(self, total_steps):
         """One more step is done; `total_steps` is the present estimate of the run's length."""
         self.bar.total = total_steps
-        with unheard(sys.stderr):
+        with ignore_write_errors(sys.stderr):
             self.bar.update()
 
     def write(self, record, total_steps):
         """Record the numbers of one step: a dict with "step" first."""
         self.metrics.write(record)
         if not self.is_terminal or "val_loss" in record:
-            tell(describe(record, total_steps))
+            tell(plain_line(record, total_steps))
         if self.is_terminal and "loss" in record:
-            with unheard(sys.stderr):
+            with ignore_write_errors(sys.stderr):
                 self.bar.set_postfix_str(short(record))
         self.send(record)
         self.is_drawn = False
@@ -79,7 +88,7 @@ class Log:
         self.next_drawing, self.is_drawn = time.monotonic() + SECONDS_BETWEEN_DRAWINGS, True
 
     def close(self):
-        with unheard(sys.stderr):
+        with ignore_write_errors(sys.stderr):
             self.bar.close()
         self.metrics.close()
         if not (self.is_drawn or isinstance(sys.exception(), KeyboardInterrupt)):
@@ -89,76 +98,71 @@ class Log:
                 self.wandb_run.finish()
 
 
-class NoLog:
-    """The Log of a rank that does not write."""
-
-    def advance(self, total_steps):
-        """Nothing is shown."""
-
-    def write(self, record, total_steps):
-        """Nothing is recorded."""
-
-    def say(self, text):
-        """Nothing is printed."""
-
-    def close(self):
-        """Nothing is open."""
-
-
 class Recorder:
-    """Turns the numbers of steps into records for a Log. The host reads them one step late, so that it never waits
-    for the device; a step that was not finite ends the run there, before anything is saved."""
+    """Turns the numbers of steps into records for a Log (None on ranks that do not write). The host reads them one step
+    late, so that it never waits for the device. A step that was not finite ends the run there, before anything is
+    saved."""
 
-    def __init__(self, log, log_every, progress, budget, scaler, windows, run, model):
-        self.log, self.log_every, self.progress, self.budget, self.scaler = log, log_every, progress, budget, scaler
-        self.windows, self.fetch = windows, run.fetch
-        self.peak = peak_flops(run.device, run.dtype) * run.ranks.size
-        self.flops_per_token = flops_per_token(model.config, model.vocab_size)
-        self.pending, self.record, self.next_window = None, None, progress.windows_seen
+    def __init__(
+        self, log: Log | None, log_every: int, state: State, budget: Budget, windows: Windows, machine: Runtime
+    ):
+        self.log, self.log_every, self.progress, self.budget = log, log_every, state.progress, budget
+        self.scaler, self.windows, self.fetch = state.scaler, windows, machine.fetch
+        self.peak = peak_flops(machine.device, machine.dtype) * machine.ranks.size
+        self.flops_per_token = flops_per_token(state.model.config, state.model.vocab_size)
+        self.pending, self.record, self.next_window = None, None, state.progress.windows_seen
         self.recent = collections.deque(maxlen=100)  # finite losses
-        self.logged_tokens, self.logged_seconds = progress.tokens, progress.train_seconds
+        self.logged_tokens, self.logged_seconds = state.progress.tokens, state.progress.train_seconds
 
-    def step(self, lr, numbers):
-        """Note the step just made: its learning rate, and its loss, gradient norm and whether both are finite as a
-        tensor (3,) on the device."""
+    def step(self, lr: float, numbers: torch.Tensor) -> None:
+        """Notes the step just made: its learning rate and, as a tensor (3,) on the device, its loss, its gradient norm
+        and whether both are finite."""
         self.read()
         self.pending = (self.progress.step, self.progress.tokens, lr, self.fetch(numbers), self.next_window)
         self.next_window = self.progress.windows_seen
-        self.log.advance(self.budget.total_steps(self.progress))
+        if self.log:
+            self.log.advance(self.budget.total_steps(self.progress))
 
-    def read(self, always=False):
-        """Read the numbers of the last step and log them if it is time. `always` is for a step that is evaluated: they
-        are logged in any case, by `evaluated` or else by the next read. Raises NonFiniteError."""
+    def read(self, hold: bool = False) -> None:
+        """Reads the numbers of the last step and logs them if that is due. With `hold` the record waits for the
+        evaluation of the step; the next read logs it in any case. Raises NonFiniteError."""
         if self.pending is not None:
             record = self.take()
-            self.record = record if always or record["step"] % self.log_every == 0 else None
-        if self.record is not None and not always:
+            self.record = record if hold or record["step"] % self.log_every == 0 else None
+        if self.record is not None and not hold:
             self.write(self.record)
             self.record = None
 
-    def evaluated(self, val_loss, val_bpb):
-        """Log an evaluation together with the numbers of its step; returns whether it is a new best."""
+    def evaluated(self, losses: tuple[float, float] | None) -> bool:
+        """Logs an evaluation, (nats per token, bits per byte), together with the numbers of its step. Returns whether
+        it is a new best. None stands for an evaluation that was cut short."""
+        self.read(hold=True)
+        if losses is None:
+            return False
+        val_loss, val_bpb = losses
         record = self.record or {"step": self.progress.step, "tokens": self.progress.tokens}
         self.record = None
         self.write(record | {"val_loss": val_loss, "val_bpb": val_bpb})
         return self.progress.evaluated(val_loss)
 
-    def take(self):
+    def take(self) -> dict:
+        """Returns the record of the pending step. Raises NonFiniteError."""
         (step, tokens, lr, fetched, first_window), self.pending = self.pending, None
         loss, norm, finite = fetched()
         self.scaler.check(step, bool(finite), loss, "" if finite else self.windows.place(first_window))
         self.watch(step, loss)
         return {"step": step, "tokens": tokens, "loss": loss, "lr": lr, "grad_norm": norm}
 
-    def watch(self, step, loss):
-        """Warn of a loss far above the recent ones: twice their mean, and by a nat at least."""
+    def watch(self, step: int, loss: float) -> None:
+        """Warns of a loss far above the recent ones: twice their mean, and by a nat at least."""
         mean = sum(self.recent) / len(self.recent) if len(self.recent) >= 10 else math.inf
         if loss > max(2 * mean, mean + 1):
             note("warning", f"loss spike at step {step}: {loss:.1f}, mean {mean:.1f}")
         if math.isfinite(loss):
             self.recent.append(loss)
 
-    def write(self, record):
+    def write(self, record: dict) -> None:
+        """Adds speed and time to a record of a step, and logs it."""
         if "loss" in record:
             seconds = self.progress.train_seconds - self.logged_seconds
             speed = (record["tokens"] - self.logged_tokens) / seconds if seconds else 0.0
@@ -166,11 +170,12 @@ class Recorder:
             self.logged_tokens, self.logged_seconds = record["tokens"], self.progress.train_seconds
             record["tok_per_s"], record["mfu"] = round(speed, 1), round(mfu, 4)
             record["train_seconds"] = round(self.logged_seconds, 3)
-        self.log.write(record, self.budget.total_steps(self.progress))
+        if self.log:
+            self.log.write(record, self.budget.total_steps(self.progress))
 
 
-def describe(record, total_steps):
-    """A record as a plain line: "step 20/100  loss 3.214  lr 6.0e-04  …"."""
+def plain_line(record, total_steps):
+    """Returns a record as a plain line: "step 20/100  loss 3.214  lr 6.0e-04  …"."""
     parts = [f"step {record['step']}/{total_steps}"]
     if "loss" in record:
         parts += [f"loss {record['loss']:.4f}", f"lr {record['lr']:.2e}", f"grad_norm {record['grad_norm']:.2f}"]
@@ -186,6 +191,17 @@ def describe(record, total_steps):
 def short(record):
     mfu = f" mfu {100 * record['mfu']:.0f}%" if record["mfu"] else ""
     return f"loss {record['loss']:.3f} {record['tok_per_s']:,.0f} tok/s{mfu}"
+
+
+def start_log(config: Any, progress: Progress, budget: Budget, draw: Callable) -> Log:
+    """Opens the log of a run in `config.out`, and wandb if that is asked for. `draw(folder)` makes the function that
+    draws the losses of the run."""
+    run, out = None, Path(config.out)
+    if config.wandb:
+        run = start_wandb(config.wandb, progress.wandb_id or None, out.name, config.out, flatten(config))
+        progress.wandb_id = run.id if run else progress.wandb_id
+    begins = progress.step == 0 and progress.evaluated_step is None
+    return Log(out, -1 if begins else progress.step, budget.total_steps(progress), draw(out), run)
 
 
 def start_wandb(project, run_id, name, out, config):

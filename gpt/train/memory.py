@@ -1,9 +1,11 @@
 """What a training step needs in memory, estimated before it runs, and the micro-batch that fits."""
 
+import contextlib
+
 import torch
 
 from gpt.device import GIB, free_memory, total_memory
-from gpt.errors import InputError
+from gpt.errors import InputError, ResourceError
 from gpt.model import count_parameters, hidden_parameters, padded_vocabulary
 
 MIB = 1024**2
@@ -75,6 +77,16 @@ def choose_micro_batch(model_config, vocab_size, batch_size, dtype, device, shar
         if not too_many and sum(estimate(model_config, vocab_size, size, dtype, device).values()) <= room:
             return size
     return 1
+
+
+@contextlib.contextmanager
+def out_of_memory_errors(progress, block_size: int):
+    """Turns torch's error about GPU memory into a ResourceError that names the sizes."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        sizes = f"micro_batch_size {progress.micro_batch_size}, block_size {block_size}"
+        raise ResourceError(f"out of GPU memory: {sizes}; lower --micro_batch_size") from None
 
 
 def describe(needs):

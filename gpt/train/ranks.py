@@ -10,6 +10,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -205,16 +206,26 @@ class Ranks(Alone):
         os._exit(code)
 
 
+def launched() -> tuple[int, ...]:
+    """Returns (rank, number of ranks, rank and number of ranks on this machine), as torchrun gave them to this
+    process."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not all(name in os.environ for name in names):
+        return 0, 1, 0, 1
+    return tuple(int(os.environ[name]) for name in names)
+
+
 @contextlib.contextmanager
-def join(rank, size, local_rank, local_size):
-    """The Ranks of a run, or Alone, for as long as the run takes. Only rank 0 is heard. The first rank to fail ends all
-    of them with its exit code, and alone says why."""
+def join() -> Iterator[Alone]:
+    """Yields the Ranks that torchrun started, or Alone. Only rank 0 prints. The first rank to fail ends all of them
+    with its exit code, and alone says why."""
+    rank, size, local_rank, local_size = launched()
     if size == 1:
         yield ALONE
         return
     ranks = Ranks(rank, size, local_rank, local_size)
     try:
-        with contextlib.nullcontext() if ranks.leads else unheard():
+        with contextlib.nullcontext() if ranks.leads else silenced():
             yield ranks
     except (Exception, KeyboardInterrupt) as error:
         cause = ranks.cause(error)
@@ -228,8 +239,8 @@ def join(rank, size, local_rank, local_size):
 
 
 @contextlib.contextmanager
-def unheard():
-    """Meanwhile what this process prints vanishes, but for the last words of a failure, said after it."""
+def silenced() -> Iterator[None]:
+    """Drops what this process prints; the reason of a failure is told after this context."""
     null = open(os.devnull, "w")  # left open: loggers may keep it
     with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         yield

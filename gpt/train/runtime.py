@@ -1,49 +1,37 @@
-"""The machine: device, precision, threads, memory, determinism, seeds, signals, which process of a run this is. Nothing
-else knows what hardware is used."""
+"""The machine of one training process: its device, precision, threads and determinism, seeds and signals."""
 
 import contextlib
 import ctypes
 import os
-import re
 import signal
-import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from gpt.device import device_name, has_compiler, pick_device, set_precision, set_threads
-from gpt.errors import InputError, ResourceError, tell
+from gpt.checkpoint.folder import Checkpoint
+from gpt.device import (
+    DTYPES,
+    device_name,
+    has_compiler,
+    pick_device,
+    pinned_copy,
+    set_precision,
+    set_threads,
+    to_device,
+)
+from gpt.errors import InputError, ResourceError, note, tell
 from gpt.kernels import build
 from gpt.kernels.native_attention import NativeAttention
 from gpt.kernels.select import attention_is_faster, pick_dtype, training_library
-from gpt.model import Ops
+from gpt.model import REFERENCE, ModelConfig, Ops
 from gpt.text.windows import mix
-from gpt.train.ranks import ALONE
+from gpt.train.cost import KERNELS_PAY, compiling_pays, launches_matter
+from gpt.train.ranks import ALONE, Alone
 
-# Dense bf16/fp16 tensor-core peaks in FLOP/s, by words of the device's name. Source: NVIDIA's data sheets.
-GPU_PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "RTX 5090": 209e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
-EAGER_SHARE = 0.25  # of that peak, what an uncompiled step reaches
-COMPILING_SECONDS, COMPILING_SAVES = 60, 0.3  # how long it takes; the least share of a step that it saves
-KERNELS_PAY = 1e12  # FLOPs of a run, ten seconds or so of a CPU, from which it pays to wait until kernels are built
-# Of one layer's passes over a micro-batch, uncompiled: about 15 forward and 30 backward; what the host takes for each.
-LAUNCHES, LAUNCH_SECONDS = 45, 5e-6
-LAUNCHES_MATTER = 0.25  # of the time of the products, from which a step is captured: it gains, or it loses nothing
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -52,8 +40,8 @@ class MachineConfig:
     device: str = "auto"
     """auto (CUDA, else Apple's MPS, else CPU), cpu, cuda, cuda:1, mps"""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """precision of the products; auto is bf16 where it is native, fp16 on older GPUs, else fp32. Saved weights are
-    fp32"""
+    """precision of the products; auto is bf16 or, on older GPUs, fp16, and on a CPU what a short measurement finds
+    faster. Saved weights are fp32"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto is on for CUDA runs long enough to pay for it, off elsewhere"""
     kernels: Literal["auto", "on", "off"] = "auto"
@@ -65,62 +53,65 @@ class MachineConfig:
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch"""
 
-    def problems(self):
-        """What is wrong with these values, in words; empty if nothing."""
+    def problems(self) -> list[str]:
+        """Returns what is wrong with these values, in words; empty if nothing is."""
         found = [f"threads {self.threads} must be 0 or more"] if self.threads < 0 else []
         if self.kernels == self.compile == "on":
             found.append("kernels on and compile on exclude each other: the compiler makes its own")
         return found
 
 
-def launched():
-    """(rank, number of ranks, rank and number of ranks on this machine) that torchrun gave this process."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if not all(name in os.environ for name in names):
-        return 0, 1, 0, 1
-    return tuple(int(os.environ[name]) for name in names)
-
-
 class Runtime:
-    """Device, precision and determinism of one training process, set up once; and the `ranks` that it is one of."""
+    """Device, precision and determinism of one training process, set up once; `ranks` is its place among others.
 
-    def __init__(self, config, ranks=ALONE):
+    A run that continues `checkpoint` on the same device keeps the precision, compilation and kernels that it began with
+    unless settings name others."""
+
+    def __init__(self, config: MachineConfig, ranks: Alone = ALONE, checkpoint: Checkpoint | None = None):
         self.ranks = ranks
         self.device = own_device(pick_device(config.device), ranks)
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # for kernels and streams that are not told a device
-        self.dtype = pick_dtype(config.dtype, self.device)
+        set_threads(config.threads)
+        record = checkpoint.state["runtime"] if checkpoint else {}
+        self.before = record if record.get("device") == device_name(self.device) else None
+        self.dtype = self.agreed_dtype(config.dtype)
         kernels_can_run = self.device.type == "cpu" and self.dtype == torch.bfloat16 and build.compiler() is not None
         if config.kernels == "on" and not kernels_can_run:
             raise InputError("kernels on: the C++ attention needs a CPU, bf16 and a C++ compiler; use auto")
         self.deterministic = config.deterministic or self.device.type == "cpu"
         if self.device.type == "cpu":
             keep_freed_memory()
-        set_threads(config.threads)
         set_precision(self.dtype)
         if self.deterministic:
             be_deterministic()
 
-    def autocast(self, enabled=True):
-        """Context in which matrix products run in this precision while weights stay fp32. What it cast is kept until
-        the outermost one ends; one within it, not `enabled`, is for the backward pass."""
+    def agreed_dtype(self, name: str) -> torch.dtype:
+        """Returns the precision of a name; "auto" is what the run began with, or rank 0's choice."""
+        if name != "auto":
+            return DTYPES[name]
+        if self.before:
+            return getattr(torch, self.before["precision"])
+        dtypes = list(DTYPES.values())
+        return dtypes[int(self.ranks.first(dtypes.index(pick_dtype(name, self.device))))]
+
+    def autocast(self, enabled: bool = True) -> contextlib.AbstractContextManager:
+        """Returns a context in which matrix products run in this precision while weights stay fp32. Cast weights are
+        kept until the outermost context ends; an inner one, not `enabled`, is for the backward pass."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
 
-    def ready(self, array):
-        """An int64 array as a tensor on the device; a copy to a GPU waits its turn there, and nobody waits for it."""
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+    def ready(self, array: np.ndarray) -> torch.Tensor:
+        """Returns an int64 array as a tensor on the device. The copy to a GPU is asynchronous."""
+        return to_device(torch.from_numpy(array), self.device)
 
-    def fetch(self, tensor):
-        """A function that gives `tensor` as lists. On a GPU it waits for it alone, not for what is launched later."""
+    def fetch(self, tensor: torch.Tensor) -> Callable[[], list]:
+        """Returns a function that returns `tensor` as lists. On a GPU it waits for this tensor alone, not for what is
+        launched later."""
         if self.device.type != "cuda":
             return tensor.tolist
-        host, done = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True), torch.cuda.Event()
-        host.copy_(tensor, non_blocking=True)
+        host, done = pinned_copy(tensor), torch.cuda.Event()
         done.record()
 
         def wait():
@@ -129,42 +120,43 @@ class Runtime:
 
         return wait
 
-    def compiles(self, setting, flops, before=None):
-        """Whether to compile a run of so many FLOPs on this device. Left to choose, one that is continued goes on as it
-        was: `before` is its record of the machine."""
+    def compiles(self, setting: str, flops: float) -> bool:
+        """Returns whether to compile a run of so many FLOPs."""
         if setting != "auto":
             return setting == "on"
-        if before is not None and before["device"] == device_name(self.device):
-            return before["compile"]
+        if self.before:
+            return self.before["compile"]
         return self.device.type == "cuda" and has_compiler() and compiling_pays(flops, self.device)
 
-    def native_attention(self, setting, config, compiled, flops, before=None):
-        """Returns Ops with the C++ attention if a run of so many FLOPs is to use it, else None; all ranks agree.
-        `config` is the ModelConfig, `before` as in `compiles`. Raises ResourceError where the setting is "on" and the
-        library cannot be had."""
+    def ops(self, setting: str, config: ModelConfig, compiled: bool, flops: float) -> Ops:
+        """Returns the Ops of a run of so many FLOPs: with the C++ attention where `setting` asks for it, or it is
+        faster and built or worth waiting for; all ranks agree. Raises ResourceError if it is asked for and cannot be
+        had."""
         width = config.n_embd // config.n_head
         takes = self.device.type == "cpu" and self.dtype == torch.bfloat16 and not config.dropout and width % 2 == 0
-        again = before is not None and before["device"] == device_name(self.device)
         wanted = takes and not compiled and setting != "off"
-        if setting == "auto" and again:
-            wanted = wanted and before["kernels"]
-        library = training_library(wait=setting == "on" or again or flops >= KERNELS_PAY) if wanted else None
+        if setting == "auto" and self.before:
+            wanted = wanted and self.before["kernels"]
+        waits = setting == "on" or self.before is not None or flops >= KERNELS_PAY
+        library = training_library(waits) if wanted else None
         usable = library is not None and (library.gpt_has_threads() or torch.get_num_threads() == 1)
-        if usable and setting == "auto" and not again:
-            usable = attention_is_faster(library, config.n_head, width, config.block_size, self.dtype)
+        if setting == "auto" and not self.before:
+            measured = self.ranks.leads and usable
+            faster = measured and attention_is_faster(library, config.n_head, width, config.block_size, self.dtype)
+            usable = bool(self.ranks.first(faster)) and usable
         if self.ranks.least(int(usable)):
             return Ops(attention=NativeAttention(library))
         if setting == "on":
             raise ResourceError("kernels on: the library could not be built, or the run is compiled; use auto")
-        return None
+        return REFERENCE
 
-    def captures(self, flops, layers):
-        """Whether to capture steps as a CUDA graph whose micro-batch takes so many FLOPs in so many layers, and that
-        is not compiled. (It changes no bit, and needs no record.)"""
+    def captures(self, flops: float, layers: int) -> bool:
+        """Returns whether to capture uncompiled steps as a CUDA graph whose micro-batch takes so many FLOPs. It changes
+        no bit, so it needs no record."""
         return self.device.type == "cuda" and self.ranks.size == 1 and launches_matter(flops, layers, self.device)
 
-    def record(self, compiled, kernels, micro_batch_size):
-        """What must agree for a run to repeat to the bit."""
+    def record(self, compiled: bool, kernels: bool, micro_batch_size: int) -> dict[str, Any]:
+        """Returns what must agree for a run to repeat to the bit, by name."""
         return {
             "torch": torch.__version__,
             "device": device_name(self.device),
@@ -177,13 +169,21 @@ class Runtime:
             "world_size": self.ranks.size,
         }
 
-    def sharers(self):
-        """How many processes of the run share the device's memory."""
+    def sharers(self) -> int:
+        """Returns how many processes of the run share the device's memory."""
         return self.ranks.local_size if self.device.type == "cpu" else 1
 
 
-def own_device(device, ranks):
-    """The device of this process: of GPUs, each process on a machine has its own. Raises InputError if it has none."""
+def check_runtime(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Warns once if two records of machines differ in something on which bitwise repetition depends."""
+    changed = [f"{name} {before[name]} -> {value}" for name, value in now.items() if before.get(name, value) != value]
+    if changed:
+        note("warning", f"not bitwise the same run any more: {', '.join(changed)}")
+
+
+def own_device(device: torch.device, ranks: Alone) -> torch.device:
+    """Returns the device of this process: each process on a machine has a GPU of its own. Raises InputError if there
+    are too few."""
     if ranks.size == 1 or device.type == "cpu":
         return device
     if device.type != "cuda" or device.index is not None:
@@ -196,8 +196,8 @@ def own_device(device, ranks):
     return torch.device("cuda", ranks.local_rank)
 
 
-def keep_freed_memory():
-    """Have glibc reuse the memory of large tensors that are gone. It would give it back to the system, which hands out
+def keep_freed_memory() -> None:
+    """Makes glibc reuse the memory of freed tensors. By default it returns large blocks to the system, which hands out
     new pages one by one, zeroed: up to a fifth of a training step on a CPU."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -205,68 +205,24 @@ def keep_freed_memory():
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def be_deterministic():
+def be_deterministic() -> None:
+    """Makes torch repeat results to the bit, or raise where it cannot."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would import the compiler: a second
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would write NaN over every new tensor first
 
 
-def compiling_pays(flops, device):
-    """Whether a run of so many FLOPs on a GPU saves more time than compiling takes. One that is held up by launches of
-    small kernels gains more than is counted here. (On a CPU a step of GPT-2 124M gains nothing.)"""
-    return COMPILING_SAVES * flops / eager_speed(device) > COMPILING_SECONDS
-
-
-def launches_matter(flops, layers, device):
-    """Whether the host takes a good part of the time to launch a micro-batch's kernels in which the GPU computes its
-    FLOPs: then the GPU waits for it."""
-    return layers * LAUNCHES * LAUNCH_SECONDS > LAUNCHES_MATTER * flops / eager_speed(device)
-
-
-def eager_speed(device):
-    """FLOP/s of an uncompiled step on a GPU; an A100's where its peak is not known."""
-    return EAGER_SHARE * (gpu_peak(torch.cuda.get_device_name(device)) or GPU_PEAKS["A100"])
-
-
-def seed_step(seed, step, rank=0):
-    """Set all of torch's generators from (seed, step, rank), so that no generator state need ever be saved."""
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Sets all of torch's generators from (seed, step, rank), so that no generator state need be saved."""
     torch.manual_seed(int(mix(seed, step, rank)[0] >> np.uint64(1)))
 
 
-def peak_flops(device, dtype):
-    """FLOP/s that the device can reach in this precision: a table for GPUs, measured for others; 0.0 if unknown."""
-    if device.type == "cuda":
-        return gpu_peak(torch.cuda.get_device_name(device)) if dtype != torch.float32 else 0.0
-    return measured_flops(device, dtype) if device.type == "cpu" else 0.0
-
-
-def gpu_peak(name):
-    """FLOP/s of the GPU that torch calls `name`; 0.0 if unknown. Other chips bear some of these names with an addition:
-    "RTX 4090 Laptop GPU"."""
-    found = (peak for part, peak in GPU_PEAKS.items() if re.search(rf"\b{part}\b(?! (?:Ti|D|Laptop)\b)", name))
-    return next(found, 0.0)
-
-
-def measured_flops(device, dtype, too_long=0.05):
-    """Best of a few square matrix products; takes a tenth of a second or so. They grow, and end with one that takes
-    `too_long` seconds: a type that the CPU only emulates is a hundred times slower than another."""
-    best = 0.0
-    for size in (128, 256, 512, 1024, 1024, 1024, 1024):
-        a = torch.ones(size, size, dtype=dtype, device=device)
-        start = time.perf_counter()
-        a @ a
-        seconds = time.perf_counter() - start
-        best = max(best, 2 * size**3 / seconds)
-        if seconds > too_long:
-            break
-    return best
-
-
 class StopFlag:
-    """Set by the first SIGTERM or Ctrl-C; the loop reads it between steps. A second Ctrl-C interrupts at once."""
+    """A context that notes the first SIGTERM or Ctrl-C; the loop reads the flag between steps. A second Ctrl-C
+    interrupts at once."""
 
     def __init__(self):
-        self.signal = None
+        self.signal: int | None = None
 
     def __enter__(self):
         self.previous = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -285,23 +241,18 @@ class StopFlag:
         return self.signal is not None
 
 
-def profiler(trace_path):
-    """A context whose `step()` counts training steps: a torch profiler of steps 4 to 6 that writes a Chrome trace and
-    prints where the time went; without a path, one that does nothing."""
+@contextlib.contextmanager
+def profiler(trace_path: Path | None) -> Iterator[Callable[[], object]]:
+    """Yields a function to call after each training step. With a path, steps 4 to 6 are profiled into a Chrome trace
+    there, and a table of where the time went is printed; without one nothing happens."""
     if trace_path is None:
-        return NoProfile()
+        yield lambda: None
+        return
 
     def report(profile):
         profile.export_chrome_trace(str(trace_path))
         tell(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
 
     schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
-    return torch.profiler.profile(schedule=schedule, on_trace_ready=report)
-
-
-class NoProfile(contextlib.nullcontext):
-    def __enter__(self):
-        return self
-
-    def step(self):
-        """Nothing is profiled."""
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=report) as profile:
+        yield profile.step

@@ -58,15 +58,15 @@ def cannot_write(out):
 class Saver:
     """Writes the checkpoints of a run into `out` and keeps the pointers and the number of them right.
 
-    `constant` is what every state.json repeats: the settings, the machine, the base model. `rhythm` says how many
-    checkpoints to keep (keep_last, keep_every)."""
+    `constant` is what every state.json repeats: the settings, the machine, the base model. `sampling` are the defaults
+    of generation. `rhythm` says how many checkpoints to keep (keep_last, keep_every). Ranks whose `recorder` has no log
+    write nothing."""
 
-    def __init__(self, out, state, corpus, constant, log, rhythm, sampling):
+    def __init__(self, out, state, corpus, recorder, constant, sampling, rhythm):
         self.out, self.state, self.corpus, self.constant = Path(out), state, corpus, constant
-        self.sampling = sampling
-        self.log, self.rhythm = log, rhythm
+        self.recorder, self.sampling, self.rhythm = recorder, sampling, rhythm
         self.saved_step, self.failures = None, 0
-        if self.folder(state.progress.step).is_dir():  # resumed: finish what an interruption may have left undone
+        if recorder.log and self.folder(state.progress.step).is_dir():  # finish what an interruption left undone
             self.saved_step = state.progress.step
             self.point()
 
@@ -74,8 +74,11 @@ class Saver:
         return self.out / f"step-{step:09d}"
 
     def save(self, is_last=False):
-        """Save this step's checkpoint, unless there is one, and point to it. A failure to write is a warning until the
-        third in a row, or at the end of the run."""
+        """Saves this step's checkpoint, unless there is one, and points to it. Logs its step first: what is not finite
+        is never saved. A failure to write is a warning until the third in a row, or at the end of the run."""
+        self.recorder.read()
+        if not self.recorder.log:
+            return
         step = self.state.progress.step
         if self.saved_step == step:
             self.point_to_best()  # a resumed run may have evaluated a step that was saved before
@@ -96,7 +99,7 @@ class Saver:
         state, corpus = self.state, self.corpus
         stored = {"progress": asdict(state.progress), "scaler": state.scaler.state(), **self.constant}
         try:
-            self.log.sync()
+            self.recorder.log.sync()
             tensors = optimizer_tensors(state.model, state.optimizer)
             about = {"dataset": corpus.record, "code": __version__}
             save_checkpoint(self.out, step, state.model, corpus.tokenizer, tensors, stored, self.sampling, about)
@@ -114,13 +117,6 @@ class Saver:
         best = self.folder(progress.best_step)
         if progress.best_loss is not None and best.is_dir() and read_pointer(self.out, "best") != best:
             point(self.out, "best", best)
-
-
-class NoSaver:
-    """The Saver of a rank that does not write."""
-
-    def save(self, is_last=False):
-        """Nothing is saved here."""
 
 
 def sweep(out):

@@ -357,7 +357,7 @@ def test_a_cxx_that_is_no_command_is_one_warning_and_the_next_compiler_is_taken(
     )
 
 
-@pytest.mark.parametrize("name", ["cpu", "torch_version"])
+@pytest.mark.parametrize("name", ["cpu_identity", "torch_version"])
 def test_another_cpu_or_torch_gets_a_library_of_its_own(compiler, monkeypatch, name):
     path = build.library_path()
     monkeypatch.setattr(build, name, lambda: "another")

@@ -52,7 +52,7 @@ def test_fault_009_no_cache_and_no_network_names_the_file_and_its_place(tmp_path
 
 
 def test_named_encodings_need_nothing_imported_before():
-    code = "from gpt.rank_files import own_cache\nwith own_cache('gpt2'): pass"
+    code = "from gpt.text.rank_files import own_cache\nwith own_cache('gpt2'): pass"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

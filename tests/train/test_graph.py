@@ -9,6 +9,8 @@ from torch.utils._pytree import tree_leaves
 from training_helpers import fingerprint, make_data, tiny_model, train_here
 
 import train
+from gpt.model import ModelConfig, flops_per_token
+from gpt.train import setup
 from gpt.train.budget import LengthConfig, Progress
 from gpt.train.graph import WARM_UPS, GraphedStep
 from gpt.train.optim import LossScaler, OptimConfig, make_optimizer
@@ -175,14 +177,14 @@ def test_a_captured_run_repeats_to_the_bit_killed_or_not_and_equals_a_plain_one(
 
 def record_all_runs(monkeypatch, reads):
     """Let train.py capture its steps on a CPU; the list that the recorders go to."""
-    recorded, stepper = [], train.stepper
+    recorded, stepper = [], setup.stepper
 
-    def recording(config, state, run, compiled):
+    def recording(config, state, *rest):
         recorded.append(Recorded(lambda: changing(state), reads))
-        return stepper(config, state, run, compiled)
+        return stepper(config, state, *rest)
 
-    monkeypatch.setattr(train, "stepper", recording)
-    monkeypatch.setattr(train, "CudaGraph", lambda device: recorded[-1])
+    monkeypatch.setattr(setup, "stepper", recording)
+    monkeypatch.setattr(setup, "CudaGraph", lambda device: recorded[-1])
     monkeypatch.setattr(Runtime, "captures", lambda *_: True)
     return recorded
 
@@ -190,11 +192,11 @@ def record_all_runs(monkeypatch, reads):
 def test_neither_a_compiled_run_nor_a_profile_is_captured(cpu, monkeypatch):
     run, state = cpu("fp32"), new_state("adamw", 1.0, 0.0)
     monkeypatch.setattr(Runtime, "captures", lambda *_: True)
-    monkeypatch.setattr(train, "CudaGraph", lambda device: "a graph")
+    monkeypatch.setattr(setup, "CudaGraph", lambda device: "a graph")
     plain, profiled = (train.TrainConfig(data="none", length=LENGTH, profile=on) for on in (False, True))
-    assert train.stepper(plain, state, run, compiled=False).graph == "a graph"
-    assert not isinstance(train.stepper(plain, state, run, compiled=True), GraphedStep)
-    assert not isinstance(train.stepper(profiled, state, run, compiled=False), GraphedStep)
+    assert setup.stepper(plain, state, run, False, train.train_step).graph == "a graph"
+    assert not isinstance(setup.stepper(plain, state, run, True, train.train_step), GraphedStep)
+    assert not isinstance(setup.stepper(profiled, state, run, False, train.train_step), GraphedStep)
 
 
 # ---- where
@@ -222,5 +224,5 @@ def test_small_models_are_captured_where_a_gpu_would_wait_for_its_host(cpu, monk
 
 
 def captures(run, layers, width, context, sequences, vocabulary):
-    config = train.ModelConfig(n_layer=layers, n_embd=width, block_size=context)
-    return run.captures(train.flops_per_token(config, vocabulary) * context * sequences, layers)
+    config = ModelConfig(n_layer=layers, n_embd=width, block_size=context)
+    return run.captures(flops_per_token(config, vocabulary) * context * sequences, layers)

@@ -13,6 +13,7 @@ from training_helpers import QUICK, ROOT, make_data, metrics, step_names, train_
 from gpt.checkpoint.folder import verify_checkpoint
 from gpt.errors import InputError, IntegrityError, NonFiniteError, ResourceError, Stopped
 from gpt.train import log as log_module
+from gpt.train import metrics_file
 from gpt.train.log import Log, exit_record
 from gpt.train.metrics_file import MetricsFile, cut_metrics
 from gpt.train.ranks import ALONE
@@ -145,7 +146,7 @@ def test_fault_037_a_disk_that_is_full_for_a_while_costs_checkpoints_and_no_numb
 
 def test_fault_037_a_disk_that_is_full_from_the_start_is_exit_5(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text('{"step": 5}\n')
-    monkeypatch.setattr(log_module, "write_durably", full_disk)
+    monkeypatch.setattr(metrics_file, "write_durably", full_disk)
     with pytest.raises(ResourceError, match="No space left"):
         MetricsFile(tmp_path / "metrics.jsonl", 3)
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,12 +32,14 @@ import train
 from gpt.errors import IntegrityError
 from gpt.files import lock_folder
 from gpt.loss import IGNORED
+from gpt.model import GPT
 from gpt.text.corpus import Corpus
 from gpt.train import ranks as ranks_module
+from gpt.train import setup
 from gpt.train.budget import Progress
 from gpt.train.optim import LossScaler
-from gpt.train.ranks import ALONE, join
-from gpt.train.runtime import MachineConfig, Runtime, launched
+from gpt.train.ranks import ALONE, join, launched
+from gpt.train.runtime import MachineConfig, Runtime
 from gpt.train.saver import Saver
 from gpt.train.state import State
 
@@ -205,7 +208,7 @@ def compare_gradients():
     """Gradients and loss over a batch, shared by all ranks, are those of one process over all of it."""
     batch = torch.randint(257, (12, 2), generator=torch.Generator().manual_seed(5))
     batch[:5, 1] = IGNORED  # of three ranks the first has no target at all
-    with join(*launched()) as ranks:
+    with join() as ranks:
         machine = MachineConfig(device="cpu", dtype="fp32", threads=1)
         whole, expected = gradients(batch, Runtime(machine))
         share = 12 // ranks.size
@@ -230,14 +233,17 @@ def test_the_validation_loss_is_that_of_one_process_however_many_batches_there_a
 
 
 def compare_evaluations(data):
-    with join(*launched()) as ranks:
+    with join() as ranks:
         machine = MachineConfig(device="cpu", dtype="fp32", threads=1)
         model = tiny_model()
         corpus = Corpus(data, "", "size", 32, 8, 1337)
         for eval_tokens, batch_size in ((0, 4), (0, 1), (32, 1), (100, 2), (33, 1)):
-            among = corpus, eval_tokens, batch_size
-            expected = train.evaluate(model, *among, Runtime(machine), stop=False)
-            found = train.evaluate(model, *among, Runtime(machine, ranks), stop=False)
+            config = SimpleNamespace(rhythm=SimpleNamespace(eval_tokens=eval_tokens))
+            state = State(model, None, None, Progress(micro_batch_size=batch_size))
+            expected, found = (
+                train.evaluate(setup.Run(config, runtime, corpus, None, state, None, None, None, None, stop=False))
+                for runtime in (Runtime(machine), Runtime(machine, ranks))
+            )
             assert found == pytest.approx(expected, rel=1e-6), (eval_tokens, batch_size)
 
 
@@ -254,7 +260,7 @@ def compare_spread(count):
         done.append(len(some))
         return some * some
 
-    with join(*launched()) as ranks:
+    with join() as ranks:
         torch.testing.assert_close(ranks.spread(square, stack), ALONE.spread(square, stack), rtol=0, atol=0)
         assert done[0] == math.ceil(int(count) / ranks.size)
 
@@ -521,10 +527,10 @@ def test_fault_028_a_loss_that_is_not_finite_on_one_rank_is_applied_by_none(trai
 
 
 def not_a_number(rank):
-    original = train.GPT.losses
+    original = GPT.losses
     broken = []
     at_step(6, lambda: broken.append(rank == 1))
-    train.GPT.losses = lambda self, *args: original(self, *args) * (math.nan if any(broken) else 1.0)
+    GPT.losses = lambda self, *args: original(self, *args) * (math.nan if any(broken) else 1.0)
 
 
 def test_fault_074_ranks_that_were_given_different_settings_are_refused(train_ranks, tmp_path):
@@ -537,7 +543,7 @@ def test_fault_074_ranks_that_were_given_different_settings_are_refused(train_ra
 def another_seed(rank):
     original = train.settings
     if rank == 1:
-        train.settings = lambda argv: original([*argv, "--seed", "7"])
+        train.settings = lambda *args: original(*args[:2], [*args[2], "--seed", "7"], *args[3:])
 
 
 def test_one_clock_ends_a_run_by_its_minutes_on_all_ranks(train_ranks, tmp_path):

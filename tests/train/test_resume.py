@@ -20,7 +20,7 @@ from training_helpers import (
 from gpt.checkpoint.folder import find_model, load_pretrained, verify_checkpoint
 from gpt.text.corpus import Corpus
 from gpt.text.tokenizer import train_bpe
-from gpt.train.resume import load_base
+from gpt.train.start import load_base
 
 TO_THE_BIT = ("--dropout", "0.1", "--micro_batch_size", "2", "--threads", "2", "--log_every", "1", "--eval_every", "4")
 SHORT = ("--max_steps", "8", "--eval_every", "4", "--save_every", "4", "--log_every", "1", "--keep_last", "9")
@@ -68,7 +68,7 @@ def test_fault_055_a_killed_run_with_kernels_goes_on_with_them_to_the_bit(proces
     last = processes.run("train.py", *settings, "--out", killed, env=here)
     reference = processes.run("train.py", *settings, "--out", whole, env=here)
     assert (first.code, last.code, reference.code) == (-9, 0, 0), last.stderr
-    assert "C++ kernels" in last.stderr
+    assert "C++ attention" in last.stderr
     assert "warning" not in last.stderr
     assert state_of(killed, 12)["runtime"]["kernels"]
     assert fingerprint(killed, 12) == fingerprint(whole, 12)

@@ -17,10 +17,11 @@ from gpt.device import pick_device
 from gpt.errors import InputError, ResourceError
 from gpt.kernels import build, select
 from gpt.kernels.select import pick_dtype
-from gpt.model import ModelConfig
+from gpt.model import REFERENCE, ModelConfig
 from gpt.train import runtime
-from gpt.train.ranks import Alone
-from gpt.train.runtime import MachineConfig, Runtime, StopFlag, gpu_peak, own_device, seed_step
+from gpt.train.cost import KERNELS_PAY, gpu_peak, peak_flops
+from gpt.train.ranks import ALONE, Alone
+from gpt.train.runtime import MachineConfig, Runtime, StopFlag, own_device, seed_step
 
 
 @pytest.fixture
@@ -109,8 +110,9 @@ def test_compilation_is_off_on_a_cpu_unless_it_is_asked_for(settings_back):
 def test_a_run_that_is_continued_on_the_same_device_stays_compiled_or_not(settings_back):
     run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
     before = run.record(compiled=True, kernels=False, micro_batch_size=4)
-    assert [run.compiles(setting, 1e21, before) for setting in ("auto", "on", "off")] == [True, True, False]
-    assert not run.compiles("auto", 1e21, before | {"device": "another"})
+    again = continued(before)
+    assert [again.compiles(setting, 1e21) for setting in ("auto", "on", "off")] == [True, True, False]
+    assert not continued(before | {"device": "another"}).compiles("auto", 1e21)
 
 
 def test_a_run_on_a_gpu_is_compiled_if_it_is_long_enough_to_save_the_minute_that_takes(settings_back, monkeypatch):
@@ -145,6 +147,13 @@ def bf16_runtime(**settings):
     return Runtime(MachineConfig(device="cpu", dtype="bf16", **settings))
 
 
+def continued(record, config=None):
+    """The Runtime of a run that continues a checkpoint with this record of the machine."""
+    return Runtime(
+        config or MachineConfig(device="cpu", dtype="bf16"), ALONE, SimpleNamespace(state={"runtime": record})
+    )
+
+
 @pytest.fixture
 def kernels_win(monkeypatch):
     """The measurement says that the C++ is faster; a list to which its questions are added."""
@@ -157,25 +166,25 @@ def test_a_long_run_waits_for_its_kernels_and_a_short_one_has_them_built_for_the
     settings_back, builds, kernels_win, capsys
 ):
     run = bf16_runtime()
-    assert run.native_attention("auto", SHAPE, False, runtime.KERNELS_PAY / 2) is None
+    assert run.ops("auto", SHAPE, False, KERNELS_PAY / 2) is REFERENCE
     assert builds == ["begun"]
     assert "built in the background" in capsys.readouterr().err
-    assert run.native_attention("auto", SHAPE, False, runtime.KERNELS_PAY) is not None
+    assert run.ops("auto", SHAPE, False, KERNELS_PAY) is not REFERENCE
     assert builds == ["begun", "built"]
-    assert run.native_attention("auto", SHAPE, False, 1) is not None
+    assert run.ops("auto", SHAPE, False, 1) is not REFERENCE
     assert builds == ["begun", "built"]
 
 
 def test_kernels_are_for_uncompiled_runs_in_bf16_without_dropout_on_a_cpu(settings_back, builds, kernels_win):
     run = bf16_runtime()
-    assert run.native_attention("auto", SHAPE, True, 1e21) is None
-    assert run.native_attention("off", SHAPE, False, 1e21) is None
-    assert run.native_attention("auto", replace(SHAPE, dropout=0.1), False, 1e21) is None
-    assert run.native_attention("auto", replace(SHAPE, n_embd=30), False, 1e21) is None  # heads of an odd width
+    assert run.ops("auto", SHAPE, True, 1e21) is REFERENCE
+    assert run.ops("off", SHAPE, False, 1e21) is REFERENCE
+    assert run.ops("auto", replace(SHAPE, dropout=0.1), False, 1e21) is REFERENCE
+    assert run.ops("auto", replace(SHAPE, n_embd=30), False, 1e21) is REFERENCE  # heads of an odd width
     run.device = torch.device("cuda")
-    assert run.native_attention("auto", SHAPE, False, 1e21) is None
+    assert run.ops("auto", SHAPE, False, 1e21) is REFERENCE
     fp32 = Runtime(MachineConfig(device="cpu", dtype="fp32"))
-    assert fp32.native_attention("auto", SHAPE, False, 1e21) is None
+    assert fp32.ops("auto", SHAPE, False, 1e21) is REFERENCE
     assert builds == []
     with pytest.raises(InputError, match="exclude each other"):
         refuse(MachineConfig(kernels="on", compile="on").problems())
@@ -185,43 +194,53 @@ def test_auto_uses_kernels_only_where_a_measurement_finds_them_faster(settings_b
     run = bf16_runtime()
     for faster in (True, False):
         monkeypatch.setattr(runtime, "attention_is_faster", lambda *_, faster=faster: faster)
-        assert (run.native_attention("auto", SHAPE, False, 1e21) is not None) == faster
-        assert run.native_attention("on", SHAPE, False, 1) is not None
+        assert (run.ops("auto", SHAPE, False, 1e21) is not REFERENCE) == faster
+        assert run.ops("on", SHAPE, False, 1) is not REFERENCE
 
 
 def test_a_run_that_is_continued_keeps_to_its_kernels_or_to_plain_torch(settings_back, builds, kernels_win):
     run = bf16_runtime()
     before = run.record(False, kernels=False, micro_batch_size=4)
-    assert run.native_attention("auto", SHAPE, False, 1e21, before) is None
+    assert continued(before).ops("auto", SHAPE, False, 1e21) is REFERENCE
     assert builds == []
-    assert run.native_attention("auto", SHAPE, False, 1, before | {"kernels": True}) is not None
+    assert continued(before | {"kernels": True}).ops("auto", SHAPE, False, 1) is not REFERENCE
     assert builds == ["built"]
     assert kernels_win == []
-    assert run.native_attention("auto", SHAPE, False, 1e21, before | {"device": "another"}) is not None
+    assert continued(before | {"device": "another"}).ops("auto", SHAPE, False, 1e21) is not REFERENCE
     assert len(kernels_win) == 1
+
+
+def test_a_run_that_is_continued_keeps_its_precision_unless_another_is_asked_for(settings_back, monkeypatch):
+    before = Runtime(MachineConfig(device="cpu", dtype="fp32")).record(False, False, 4)
+    monkeypatch.setattr(select, "bf16_is_faster", lambda: True)
+    auto = MachineConfig(device="cpu")
+    assert Runtime(auto).dtype == torch.bfloat16
+    assert continued(before, auto).dtype == torch.float32
+    assert continued(before | {"device": "another"}, auto).dtype == torch.bfloat16
+    assert continued(before, MachineConfig(device="cpu", dtype="bf16")).dtype == torch.bfloat16
 
 
 def test_kernels_that_one_rank_lacks_or_that_have_no_threads_are_not_used(
     settings_back, builds, kernels_win, monkeypatch
 ):
     run = bf16_runtime(threads=2)
-    assert run.native_attention("auto", SHAPE, False, 1e21) is not None
+    assert run.ops("auto", SHAPE, False, 1e21) is not REFERENCE
     run.ranks = type("Ranks", (Alone,), {"least": lambda self, number: 0})()
-    assert run.native_attention("auto", SHAPE, False, 1e21) is None
+    assert run.ops("auto", SHAPE, False, 1e21) is REFERENCE
     run.ranks = Alone()
     monkeypatch.setattr(build, "build_now", lambda purpose: Library(has_threads=False))
-    assert run.native_attention("auto", SHAPE, False, 1e21) is None
+    assert run.ops("auto", SHAPE, False, 1e21) is REFERENCE
     torch.set_num_threads(1)
-    assert run.native_attention("auto", SHAPE, False, 1e21) is not None
+    assert run.ops("auto", SHAPE, False, 1e21) is not REFERENCE
 
 
 def test_where_kernels_cannot_be_had_auto_goes_without_and_on_is_an_error(settings_back, monkeypatch):
     for name in ("load_library", "build_now", "start_background_build"):
         monkeypatch.setattr(build, name, lambda purpose: None)
     run = bf16_runtime()
-    assert run.native_attention("auto", SHAPE, False, 1e21) is None
+    assert run.ops("auto", SHAPE, False, 1e21) is REFERENCE
     with pytest.raises(ResourceError, match="kernels on: the library could not be built"):
-        run.native_attention("on", SHAPE, False, 1e21)
+        run.ops("on", SHAPE, False, 1e21)
     with pytest.raises(InputError, match=r"kernels on: .* needs a CPU, bf16 and a C\+\+ compiler"):
         Runtime(MachineConfig(device="cpu", dtype="fp32", kernels="on"))
     monkeypatch.setattr(build, "compiler", lambda: None)
@@ -234,6 +253,7 @@ def test_a_gpu_that_is_named_by_number_becomes_the_current_one(settings_back, mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     for name in ("cuda:1", "cuda", "cpu", "cpu:0"):
         Runtime(MachineConfig(device=name, dtype="fp32"))
     assert chosen == [torch.device("cuda:1")]
@@ -265,8 +285,8 @@ def test_a_gpus_peak_is_found_by_whole_words_of_its_name():
 
 
 def test_the_measured_peak_is_about_what_a_large_product_reaches():
-    assert runtime.peak_flops(torch.device("cpu"), torch.float32) > 1e7
-    assert runtime.peak_flops(torch.device("cpu"), torch.float16) > 1e5
+    assert peak_flops(torch.device("cpu"), torch.float32) > 1e7
+    assert peak_flops(torch.device("cpu"), torch.float16) > 1e5
 
 
 # ---- seeds

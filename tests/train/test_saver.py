@@ -32,11 +32,12 @@ SAVE_EVENTS = 60  # a few more than one save with its retention has
 def saver_of(out, model, keep_last=2, keep_every=0, step=0):
     """A Saver outside of any run, to save small checkpoints of `model` with."""
     progress = Progress(step=step)
-    nothing = SimpleNamespace(wait=lambda: None, sync=lambda: None, say=print, state=lambda: {"scale": 1.0})
+    nothing = SimpleNamespace(wait=lambda: None, sync=lambda: None, read=lambda: None, state=lambda: {"scale": 1.0})
+    nothing.log = nothing
     corpus = SimpleNamespace(verifier=nothing, tokenizer=load_tokenizer("byte"), record={"train": []})
     rhythm = SimpleNamespace(keep_last=keep_last, keep_every=keep_every)
     constant = {"config": {"seed": 1}, "runtime": {}, "base": None}
-    return Saver(out, State(model, optimizer_of(model), nothing, progress), corpus, constant, nothing, rhythm, {})
+    return Saver(out, State(model, optimizer_of(model), nothing, progress), corpus, nothing, constant, {}, rhythm)
 
 
 # ---- kills

@@ -5,8 +5,8 @@ import mmap
 import pytest
 import torch
 
+from gpt.device import ALIGNMENT, empty_together, lie_together
 from gpt.kernels.native_model import move_together
-from gpt.pages import ALIGNMENT, empty_together, lie_together
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])

@@ -1,0 +1,186 @@
+"""A run made ready for its loop: model and optimizer on the device, compiled or with C++ attention if that pays, the
+run folder locked, log and checkpoints open."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt.config import flatten
+from gpt.errors import Stopped, note
+from gpt.kernels.cuda_graph import CudaGraph
+from gpt.model import GPT, REFERENCE, flops_per_token
+from gpt.text.corpus import Corpus
+from gpt.text.windows import Prefetch
+from gpt.train import memory
+from gpt.train.budget import Budget, Progress
+from gpt.train.graph import GraphedStep
+from gpt.train.log import Log, Recorder, exit_record, start_log
+from gpt.train.optim import LossScaler, make_optimizer
+from gpt.train.ranks import Alone
+from gpt.train.runtime import Runtime, StopFlag, check_runtime, profiler
+from gpt.train.saver import Saver, run_folder
+from gpt.train.start import Start, first_model
+from gpt.train.state import State, load_optimizer
+
+TrainStep = Callable[[State, torch.Tensor, Any, float, Runtime], torch.Tensor]
+Accumulate = Callable[[State, torch.Tensor, Runtime], torch.Tensor]
+
+
+@dataclass
+class Run:
+    """All that the loop of a run works with."""
+
+    config: Any
+    """the TrainConfig"""
+    machine: Runtime
+    corpus: Corpus
+    budget: Budget
+    state: State
+    step: Callable[[torch.Tensor, float], torch.Tensor]
+    """step(batch, lr): one optimizer step; returns loss, gradient norm and whether they are finite, (3,)"""
+    log: Log | None
+    """None on all ranks but the first"""
+    recorder: Recorder
+    saver: Saver
+    stop: StopFlag
+
+    @property
+    def ranks(self) -> Alone:
+        return self.machine.ranks
+
+    def evaluation_due(self) -> bool:
+        """Returns whether this step is still to be evaluated. So are a run's last step and the base model of a
+        fine-tune."""
+        progress = self.state.progress
+        always = self.budget.spent(progress) or (self.config.init and progress.step == 0)
+        return self.corpus.has_validation() and progress.evaluation_due(self.config.rhythm.eval_every, always)
+
+    def batches(self) -> Prefetch:
+        return Prefetch(self.corpus.windows, self.machine.ready, self.ranks.rank, self.ranks.size)
+
+    def profiler(self):
+        """Returns a context that gives a function to call after each step; it profiles some if that is asked for."""
+        asked = self.config.profile and self.ranks.leads
+        return profiler(Path(self.config.out) / "trace.json" if asked else None)
+
+    def count_seconds(self, seconds: float) -> None:
+        """Adds the time of a step. Where time ends the run, all ranks count rank 0's."""
+        limited = self.config.length.max_minutes
+        self.state.progress.train_seconds += self.ranks.first(seconds) if limited else seconds
+
+
+@contextlib.contextmanager
+def open_run(
+    start: Start, ranks: Alone, train_step: TrainStep, accumulate: Accumulate, sampling: dict, draw: Callable
+) -> Iterator[Run]:
+    """Opens the Run that begins at `start`; closes it afterwards. `train_step` and `accumulate` are those of train.py,
+    `sampling` the defaults of generation to store in checkpoints, `draw(out)` draws the losses in a run folder. Raises
+    Stopped if a signal ended the loop."""
+    config, progress, corpus = start.config, start.progress, start.corpus
+    machine = Runtime(config.machine, ranks, start.checkpoint)
+    memory.check_fits(config.model, corpus.tokenizer.vocab_size, machine.device, config.optim.optimizer)
+    model, origin = first_model(start)
+    with (
+        run_folder(config.out, flatten(config), start.newest, ranks) as out,
+        exit_record(out, ranks),
+        StopFlag() as stop,
+        memory.out_of_memory_errors(progress, config.model.block_size),
+    ):
+        state, record = build(start, model, machine, accumulate)
+        step = stepper(config, state, machine, record["compile"], train_step)
+        log = start_log(config, progress, start.budget, draw) if ranks.leads else None
+        recorder = Recorder(log, config.rhythm.log_every, state, start.budget, corpus.windows, machine)
+        constant = {"config": flatten(config), "runtime": record, "base": origin}
+        saver = Saver(out, state, corpus, recorder, constant, sampling, config.rhythm)
+        with contextlib.closing(corpus), contextlib.closing(log) if log else contextlib.nullcontext():
+            yield Run(config, machine, corpus, start.budget, state, step, log, recorder, saver, stop)
+        if ranks.any(stop):  # also waits until rank 0 has saved the last checkpoint
+            raise Stopped(f"signal at step {progress.step}: checkpoint saved in {out}; the same command continues")
+
+
+def build(start: Start, model: GPT, machine: Runtime, accumulate: Accumulate) -> tuple[State, dict[str, Any]]:
+    """Returns (State on the device, record of the machine), new or as the checkpoint left it; the model is compiled if
+    that is asked for or pays."""
+    config, progress, checkpoint = start.config, start.progress, start.checkpoint
+    model.to(machine.device).train()
+    progress.micro_batch_size = micro_batch_size(config, progress, model, machine)
+    optimizer = make_optimizer(model, config.optim, muon_dtype(machine.dtype), machine.ranks)
+    scaler = LossScaler(machine.device, enabled=machine.dtype == torch.float16)
+    flops = flops_of_run(start, model, machine)
+    compiled = machine.compiles(config.machine.compile, flops)
+    ops = machine.ops(config.machine.kernels, config.model, compiled, flops)
+    record = machine.record(compiled, ops is not REFERENCE, progress.micro_batch_size)
+    if checkpoint:
+        if checkpoint.step > 0:  # before the first step the optimizer holds nothing
+            load_optimizer(optimizer, model, checkpoint)
+        scaler.load(checkpoint.state["scaler"])
+        check_runtime(checkpoint.state["runtime"], record)
+    state = State(model, optimizer, scaler, progress, ops)
+    describe(config, state, machine, record)
+    machine.ranks.share_gradients(model)
+    if compiled:
+        torch.use_deterministic_algorithms(machine.deterministic)  # for the compiler too
+        model.compile()
+    if compiled or machine.ranks.size > 1:  # after its first step DDP orders its buckets anew, and with them its sums
+        warm_up(state, config.model.block_size, machine, accumulate)
+    return state, record
+
+
+def flops_of_run(start: Start, model: GPT, machine: Runtime) -> float:
+    """Returns the FLOPs of this rank's share of the run."""
+    config = start.config
+    tokens = config.batch.global_batch_size * config.model.block_size * start.budget.total_steps(start.progress)
+    return tokens * flops_per_token(config.model, model.vocab_size) / machine.ranks.size
+
+
+def micro_batch_size(config: Any, progress: Progress, model: GPT, machine: Runtime) -> int:
+    """Returns the given micro-batch size, else the checkpoint's if it still divides this rank's share of the batch,
+    else the largest that fits on all ranks."""
+    size = config.batch.global_batch_size // machine.ranks.size
+    if config.batch.micro_batch_size:
+        return config.batch.micro_batch_size
+    if progress.micro_batch_size and size % progress.micro_batch_size == 0:
+        return progress.micro_batch_size
+    sharers = machine.sharers()
+    fits = memory.choose_micro_batch(config.model, model.vocab_size, size, machine.dtype, machine.device, sharers)
+    return machine.ranks.least(fits)
+
+
+def muon_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the precision of Muon's products for that of the model's: fp16's range is too small for them."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def describe(config: Any, state: State, machine: Runtime, record: dict[str, Any]) -> None:
+    """Notes the size of the model, the machine, and the memory that a step needs."""
+    model, size = state.model, state.progress.micro_batch_size
+    kernels = ", C++ attention" if record["kernels"] else ""
+    note("info", f"{model.num_parameters():,} parameters on {record['device']}, {record['precision']}{kernels}")
+    kind = config.optim.optimizer
+    needs = memory.estimate(config.model, model.vocab_size, size, machine.dtype, machine.device, kind)
+    note("info", memory.describe(needs))
+
+
+def warm_up(state: State, block_size: int, machine: Runtime, accumulate: Accumulate) -> None:
+    """Compiles, and lets DDP settle, before the clock of the first step starts."""
+    batch = torch.zeros(state.progress.micro_batch_size, block_size + 1, dtype=torch.int64, device=machine.device)
+    accumulate(state, batch, machine)
+    state.optimizer.zero_grad()
+
+
+def stepper(config: Any, state: State, machine: Runtime, compiled: bool, train_step: TrainStep):
+    """Returns `train_step` as a function of batch and learning rate: a CUDA graph where launching its kernels takes
+    much of its time."""
+
+    def step(batch, lr):
+        return train_step(state, batch, lr, config.optim.grad_clip, machine)
+
+    tokens = state.progress.micro_batch_size * config.model.block_size
+    flops = tokens * flops_per_token(config.model, state.model.vocab_size)
+    if compiled or config.profile or not machine.captures(flops, config.model.n_layer):
+        return step  # a profile shows kernels by the operations that launched them
+    return GraphedStep(step, CudaGraph(machine.device), state.optimizer.zero_grad)

@@ -1,0 +1,283 @@
+"""Where a run begins: its settings, and whether it continues a checkpoint, fine-tunes a base model or starts from
+scratch. Settings, data and machine are compared with those of the checkpoint."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt.checkpoint.folder import Checkpoint, find_model, load_folder, newest_checkpoint, verify_checkpoint
+from gpt.checkpoint.weights import load_model, read_config, weights_hash
+from gpt.config import find_preset, flatten, list_presets, make_config, parse_flags, read_toml, refuse
+from gpt.errors import InputError, IntegrityError, ResourceError, ignore_write_errors, note, say, tell
+from gpt.files import STEP_FOLDER, is_folder, step_folders
+from gpt.model import GPT, ModelConfig
+from gpt.text.corpus import Corpus, check_tokenizer
+from gpt.text.tokenizer import Tokenizer
+from gpt.train.budget import Budget, LengthConfig, Progress, RhythmConfig
+from gpt.train.metrics_file import logged_evaluation
+from gpt.train.ranks import Alone
+from gpt.train.runtime import MachineConfig
+
+
+def names(config: type) -> set[str]:
+    return {field.name for field in fields(config)}
+
+
+ARCHITECTURE = names(ModelConfig) - {"dropout"}
+ELSEWHERE = {"data", "out", "resume", "verify", "wandb", "profile", "micro_batch_size"}  # data: compared by content
+FREE = names(LengthConfig) | names(RhythmConfig) | names(MachineConfig) | ELSEWHERE
+
+
+# ---- settings
+
+
+def settings(command_line: type, config: type, argv: list[str], presets: Path, description: str) -> tuple[Any, Any]:
+    """Returns (settings of type `config`, folder of the base model or None) of a command line. Flags win over the
+    preset, that over the settings of the checkpoint or base model, those over the defaults."""
+    flags = parse_flags(command_line, argv, description, "train.py")
+    path = flags.get("resume", "auto")
+    preset = find_preset(flags.get("preset") or ("finetune" if flags.get("init") else ""), presets)
+    values: dict[str, Any] = {}
+    if path not in ("", "auto"):
+        checkpoint = found_or_own(open_checkpoint, path, flags.get("out"))
+        values = checkpoint.state["config"] | {"out": str(run_folder(path))}
+    elif preset:
+        values = {"out": f"out/{preset.stem}"}
+    else:
+        tell(list_presets(presets))
+        raise InputError("no preset given: they are listed above; choose one, as in python train.py demo")
+    from_preset = read_toml(preset, config) if preset else {}
+    base, inherited = base_model(flags.get("init") or from_preset.get("init"), flags.get("out") or values["out"])
+    made = make_config(config, inherited, values, from_preset, flags)
+    if base:
+        check_architecture(made.model, from_preset.keys() | flags.keys(), inherited)
+        check_base_is_elsewhere(base, made.out)
+    return made, base
+
+
+def base_model(init: str | None, out: str) -> tuple[Path | None, dict[str, Any]]:
+    """Returns the folder of the base model that `init` names, and its architecture by setting. Where the base model is
+    gone, a run in `out` that began with it continues: then there is no folder, and the architecture is the run's."""
+    if not init:
+        return None, {}
+    base = found_or_own(find_model, init, out)
+    if isinstance(base, Checkpoint):
+        return None, {name: base.state["config"][name] for name in ARCHITECTURE}
+    return base, asdict(read_config(base)[0])
+
+
+def found_or_own(find: Callable, source: str, out: str | None):
+    """Returns find(source). If that fails, returns the newest checkpoint of the run in `out`, which began with it."""
+    try:
+        return find(source)
+    except (InputError, IntegrityError, ResourceError):
+        if not out or not step_folders(out) or Path(out).resolve() == run_folder(source).resolve():
+            raise
+        return newest_checkpoint(out, resumable=True)
+
+
+def check_architecture(model: ModelConfig, given: set[str], base: dict[str, Any]) -> None:
+    """Raises InputError for given settings that contradict the base model's, `base` by name. A shorter context is
+    allowed, and a note says so."""
+    problems = [
+        f"{name} {value} disagrees with the base model's {base[name]}"
+        for name, value in asdict(model).items()
+        if name in given and value != base[name] and name not in ("dropout", "block_size")
+    ]
+    if model.block_size > base["block_size"]:
+        problems.append(f"block_size {model.block_size} is above the base model's {base['block_size']}")
+    refuse(problems)
+    if model.block_size < base["block_size"]:
+        note("info", f"context cropped from {base['block_size']} to {model.block_size} tokens")
+
+
+def check_base_is_elsewhere(base: Path, out: str) -> None:
+    """Raises InputError if the run folder `out` is where the base model, in folder `base`, lives."""
+    if Path(out).resolve() in (base.resolve(), base.resolve().parent):
+        raise InputError(f"{out}: out holds the base checkpoint; give another --out")
+
+
+# ---- the start
+
+
+@dataclass
+class Start:
+    """What a run starts from, agreed by all ranks."""
+
+    config: Any
+    """the TrainConfig"""
+    base: Path | None
+    """folder of the base model of a fine-tune"""
+    corpus: Corpus
+    budget: Budget
+    checkpoint: Checkpoint | None
+    """the one that the run continues"""
+    progress: Progress
+    newest: list[Path]
+    """the newest step folder seen before the run folder is locked ([] if none)"""
+
+    def is_finished(self) -> bool:
+        """Returns whether nothing is left to do: no step, and no evaluation that a signal cut short."""
+        evaluates = self.corpus.has_validation() and self.progress.evaluation_due(0, always=True)
+        return self.budget.spent(self.progress) and not (self.checkpoint and evaluates)
+
+    def say_finished(self) -> None:
+        """Prints that nothing is left to do, and removes the reason of an earlier failure."""
+        why = " (patience)" if self.budget.tired(self.progress) else ""
+        (Path(self.config.out) / "exit.json").unlink(missing_ok=True)
+        with ignore_write_errors(sys.stdout):
+            say(f"nothing to do: step {self.progress.step} of {self.budget.total_steps(self.progress)}{why}")
+
+
+def find_start(config: Any, base: Path | None, ranks: Alone) -> Start:
+    """Returns the Start of a run. Raises InputError if ranks, data, settings or tokenizer disagree."""
+    refuse(config.batch.problems_on(ranks.size))
+    size, block_size = config.batch.global_batch_size, config.model.block_size
+    verify = config.verify if ranks.leads else "size"
+    corpus = Corpus(config.data, config.tokenizer, verify, block_size, size, config.seed)
+    budget = Budget(config.length, size, block_size, corpus.windows.per_epoch)
+    newest = step_folders(config.out)[:1]
+    checkpoint = find_checkpoint(config, base, corpus)
+    progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
+    if checkpoint and progress.evaluated_step != progress.step:  # evaluated after the checkpoint was saved, perhaps
+        progress.evaluated_if(logged_evaluation(Path(config.out), progress.step))
+    ranks.check_same(settings=flatten(config), data=corpus.record, checkpoint=asdict(progress))
+    return Start(config, base, corpus, budget, checkpoint, progress, newest)
+
+
+def find_checkpoint(config: Any, base: Path | None, corpus: Corpus) -> Checkpoint | None:
+    """Returns the checkpoint that the run continues, or None. Compares settings, tokenizer and data with it."""
+    checkpoint = checkpoint_to_resume(config.out, config.resume)
+    if checkpoint is None:
+        if not base:
+            note("info", f"starting from scratch in {config.out}")
+        return None
+    accept = config.resume != "auto" and run_folder(config.resume).resolve() == checkpoint.path.resolve().parent
+    check_tokenizer(str(checkpoint.path), checkpoint.manifest["tokenizer"], corpus.tokenizer)
+    check_settings(flatten(config), checkpoint, accept)
+    check_dataset(checkpoint, corpus.record, accept)
+    note("info", f"continuing {checkpoint.path} at step {checkpoint.step}")
+    return checkpoint
+
+
+def checkpoint_to_resume(out: str, resume: str) -> Checkpoint | None:
+    """Returns the checkpoint to continue, or None for a new run. `resume` is "auto" (the newest in `out`), "" (never)
+    or a path."""
+    own = step_folders(out)
+    if resume == "":
+        if own:
+            raise InputError(f"{out}: holds checkpoints already and --resume is off; give another --out")
+        return None
+    if resume == "auto":
+        return newest_checkpoint(out, resumable=True)
+    run = run_folder(resume)
+    if run.resolve() != Path(out).resolve() and own:
+        return newest_checkpoint(out, resumable=True)  # this branch was begun before
+    checkpoint = open_checkpoint(resume)
+    if run.resolve() == Path(out).resolve() and own[0].name != checkpoint.path.name:
+        newer = newest_checkpoint(out)
+        if newer.step > checkpoint.step:
+            raise InputError(
+                f"{out}: holds step {newer.step}, newer than {checkpoint.path.name}; give --out NEW to branch off"
+            )
+    return checkpoint
+
+
+def run_folder(path: str | Path) -> Path:
+    """Returns the run folder of a run or step folder: "out/mine/step-000000100" -> "out/mine"."""
+    folder = Path(path)
+    return folder.resolve().parent if STEP_FOLDER.match(folder.resolve().name) else folder
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Returns the checkpoint at a path that the user gave. Raises InputError or IntegrityError for one that cannot be
+    resumed."""
+    path = Path(source)
+    missing = InputError(f"{path}: no valid checkpoint; give a run folder or a step folder")
+    if not STEP_FOLDER.match(path.resolve().name):
+        checkpoint = newest_checkpoint(path, resumable=True)
+        if checkpoint is None:
+            raise missing
+        return checkpoint
+    if not is_folder(path):
+        raise missing
+    checkpoint = verify_checkpoint(path.resolve())
+    if checkpoint.state is None:
+        raise IntegrityError(f"{path}: holds weights only, no trainer state; start from them with --init {path}")
+    return checkpoint
+
+
+def check_settings(values: dict[str, Any], checkpoint: Checkpoint, accept: bool) -> None:
+    """Compares a run's settings, by flat name, with its checkpoint's. Raises InputError for another architecture,
+    optimizer or seed, and for another setting unless `accept`: then a note names it. Length, rhythm and hardware may
+    change."""
+    old = checkpoint.state["config"]
+    changed = {
+        name: (old[name], value)
+        for name, value in values.items()
+        if name in old and name not in FREE and old[name] != value
+    }
+    texts = [f"{name} {was!r} -> {now!r}" for name, (was, now) in changed.items()]
+    if "optimizer" in changed:
+        was, now = changed["optimizer"]
+        raise InputError(f"{checkpoint.path}: made with optimizer {was}, not {now}; use a new --out, and --init")
+    if "seed" in changed:
+        raise InputError(f"{checkpoint.path}: made with another seed ({texts[0]}); use a new --out")
+    fixed = [text for text, name in zip(texts, changed, strict=True) if name in ARCHITECTURE]
+    if fixed:
+        raise InputError(f"{checkpoint.path}: another architecture ({', '.join(fixed)}); use a new --out")
+    if texts and not accept:
+        raise InputError(
+            f"{checkpoint.path}: made with other settings ({', '.join(texts)}); use a new --out, "
+            f"or accept them with --resume {checkpoint.path.parent}"
+        )
+    for text in texts:
+        note("info", f"setting changed on resume: {text}")
+
+
+def check_dataset(checkpoint: Checkpoint, record: dict[str, Any], accept: bool) -> None:
+    """Raises IntegrityError if the data differ from those of the checkpoint; with `accept` it is a warning."""
+    before, now = shard_hashes(checkpoint.manifest["dataset"]), shard_hashes(record)
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if changed and not accept:
+        raise IntegrityError(
+            f"dataset changed since checkpoint: {', '.join(changed[:5])}; restore it, use a new --out, "
+            "or accept it with --resume PATH"
+        )
+    if changed:
+        note("warning", f"dataset changed since checkpoint: {', '.join(changed[:5])}")
+
+
+def shard_hashes(record: dict[str, Any]) -> dict[str, tuple[int, str]]:
+    return {name: (tokens, digest) for shards in record.values() for name, tokens, digest in shards}
+
+
+# ---- the model
+
+
+def first_model(start: Start) -> tuple[GPT, dict[str, str] | None]:
+    """Returns (model in fp32 on the CPU, record of the base model or None): the checkpoint's, the base's or a new
+    one."""
+    config, tokenizer = start.config, start.corpus.tokenizer
+    if start.checkpoint:
+        model, origin = load_model(start.checkpoint.path), start.checkpoint.state["base"]
+    elif start.base:
+        model, origin = load_base(start.base, config.init, config.model.block_size, tokenizer)
+    else:
+        torch.manual_seed(config.seed)
+        model, origin = GPT(config.model, tokenizer.vocab_size), None
+    model.set_dropout(config.model.dropout)
+    return model, origin
+
+
+def load_base(folder: Path, init: str, block_size: int, tokenizer: Tokenizer) -> tuple[GPT, dict[str, str]]:
+    """Returns the model to fine-tune, its context cropped to `block_size`, and a record of it. `init` is the user's
+    name for it."""
+    model, own_tokenizer, _ = load_folder(folder)
+    check_tokenizer(init, own_tokenizer.record, tokenizer)
+    model.crop_context(block_size)
+    return model, {"init": init, "sha256": weights_hash(folder)}
