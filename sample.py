@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Literal
 
 from gpt.config import fields, flatten, make_config, parse_flags, positional, refuse
+from gpt.device import set_threads
 from gpt.errors import InputError, ResourceError, note, printable, run_main, stdout_errors, tell
 from gpt.generate.answers import Answers, Progress, answer_line, opened
 from gpt.generate.generator import GenerationParams, TextGenerator
 from gpt.generate.interactive import interact
 from gpt.generate.prompts import Prompt, from_flag, read_prompts, read_stdin
-from gpt.train.runtime import set_threads
 
 SEPARATOR = "---"
 
