@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gpt.config import positional, refuse
-from gpt.errors import run_main
+from gpt.errors import run_main, tell
 from gpt.generate.generator import TextGenerator
 from gpt.generate.sampling import SamplingParams
 from gpt.loss import IGNORED
@@ -120,8 +120,8 @@ def train(run: Run) -> None:
             run.count_seconds(time.perf_counter() - started)
             profiled()
             run.corpus.verifier.check()
-            if run.log and progress.due(rhythm.sample_every):
-                run.log.say(sample(run))
+            if ranks.leads and progress.due(rhythm.sample_every):
+                tell(sample(run))
     run.saver.save(is_last=True)
 
 

@@ -1,4 +1,4 @@
-"""AdamW by torch's fused kernel. torch.optim's own class imports the compiler, which takes a second or two.
+"""AdamW with torch's fused kernel. torch.optim.AdamW would import the compiler, which takes a second or two.
 
 Source: Loshchilov and Hutter 2019, arXiv:1711.05101."""
 
@@ -8,18 +8,19 @@ import torch
 
 
 class AdamW:
-    """`groups` are dicts of "params" and "weight_decay"; "lr" is set before every step, a number or a float32 tensor on
-    the device. Of each parameter `state` holds "step", "exp_avg" and "exp_avg_sq". Nothing changes where the device
-    scalar `found_inf` is 1; the host does not wait to know."""
+    """`groups` are dicts of "params" and "weight_decay"; set "lr" before every step, to a number or a float32 tensor on
+    the device. `state` holds "step", "exp_avg" and "exp_avg_sq" of each parameter. Where the device scalar `found_inf`
+    is 1 nothing changes, and the host does not wait to know."""
 
-    def __init__(self, groups, beta1, beta2, eps):
+    def __init__(self, groups: list[dict], beta1: float, beta2: float, eps: float):
         self.param_groups = [group for group in groups if group["params"]]
         self.constant = {"beta1": beta1, "beta2": beta2, "eps": eps, "amsgrad": False, "maximize": False}
-        self.state = defaultdict(dict)
-        self.found_inf = None
+        self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = defaultdict(dict)
+        self.found_inf: torch.Tensor | None = None
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
+        """Updates all parameters that have a gradient, in place."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             states = [self.state_of(p) for p in parameters]
@@ -34,14 +35,15 @@ class AdamW:
             if self.found_inf is not None:
                 torch._foreach_sub_(steps, [self.found_inf] * len(steps))
 
-    def state_of(self, parameter):
+    def state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         return state
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
+        """Drops all gradients."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None

@@ -12,8 +12,8 @@ class BatchConfig:
     """sequences per forward pass and rank; must divide global_batch_size / ranks; 0 = the largest that fits
     and gains by it, recorded in checkpoints"""
 
-    def problems(self):
-        """What is wrong with these values, in words; empty if nothing."""
+    def problems(self) -> list[str]:
+        """Returns what is wrong with these values, in words; empty if nothing is."""
         total, micro = self.global_batch_size, self.micro_batch_size
         if total < 1 or micro < 0:
             return [f"global_batch_size {total} must be at least 1, micro_batch_size {micro} at least 0"]
@@ -22,8 +22,8 @@ class BatchConfig:
             return [f"micro_batch_size {micro} must divide global_batch_size {total}; the nearest that do: {near}"]
         return []
 
-    def problems_on(self, ranks):
-        """What is wrong with these values for so many ranks, each of which takes an equal share."""
+    def problems_on(self, ranks: int) -> list[str]:
+        """Returns what is wrong with these values for so many ranks, each of which takes an equal share."""
         total, micro = self.global_batch_size, self.micro_batch_size
         unit = ranks * max(micro, 1)
         if total % unit == 0:
@@ -47,8 +47,8 @@ class LengthConfig:
     patience: int = 0
     """stop after so many evaluations in a row without a new best; 0 = never"""
 
-    def problems(self):
-        """What is wrong with these values, in words; empty if nothing."""
+    def problems(self) -> list[str]:
+        """Returns what is wrong with these values, in words; empty if nothing is."""
         limits = {name: getattr(self, name) for name in ("max_steps", "max_tokens", "max_epochs", "max_minutes")}
         checked = limits | {"patience": self.patience}
         found = [f"{name} {value} must be 0 or more" for name, value in checked.items() if value < 0]
@@ -75,8 +75,8 @@ class RhythmConfig:
     keep_every: int = 0
     """also keep the weights of every checkpoint whose step is a multiple of this; 0 = none"""
 
-    def problems(self):
-        """What is wrong with these values, in words; empty if nothing."""
+    def problems(self) -> list[str]:
+        """Returns what is wrong with these values, in words; empty if nothing is."""
         found = [f"{name} {value} must be 0 or more" for name, value in asdict(self).items() if value < 0]
         return found + [f"{name} must be at least 1" for name in ("log_every", "keep_last") if getattr(self, name) == 0]
 
@@ -88,76 +88,72 @@ class Progress:
     step: int = 0
     windows_seen: int = 0
     tokens: int = 0
-    train_seconds: float = 0.0  # evaluation and saving not counted
+    train_seconds: float = 0.0  # without evaluation and saving
     best_loss: float | None = None
     best_step: int = 0
-    evaluated_step: int | None = None  # the last one evaluated
+    evaluated_step: int | None = None  # the last evaluated one
     evals_without_best: int = 0
     micro_batch_size: int = 0
     wandb_id: str = ""
 
-    def advance(self, windows, block_size):
-        """Count one optimizer step over `windows` windows."""
+    def advance(self, windows: int, block_size: int) -> None:
+        """Counts one optimizer step over `windows` windows."""
         self.step += 1
         self.windows_seen += windows
         self.tokens += windows * block_size
 
-    def due(self, every):
-        """Whether something that happens every so many steps (0 = never) is due."""
+    def due(self, every: int) -> bool:
+        """Returns whether something is due that happens every so many steps (0 = never)."""
         return self.step > 0 and every > 0 and self.step % every == 0
 
-    def evaluation_due(self, every, always):
-        """Whether this step is still to be evaluated: one of every so many, or `always`."""
+    def evaluation_due(self, every: int, always: bool) -> bool:
+        """Returns whether this step is still to be evaluated: one of every so many, or `always`."""
         return self.evaluated_step != self.step and (always or self.due(every))
 
-    def evaluated_if(self, loss):
-        """Note a validation loss of this step unless it is None."""
-        if loss is not None:
-            self.evaluated(loss)
-
-    def evaluated(self, loss):
-        """Note a validation loss; returns whether it is a new best, which one that is not finite never is. The loss
-        before the first step is no candidate."""
+    def evaluated(self, loss: float) -> bool:
+        """Notes a validation loss of this step. Returns whether it is a new best; a loss that is not finite, and the
+        one before the first step, never is."""
         self.evaluated_step = self.step
         if self.step == 0:
             return False
-        best = math.inf if self.best_loss is None else self.best_loss
-        if not loss < best:
+        if not loss < (math.inf if self.best_loss is None else self.best_loss):
             self.evals_without_best += 1
             return False
         self.best_loss, self.best_step, self.evals_without_best = loss, self.step, 0
         return True
 
 
+@dataclass(frozen=True)
 class Budget:
     """The limits of a run, in steps."""
 
-    def __init__(self, length, global_batch_size, block_size, windows_per_epoch):
-        self.length, self.global_batch_size, self.block_size = length, global_batch_size, block_size
-        self.windows_per_epoch = windows_per_epoch
+    length: LengthConfig
+    global_batch_size: int
+    block_size: int
+    windows_per_epoch: int
 
-    def total_steps(self, progress):
-        """Length of the run in steps, which a change of the batch size on resume changes. Under max_minutes it is an
-        estimate from the pace so far."""
-        length, totals = self.length, []
+    def total_steps(self, progress: Progress) -> int:
+        """Returns the length of the run in steps. A change of the batch size on resume changes it. Under max_minutes it
+        is an estimate from the pace so far."""
+        length, left = self.length, []
         if length.max_steps:
-            totals.append(length.max_steps)
+            left.append(length.max_steps - progress.step)
         if length.max_tokens:
-            left = length.max_tokens - progress.windows_seen * self.block_size
-            totals.append(progress.step + math.ceil(left / (self.global_batch_size * self.block_size)))
+            tokens = length.max_tokens - progress.windows_seen * self.block_size
+            left.append(math.ceil(tokens / (self.global_batch_size * self.block_size)))
         if length.max_epochs:
-            left = length.max_epochs * self.windows_per_epoch - progress.windows_seen
-            totals.append(progress.step + math.ceil(left / self.global_batch_size))
+            windows = length.max_epochs * self.windows_per_epoch - progress.windows_seen
+            left.append(math.ceil(windows / self.global_batch_size))
         if length.max_minutes:
             pace = progress.train_seconds / progress.step if progress.step else 1.0
-            left = max(0.0, 60 * length.max_minutes - progress.train_seconds)
-            totals.append(progress.step + math.ceil(left / max(pace, 1e-9)))
-        return min(totals)
+            seconds = max(0.0, 60 * length.max_minutes - progress.train_seconds)
+            left.append(math.ceil(seconds / max(pace, 1e-9)))
+        return progress.step + min(left)
 
-    def tired(self, progress):
-        """Whether `patience` evaluations in a row brought no new best."""
+    def tired(self, progress: Progress) -> bool:
+        """Returns whether `patience` evaluations in a row brought no new best."""
         return 0 < self.length.patience <= progress.evals_without_best
 
-    def spent(self, progress):
-        """Whether a limit is reached or patience is."""
+    def spent(self, progress: Progress) -> bool:
+        """Returns whether a limit or the patience is reached."""
         return self.tired(progress) or progress.step >= self.total_steps(progress)

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, a progress bar or plain lines, wandb when asked, loss.png, and exit.json."""
+"""What a run reports: metrics.jsonl, a progress bar or plain lines, wandb if asked for, and exit.json."""
 
 import collections
 import contextlib
@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from gpt.text.windows import Windows
 from gpt.train.budget import Budget, Progress
 from gpt.train.cost import peak_flops
 from gpt.train.metrics_file import METRICS, MetricsFile
+from gpt.train.ranks import Ranks
 from gpt.train.runtime import Runtime
 from gpt.train.state import State
 
@@ -30,34 +31,26 @@ SECONDS_BETWEEN_DRAWINGS = 120
 
 class Log:
     """Writes one record per logged step to metrics.jsonl, the terminal and wandb, and calls `draw()` now and then to
-    draw them. No failure of these ends the run. `step` is the last one whose record stays, -1 for none. Raises
+    draw the losses. No failure of these ends the run. `step` is the last one whose record stays, -1 for none. Raises
     ResourceError if metrics.jsonl cannot be opened."""
 
-    def __init__(self, out, step, total_steps, draw, wandb_run=None):
+    def __init__(self, out: Path, step: int, total_steps: int, draw: Callable[[], None], wandb_run: Any = None):
         self.metrics, self.wandb_run = MetricsFile(out / METRICS, step), wandb_run
         self.draw, self.next_drawing, self.is_drawn = draw, time.monotonic() + SECONDS_BETWEEN_DRAWINGS, True
-        self.is_terminal = sys.stderr is not None and sys.stderr.isatty()
-        self.bar = tqdm(
-            total=total_steps,
-            initial=max(step, 0),
-            unit="step",
-            dynamic_ncols=True,
-            disable=not self.is_terminal,
-            leave=True,
-        )
+        self.bar = tqdm(total=total_steps, initial=max(step, 0), unit="step", dynamic_ncols=True, disable=None)
 
-    def advance(self, total_steps):
-        """One more step is done; `total_steps` is the present estimate of the run's length."""
+    def advance(self, total_steps: int) -> None:
+        """Counts one more step; `total_steps` is the present estimate of the run's length."""
         self.bar.total = total_steps
         with ignore_write_errors(sys.stderr):
             self.bar.update()
 
-    def write(self, record, total_steps):
-        """Record the numbers of one step: a dict with "step" first."""
+    def write(self, record: dict, total_steps: int) -> None:
+        """Records the numbers of one step: a dict with "step" first."""
         self.metrics.write(record)
-        if not self.is_terminal or "val_loss" in record:
+        if self.bar.disable or "val_loss" in record:
             tell(plain_line(record, total_steps))
-        if self.is_terminal and "loss" in record:
+        if not self.bar.disable and "loss" in record:
             with ignore_write_errors(sys.stderr):
                 self.bar.set_postfix_str(short(record))
         self.send(record)
@@ -65,29 +58,26 @@ class Log:
         if "val_loss" in record and time.monotonic() >= self.next_drawing:
             self.draw_losses()
 
-    def send(self, record):
+    def send(self, record: dict) -> None:
+        """Sends a record to wandb, until that fails."""
         if self.wandb_run is None:
             return
         try:
             self.wandb_run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
-        except Exception as error:  # whatever wandb raises, training goes on
+        except Exception as error:  # whatever wandb raises, training continues
             note("warning", f"wandb stopped taking metrics: {error}")
             self.wandb_run = None
 
-    def say(self, text):
-        """Print a line or more beside the progress bar, on stderr."""
-        tell(text)
-
-    def sync(self):
-        """Put all metrics on the disk: before a checkpoint, so that they never lag behind one. Raises ResourceError."""
+    def sync(self) -> None:
+        """Puts all metrics on the disk before a checkpoint, so that they never lag behind one. Raises ResourceError."""
         self.metrics.sync()
 
-    def draw_losses(self):
-        """Has the losses drawn, at evaluations some time apart and at the end."""
+    def draw_losses(self) -> None:
         self.draw()
         self.next_drawing, self.is_drawn = time.monotonic() + SECONDS_BETWEEN_DRAWINGS, True
 
-    def close(self):
+    def close(self) -> None:
+        """Closes the bar, the file and wandb, and draws the last state."""
         with ignore_write_errors(sys.stderr):
             self.bar.close()
         self.metrics.close()
@@ -174,7 +164,7 @@ class Recorder:
             self.log.write(record, self.budget.total_steps(self.progress))
 
 
-def plain_line(record, total_steps):
+def plain_line(record: dict, total_steps: int) -> str:
     """Returns a record as a plain line: "step 20/100  loss 3.214  lr 6.0e-04  …"."""
     parts = [f"step {record['step']}/{total_steps}"]
     if "loss" in record:
@@ -188,7 +178,8 @@ def plain_line(record, total_steps):
     return "  ".join(parts)
 
 
-def short(record):
+def short(record: dict) -> str:
+    """Returns a record for the end of the progress bar."""
     mfu = f" mfu {100 * record['mfu']:.0f}%" if record["mfu"] else ""
     return f"loss {record['loss']:.3f} {record['tok_per_s']:,.0f} tok/s{mfu}"
 
@@ -196,16 +187,16 @@ def short(record):
 def start_log(config: Any, progress: Progress, budget: Budget, draw: Callable) -> Log:
     """Opens the log of a run in `config.out`, and wandb if that is asked for. `draw(folder)` makes the function that
     draws the losses of the run."""
-    run, out = None, Path(config.out)
+    wandb_run, out = None, Path(config.out)
     if config.wandb:
-        run = start_wandb(config.wandb, progress.wandb_id or None, out.name, config.out, flatten(config))
-        progress.wandb_id = run.id if run else progress.wandb_id
+        wandb_run = start_wandb(config.wandb, progress.wandb_id or None, out, flatten(config))
+        progress.wandb_id = wandb_run.id if wandb_run else progress.wandb_id
     begins = progress.step == 0 and progress.evaluated_step is None
-    return Log(out, -1 if begins else progress.step, budget.total_steps(progress), draw(out), run)
+    return Log(out, -1 if begins else progress.step, budget.total_steps(progress), draw(out), wandb_run)
 
 
-def start_wandb(project, run_id, name, out, config):
-    """A wandb run, continued if `run_id` is known to wandb; None with a warning if that fails."""
+def start_wandb(project: str, run_id: str | None, out: Path, config: dict) -> Any:
+    """Returns a wandb run, continued if wandb knows `run_id`. Returns None, with a warning, if that fails."""
     try:
         import wandb
 
@@ -213,9 +204,9 @@ def start_wandb(project, run_id, name, out, config):
         limits = {name: WANDB_PATIENCE for name in names if hasattr(wandb.Settings(), name)}
         settings = wandb.Settings(quiet=True, x_disable_stats=True, **limits)
         run = wandb.init(
-            project=project, id=run_id, name=name, dir=out, config=config, resume="allow", settings=settings
+            project=project, id=run_id, name=out.name, dir=out, config=config, resume="allow", settings=settings
         )
-    except Exception as error:  # whatever wandb raises, training goes on
+    except Exception as error:  # whatever wandb raises, training continues
         note("warning", f"wandb is off: {' '.join(str(error).split())}")
         return None
     if run.url:
@@ -224,21 +215,20 @@ def start_wandb(project, run_id, name, out, config):
 
 
 @contextlib.contextmanager
-def exit_record(out, ranks):
-    """Leave the reason of a failure on any rank, or of a stop, in `out/exit.json`: under torchrun the exit code alone
-    says nothing."""
+def exit_record(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Writes why the run failed, on any rank, or was stopped to `out/exit.json`: torchrun's exit code says nothing."""
     if not ranks.leads:
         yield
         return
     path = out / "exit.json"
     path.unlink(missing_ok=True)
 
-    def write(error):
+    def write(error: BaseException) -> None:
         code, reason = code_and_reason(error)
         with contextlib.suppress(OSError):  # the first error is the one to report
             write_durably(path, json.dumps({"code": code, "reason": reason}) + "\n")
 
-    ranks.on_failure_elsewhere(write)
+    ranks.last_words = write
     try:
         yield
     except BaseException as error:

@@ -1,23 +1,32 @@
 """What a training step needs in memory, estimated before it runs, and the micro-batch that fits."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
 from gpt.device import GIB, free_memory, total_memory
 from gpt.errors import InputError, ResourceError
-from gpt.model import count_parameters, hidden_parameters, padded_vocabulary
+from gpt.model import ModelConfig, count_parameters, hidden_parameters, padded_vocabulary
+from gpt.train.budget import Progress
 
 MIB = 1024**2
-MUON_WORKS = 18  # bytes for each weight between embedding and head, while Muon makes their steps
+MUON_BYTES = 18  # working memory of Muon's step per weight between embedding and head
 USABLE = 0.6  # share of the free memory that a chosen micro-batch may fill
 MOST_CPU_TOKENS = 4096  # per micro-batch on a CPU: more gains nothing
 
 
-def estimate(model_config, vocab_size, micro_batch_size, dtype, device, optimizer="adamw"):
-    """Bytes of {"weights", "gradients", "optimizer", "activations"} in training: fp32 weights, the `optimizer`'s state,
-    activations of one micro-batch in `dtype`, at their peak in the backward pass, or what Muon's step works with once
-    they are gone, where that is more."""
+def estimate(
+    model_config: ModelConfig,
+    vocab_size: int,
+    micro_batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    optimizer: str = "adamw",
+) -> dict[str, int]:
+    """Returns the bytes of weights (fp32), gradients, optimizer state and activations in training. Activations are
+    those of one micro-batch in `dtype` at their peak in the backward pass, or Muon's working memory after it, if that
+    is more."""
     parameters = count_parameters(model_config, vocab_size)
     tokens = micro_batch_size * model_config.block_size
     passing = passing_for_backward(model_config, device)
@@ -27,16 +36,18 @@ def estimate(model_config, vocab_size, micro_batch_size, dtype, device, optimize
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
         "optimizer": 8 * parameters - 4 * hidden,
-        "activations": max(kept + tokens * passing, MUON_WORKS * hidden),
+        "activations": max(kept + tokens * passing, MUON_BYTES * hidden),
     }
 
 
-def kept_for_backward(config, vocab_size, micro_batch_size, dtype, device):
-    """Bytes that the forward pass over a micro-batch keeps for the backward pass."""
+def kept_for_backward(
+    config: ModelConfig, vocab_size: int, micro_batch_size: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Returns the bytes that the forward pass over a micro-batch keeps for the backward pass."""
     padded = padded_vocabulary(vocab_size)
     c, width = config.n_embd, torch.finfo(dtype).bits // 8
-    per_layer = 11 * width * c + 2 * 4 * c  # inputs of products and of GELU; of layer norms, which stay fp32
-    if keeps_scores(config, device):  # q, k, v in fp32, some of them twice; scores, the mask of dropout, their product
+    per_layer = 11 * width * c + 2 * 4 * c  # inputs of products and of GELU; of layer norms, in fp32
+    if keeps_scores(config, device):  # q, k, v in fp32, some twice; scores, the mask of dropout, and both multiplied
         per_layer += 4 * 4 * c + 3 * 4 * config.n_head * config.block_size
     else:
         per_layer += 3 * width * c
@@ -47,19 +58,18 @@ def kept_for_backward(config, vocab_size, micro_batch_size, dtype, device):
     return micro_batch_size * config.block_size * per_token + copies
 
 
-def passing_for_backward(config, device):
-    """Bytes of a token that the backward pass takes beside what was kept: gradients of one layer's attention."""
+def passing_for_backward(config: ModelConfig, device: torch.device) -> int:
+    """Returns the bytes per token that the backward pass needs in addition: gradients of one layer's attention."""
     return 4 * config.n_head * config.block_size if keeps_scores(config, device) else 0
 
 
-def keeps_scores(config, device):
-    """Whether attention keeps its T x T matrices: off CUDA, torch's fused kernels know no dropout."""
+def keeps_scores(config: ModelConfig, device: torch.device) -> bool:
+    """Returns whether attention keeps its T x T matrices: torch's fused kernels support dropout on CUDA only."""
     return config.dropout > 0 and device.type != "cuda"
 
 
-def check_fits(model_config, vocab_size, device, optimizer="adamw"):
-    """Raise InputError if the device has not even room for weights, gradients and optimizer; before any of it is
-    made."""
+def check_fits(model_config: ModelConfig, vocab_size: int, device: torch.device, optimizer: str = "adamw") -> None:
+    """Raises InputError if weights, gradients and optimizer state alone do not fit on the device. Allocates nothing."""
     needs = sum(estimate(model_config, vocab_size, 0, torch.float32, device, optimizer).values())
     if needs > total_memory(device):
         raise InputError(
@@ -68,8 +78,11 @@ def check_fits(model_config, vocab_size, device, optimizer="adamw"):
         )
 
 
-def choose_micro_batch(model_config, vocab_size, batch_size, dtype, device, sharers=1):
-    """The largest divisor of the batch whose step fits into the free memory, which `sharers` processes share."""
+def choose_micro_batch(
+    model_config: ModelConfig, vocab_size: int, batch_size: int, dtype: torch.dtype, device: torch.device, sharers=1
+) -> int:
+    """Returns the largest divisor of the batch whose step fits into the free memory, which `sharers` processes
+    share."""
     room = USABLE * free_memory(device) / sharers
     divisors = [n for n in range(batch_size, 0, -1) if batch_size % n == 0]
     for size in divisors:
@@ -80,7 +93,7 @@ def choose_micro_batch(model_config, vocab_size, batch_size, dtype, device, shar
 
 
 @contextlib.contextmanager
-def out_of_memory_errors(progress, block_size: int):
+def out_of_memory_errors(progress: Progress, block_size: int) -> Iterator[None]:
     """Turns torch's error about GPU memory into a ResourceError that names the sizes."""
     try:
         yield
@@ -89,9 +102,9 @@ def out_of_memory_errors(progress, block_size: int):
         raise ResourceError(f"out of GPU memory: {sizes}; lower --micro_batch_size") from None
 
 
-def describe(needs):
-    """The memory line: "memory: weights 0.5 + gradients 0.5 + optimizer 0.9 + activations 2.1 = 4.0 GiB (estimated)",
-    in MiB below 1 GiB."""
+def memory_line(needs: dict[str, int]) -> str:
+    """Returns the memory line: "memory: weights 0.5 + gradients 0.5 + optimizer 0.9 + activations 2.1 = 4.0 GiB
+    (estimated)", in MiB below 1 GiB."""
     total = sum(needs.values())
     unit, name = (GIB, "GiB") if total >= GIB else (MIB, "MiB")
     parts = " + ".join(f"{part} {size / unit:.1f}" for part, size in needs.items())

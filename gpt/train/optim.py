@@ -1,7 +1,8 @@
-"""Weight updates: parameter groups, AdamW and Muon, the schedule of the learning rate, and the gate that keeps
-non-finite gradients out."""
+"""Weight updates: parameter groups, the schedule of the learning rate, clipping, and the gate that keeps non-finite
+gradients out."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,12 +10,14 @@ import numpy as np
 import torch
 
 from gpt.errors import NonFiniteError
+from gpt.model import GPT
 from gpt.train.adamw import AdamW
 from gpt.train.muon import MuonAdamW
-from gpt.train.ranks import ALONE
+from gpt.train.ranks import Ranks
 
-WSD_DECAY = 0.2  # share of the run that wsd decays over when decay_steps is 0
+WSD_DECAY = 0.2  # share of the run over which wsd decays when decay_steps is 0
 SCALE_GROWTH_STEPS = 2000  # finite fp16 steps before the loss scale doubles
+MOST_OVERFLOWS = 20  # in a row
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class OptimConfig:
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """shape of the decay from lr to min_lr; wsd stays at lr and decays linearly at the end"""
     decay_steps: float = 0.0
-    """last steps, over which the decay goes; below 1 a share of the run; 0 = all after warm-up (wsd: the last fifth)"""
+    """length of the decay at the end, in steps; below 1 a share of the run; 0 = all after warm-up (wsd: a fifth)"""
     beta1: float = 0.9
     """AdamW: decay of the mean gradient"""
     beta2: float = 0.95
@@ -44,44 +47,39 @@ class OptimConfig:
     grad_clip: float = 1.0
     """largest norm of the gradient; 0 = no clipping"""
 
-    def problems(self):
-        """What is wrong with these values, in words; empty if nothing."""
-        found = [f"lr {self.lr} must be above 0"] if self.lr <= 0 else []
+    def problems(self) -> list[str]:
+        """Returns what is wrong with these values, in words; empty if nothing is."""
+        problems, usual = [], OptimConfig.momentum
+        if self.lr <= 0:
+            problems.append(f"lr {self.lr} must be above 0")
         if not 0 <= self.min_lr <= max(self.lr, 0):
-            found.append(f"min_lr {self.min_lr} must be between 0 and lr {self.lr}")
-        found += [
-            f"{name} {value} must be a share of the run (below 1) or a whole number of steps"
-            for name, value in (("warmup_steps", self.warmup_steps), ("decay_steps", self.decay_steps))
-            if value < 0 or (value > 1 and value != int(value))
-        ]
-        found += [
-            f"{name} {value} must be at least 0 and below 1"
-            for name, value in (("beta1", self.beta1), ("beta2", self.beta2), ("momentum", self.momentum))
-            if not 0 <= value < 1
-        ]
+            problems.append(f"min_lr {self.min_lr} must be between 0 and lr {self.lr}")
+        for name in ("warmup_steps", "decay_steps"):
+            value = getattr(self, name)
+            if value < 0 or (value > 1 and value != int(value)):
+                problems.append(f"{name} {value} must be a share of the run (below 1) or a whole number of steps")
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                problems.append(f"{name} {getattr(self, name)} must be at least 0 and below 1")
         if self.schedule == "constant" and (self.min_lr or self.decay_steps):
-            found.append("min_lr and decay_steps have no effect with schedule constant: set them to 0")
-        usual = OptimConfig.momentum
+            problems.append("min_lr and decay_steps have no effect with schedule constant: set them to 0")
         if self.optimizer == "adamw" and self.momentum != usual:
-            found.append(f"momentum {self.momentum} has no effect with optimizer adamw: set it to {usual}")
+            problems.append(f"momentum {self.momentum} has no effect with optimizer adamw: set it to {usual}")
         if self.eps <= 0:
-            found.append(f"eps {self.eps} must be above 0")
-        for name, value in (
-            ("weight_decay", self.weight_decay),
-            ("grad_clip", self.grad_clip),
-        ):
-            if value < 0:
-                found.append(f"{name} {value} must be 0 or more")
-        return found
+            problems.append(f"eps {self.eps} must be above 0")
+        for name in ("weight_decay", "grad_clip"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name} {getattr(self, name)} must be 0 or more")
+        return problems
 
 
-def learning_rate(config, step, total_steps):
-    """Learning rate of step number `step` (from 0) in a run of `total_steps`: warm-up, then the schedule's shape. It is
-    rounded to float32, in which a GPU may be told it."""
+def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
+    """Returns the learning rate of step number `step` (from 0) in a run of `total_steps`: warm-up, then the schedule's
+    shape. It is rounded to float32, the type in which a GPU receives it."""
     return float(np.float32(exact_learning_rate(config, step, total_steps)))
 
 
-def exact_learning_rate(config, step, total_steps):
+def exact_learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     warmup = config.warmup_steps * (total_steps if config.warmup_steps < 1 else 1)
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
@@ -100,32 +98,32 @@ def exact_learning_rate(config, step, total_steps):
     return config.min_lr + (config.lr - config.min_lr) * left
 
 
-def make_optimizer(model, config, dtype=torch.float32, ranks=ALONE):
-    """AdamW, or Muon with it, with weight decay on matrices and embeddings only; every parameter is in exactly one
-    group. `dtype` is of Muon's products, which `ranks` share."""
+def make_optimizer(model: GPT, config: OptimConfig, dtype=torch.float32, ranks: Ranks | None = None):
+    """Returns an AdamW, or a MuonAdamW, with weight decay on matrices and embeddings only. Every parameter is in
+    exactly one group. `dtype` is the precision of Muon's products, which `ranks` share."""
     hidden = [p for p in model.blocks.parameters() if p.dim() >= 2] if config.optimizer == "muon" else []
     others = set(model.parameters()) - set(hidden)
     matrices = [p for p in model.parameters() if p in others and p.dim() >= 2]
     vectors = [p for p in model.parameters() if p in others and p.dim() < 2]
-    decays = config.weight_decay
-    groups = [{"params": matrices, "weight_decay": decays}, {"params": vectors, "weight_decay": 0.0}]
+    decay = config.weight_decay
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     adamw = AdamW(groups, config.beta1, config.beta2, config.eps)
-    optimizer = MuonAdamW(hidden, adamw, config.momentum, decays, dtype, ranks) if hidden else adamw
+    optimizer = MuonAdamW(hidden, adamw, config.momentum, decay, dtype, ranks or Ranks()) if hidden else adamw
     for group in optimizer.param_groups:
         group["lr"] = config.lr
     return optimizer
 
 
-def state_names(optimizer, parameter):
-    """What `optimizer` keeps of a parameter; but "step" each is of the parameter's shape."""
+def state_names(optimizer, parameter: torch.Tensor) -> tuple[str, ...]:
+    """Returns the names of what `optimizer` keeps for a parameter. All but "step" have the parameter's shape."""
     if isinstance(optimizer, MuonAdamW) and any(parameter is matrix for matrix in optimizer.param_groups[0]["params"]):
         return ("momentum",)
     return ("step", "exp_avg", "exp_avg_sq")
 
 
-def clip_gradients(parameters, grad_clip):
-    """The norm of all gradients before clipping, a tensor on the device; scales them to `grad_clip` if it is above
-    0."""
+def clip_gradients(parameters: Iterable[torch.Tensor], grad_clip: float) -> torch.Tensor:
+    """Returns the norm of all gradients before clipping, on the device. If `grad_clip` is above 0, scales them in place
+    to at most that norm."""
     parameters = list(parameters)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if grad_clip > 0:
@@ -133,54 +131,56 @@ def clip_gradients(parameters, grad_clip):
     return norm
 
 
-def gated_step(optimizer, finite):
-    """`optimizer.step()` where the device scalar `finite` is true; else weights and moments stay untouched. The host
-    does not wait to know which, but on MPS, whose kernel ignores `found_inf`."""
+def gated_step(optimizer, finite: torch.Tensor) -> None:
+    """Calls `optimizer.step()`; where the device scalar `finite` is false, weights and moments stay as they are. The
+    host does not wait to know, but on MPS, whose fused kernel ignores `found_inf`."""
     if finite.device.type == "mps" and not finite:
         return
-    optimizer.found_inf = (~finite).float()  # read by the fused kernels, as torch.amp.GradScaler uses it
+    optimizer.found_inf = (~finite).float()  # the fused kernels read it, as from torch.amp.GradScaler
     optimizer.step()
 
 
 class LossScaler:
-    """Keeps fp16 gradients in range: the loss is multiplied by `scale`, the gradients divided by it. The scale halves
-    at every overflow and doubles after SCALE_GROWTH_STEPS steps without one; 20 overflows in a row are an error. Both
-    tensors stay where they are: a CUDA graph may hold them."""
+    """Keeps fp16 gradients in range: the loss is multiplied by `scale`, the gradients are divided by it. The scale
+    halves at every overflow and doubles after SCALE_GROWTH_STEPS steps without one; MOST_OVERFLOWS in a row are an
+    error. The tensors keep their addresses: a CUDA graph may hold them."""
 
-    def __init__(self, device, enabled):
+    def __init__(self, device: torch.device, enabled: bool):
         self.enabled = enabled
         self.scale = torch.tensor(65536.0 if enabled else 1.0, device=device)
         self.finite_steps = torch.zeros((), device=device)
         self.overflows = 0  # in a row, on the host
 
-    def unscale(self, parameters):
+    def unscale(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Divides the gradients by the scale, in place."""
         if self.enabled:
             torch._foreach_div_([p.grad for p in parameters if p.grad is not None], self.scale)
 
-    def update(self, finite):
+    def update(self, finite: torch.Tensor) -> None:
+        """Adapts the scale after a step whose gradients were `finite`, a device scalar, or not."""
         if self.enabled:
             grown = torch.where(finite, self.finite_steps + 1, 0.0)
             doubles = grown >= SCALE_GROWTH_STEPS
             self.scale *= torch.where(finite, torch.where(doubles, 2.0, 1.0), 0.5)
             self.finite_steps.copy_(torch.where(doubles, 0.0, grown))
 
-    def check(self, step, finite, loss, where):
-        """Raise NonFiniteError if step `step` must end the run; an fp16 overflow is skipped until it is the 20th.
-        `where` says which data it trained on."""
-        if finite:
-            self.overflows = 0
-            return
-        self.overflows += 1
-        if not self.enabled or not math.isfinite(loss) or self.overflows >= 20:
+    def check(self, step: int, finite: bool, loss: float, place: str) -> None:
+        """Raises NonFiniteError if step number `step` must end the run. An fp16 overflow is skipped until it is one of
+        many in a row. `place` names the data of the batch."""
+        self.overflows = 0 if finite else self.overflows + 1
+        skipped = self.enabled and math.isfinite(loss) and self.overflows < MOST_OVERFLOWS
+        if not finite and not skipped:
             raise NonFiniteError(
-                f"non-finite loss or gradient at step {step}: loss {loss:.4g}, batch from {where}, "
+                f"non-finite loss or gradient at step {step}: loss {loss:.4g}, batch from {place}, "
                 "nothing of it was saved; lower --lr, or look at the data there"
             )
 
-    def state(self):
+    def state(self) -> dict[str, float]:
+        """Returns what a checkpoint keeps."""
         return {"scale": self.scale.item(), "finite_steps": self.finite_steps.item(), "overflows": self.overflows}
 
-    def load(self, state):
+    def load(self, state: dict[str, float]) -> None:
+        """Restores what `state` returned."""
         self.scale.fill_(state["scale"])
         self.finite_steps.fill_(state["finite_steps"])
-        self.overflows = state["overflows"]
+        self.overflows = int(state["overflows"])

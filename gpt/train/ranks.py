@@ -1,8 +1,15 @@
-"""The processes of one run: what they sum, decide alike and share out, and how all end when one fails.
+"""The processes (ranks) of one run: what they sum, decide alike and share, and how all end when one fails.
 
-torchrun starts them; each computes its share of every step on its own device. They exchange tensors over one group
-(gloo on CPUs, NCCL between GPUs) and what the hosts must agree on over another, always gloo, which waits for hours: for
-rank 0, who alone writes, to save or to sample. Every rank makes the same exchanges in the same order."""
+torchrun starts them; each computes its share of every step on its own device:
+
+    for each optimizer step:
+        forward and backward over this rank's share of the batch   # its own micro-batches
+        all-reduce the gradients to their mean over the ranks      # DistributedDataParallel, in the last micro-batch
+        every rank makes the same update                           # so weights stay equal without a broadcast
+
+Tensors travel over one process group (gloo on CPUs, NCCL between GPUs). What the hosts must agree on travels over
+another one, always gloo, which waits for hours: for rank 0, which alone writes, to save or to sample. Every rank makes
+the same exchanges in the same order."""
 
 import contextlib
 import hashlib
@@ -10,8 +17,9 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,85 +27,30 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt.errors import Elsewhere, InputError, ResourceError, Stopped, code_and_reason
 
-LONGEST_START = timedelta(minutes=5)  # between the first and the last rank to be there
-LONGEST_STEP = timedelta(minutes=10)
-LONGEST_WAIT = timedelta(hours=12)
-FAILURE = "failure"  # the key in torchrun's store under which the first rank to fail says why
-GRACE = 10.0  # seconds until a rank that does not notice that another one failed is ended
+START_LIMIT = timedelta(minutes=5)  # between the first and the last rank to arrive
+STEP_LIMIT = timedelta(minutes=10)
+HOST_LIMIT = timedelta(hours=12)
+FAILURE = "failure"  # key in torchrun's store under which the first rank to fail writes why
+GRACE = 10.0  # seconds until a rank that does not notice another one's failure is ended
 FIRST_WORDS = 1.0  # seconds by which the others outlive that one: torchrun ends all ranks when the first is gone
 
 
-class Alone:
-    """The only process of a run: nothing is exchanged. Ranks has the same methods for several."""
+class Ranks:
+    """Process `rank` of `size`, the `local_rank`-th of `local_size` on this machine. A process alone exchanges nothing.
+    Raises ResourceError if several do not all arrive."""
 
-    rank, size, local_rank, local_size = 0, 1, 0, 1
-    leads = True  # whether this is rank 0, who alone writes and speaks
-
-    # ---- on the host
-
-    def any(self, flag):
-        """Whether `flag` is set on any rank. Also how the ranks wait for each other."""
-        return bool(flag)
-
-    def first(self, number):
-        """Rank 0's number."""
-        return number
-
-    def least(self, number):
-        """The smallest of the ranks' numbers."""
-        return number
-
-    def totals(self, *numbers):
-        """The sum of each number over the ranks, in float64."""
-        return numbers
-
-    def check_same(self, **things):
-        """Raise InputError, on all ranks, unless each of `things`, plain data, is the same on all."""
-
-    # ---- on the device
-
-    def mean(self, tensor):
-        """The mean of `tensor` over the ranks, which may use its memory."""
-        return tensor
-
-    def share_gradients(self, model):
-        """From now on gradients of `model` may be averaged over the ranks: see `forward`."""
-
-    def forward(self, model, last):
-        """What to call for the forward pass over a micro-batch. In the backward pass of the last one the gradients that
-        have added up become their means over the ranks."""
-        return model
-
-    def spread(self, function, stack):
-        """`function(stack)`, (N, ...) -> (N, ...), for a function that treats each of the N alone: every rank computes
-        some of them, and all get the same results."""
-        return function(stack)
-
-    # ---- failures
-
-    def cause(self, error):
-        """The error to end with because of `error`: itself, or an Elsewhere if another rank failed before."""
-        return error
-
-    def on_failure_elsewhere(self, last_words):
-        """Call `last_words(error)` if this process must be ended because another rank failed."""
-
-
-ALONE = Alone()
-
-
-class Ranks(Alone):
-    """Process `rank` of `size`, the `local_rank`-th of `local_size` on this machine. Raises ResourceError if they do
-    not all come together."""
-
-    def __init__(self, rank, size, local_rank, local_size):
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1):
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
-        self.leads, self.parallel, self.failure, self.last_words = rank == 0, None, None, None
+        self.leads = rank == 0  # rank 0 alone writes and prints
+        self.failure: str | None = None
+        self.last_words: Callable[[Exception], None] | None = None
+        if size == 1:
+            return
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
-            self.store, _, _ = next(dist.rendezvous("env://", timeout=LONGEST_START))  # torchrun's
-            dist.init_process_group(backend, timeout=LONGEST_STEP, store=self.store, rank=rank, world_size=size)
-            self.hosts = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+            self.store, _, _ = next(dist.rendezvous("env://", timeout=START_LIMIT))  # torchrun's
+            dist.init_process_group(backend, timeout=STEP_LIMIT, store=self.store, rank=rank, world_size=size)
+            self.hosts = dist.new_group(backend="gloo", timeout=HOST_LIMIT)
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ResourceError(f"rank {rank}: {size} processes did not meet ({reason}); see to the network") from None
@@ -107,35 +60,41 @@ class Ranks(Alone):
 
     # ---- on the host
 
-    def any(self, flag):
-        return self.greatest(float(bool(flag))) > 0
+    def reduced(self, operation: dist.ReduceOp.RedOpType, *numbers: float) -> list[float]:
+        """Returns each number reduced over the ranks, in float64."""
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(tensor, operation, group=self.hosts)
+        return tensor.tolist()
 
-    def first(self, number):
-        found = torch.tensor(number, dtype=torch.float64)
-        dist.broadcast(found, src=0, group=self.hosts)
-        return found.item()
+    def any(self, flag: Any) -> bool:
+        """Returns whether `flag` is set on any rank. It is also how the ranks wait for each other."""
+        return self.reduced(dist.ReduceOp.MAX, bool(flag)) != [0.0]
 
-    def least(self, number):
-        return type(number)(-self.greatest(-number))
+    def least(self, number: int) -> int:
+        """Returns the smallest of the ranks' numbers."""
+        return int(self.reduced(dist.ReduceOp.MIN, number)[0])
 
-    def greatest(self, number):
-        found = torch.tensor(number, dtype=torch.float64)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.hosts)
-        return found.item()
+    def totals(self, *numbers: float) -> list[float]:
+        """Returns the sum of each number over the ranks."""
+        return self.reduced(dist.ReduceOp.SUM, *numbers)
 
-    def totals(self, *numbers):
-        found = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(found, group=self.hosts)
-        return found.tolist()
+    def first(self, number: float) -> float:
+        """Returns rank 0's number."""
+        tensor = torch.tensor(number, dtype=torch.float64)
+        if self.size > 1:
+            dist.broadcast(tensor, src=0, group=self.hosts)
+        return tensor.item()
 
-    def check_same(self, **things):
-        for name, value in things.items():
+    def check_same(self, **values: Any) -> None:
+        """Raises InputError, on all ranks, unless each of `values`, plain data, is the same on all."""
+        for name, value in values.items() if self.size > 1 else ():
             digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
             mine = torch.frombuffer(bytearray(digest), dtype=torch.int64)
-            every = [torch.empty_like(mine) for _ in range(self.size)]
-            dist.all_gather(every, mine, group=self.hosts)
-            for rank, other in enumerate(every):
-                if not torch.equal(other, every[0]):
+            digests = [torch.empty_like(mine) for _ in range(self.size)]
+            dist.all_gather(digests, mine, group=self.hosts)
+            for rank, other in enumerate(digests):
+                if not torch.equal(other, digests[0]):
                     raise InputError(
                         f"rank {rank} disagrees with rank 0 on the {name}; start all with one command, "
                         "on the same files and version"
@@ -143,33 +102,47 @@ class Ranks(Alone):
 
     # ---- on the device
 
-    def mean(self, tensor):
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the mean of `tensor` over the ranks. May overwrite it."""
+        if self.size == 1:
+            return tensor
         dist.all_reduce(tensor)
         return tensor / self.size
 
-    def share_gradients(self, model):
-        devices = [model.device] if model.device.type == "cuda" else None
-        self.parallel = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    def share_gradients(self, model: torch.nn.Module) -> None:
+        """Prepares `model` for `forward`, which averages its gradients over the ranks."""
+        if self.size > 1:
+            devices = [model.device] if model.device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
-    def forward(self, model, last):
+    def forward(self, model: torch.nn.Module, last: bool) -> torch.nn.Module:
+        """Returns what to call for the forward pass over a micro-batch. In the backward pass of the `last` one the
+        accumulated gradients become their means over the ranks."""
+        if self.size == 1:
+            return model
         assert self.parallel.module is model
-        self.parallel.require_backward_grad_sync = last  # read in the forward pass
+        self.parallel.require_backward_grad_sync = last  # DDP reads it in the forward pass
         return self.parallel
 
-    def spread(self, function, stack):
+    def spread(self, function: Callable[[torch.Tensor], torch.Tensor], stack: torch.Tensor) -> torch.Tensor:
+        """Returns function(stack), (N, ...) -> (N, ...), for a function that treats each of the N by itself: every rank
+        computes some of them, and an all-gather gives all ranks the same results."""
+        if self.size == 1:
+            return function(stack)
         share = -(-len(stack) // self.size)
         mine = torch.arange(share, device=stack.device) + self.rank * share
-        done = function(stack[mine.clamp(max=len(stack) - 1)]).contiguous()  # the last ranks may repeat the last one
-        every = done.new_empty(self.size * share, *done.shape[1:])
-        dist.all_gather(list(every.split(share)), done)
-        return every[: len(stack)]
+        results = function(stack[mine.clamp(max=len(stack) - 1)]).contiguous()  # the last ranks may repeat an item
+        gathered = results.new_empty(self.size * share, *results.shape[1:])
+        dist.all_gather(list(gathered.split(share)), results)
+        return gathered[: len(stack)]
 
     # ---- failures
 
-    def cause(self, error):
-        if isinstance(error, Elsewhere):
+    def cause(self, error: BaseException) -> BaseException:
+        """Returns the error to end with because of `error`: itself, or Elsewhere if another rank failed before."""
+        if self.size == 1 or isinstance(error, Elsewhere):
             return error
-        if isinstance(error, Stopped):  # agreed, nobody's failure
+        if isinstance(error, Stopped):  # all ranks agreed to stop; none failed
             return error if self.leads else Elsewhere(*code_and_reason(error))
         if self.failure is None:
             self.failure = json.dumps([self.rank, *code_and_reason(error)])
@@ -178,32 +151,26 @@ class Ranks(Alone):
         rank, code, reason = json.loads(self.failure)
         if rank == self.rank:
             return error
-        all_alike = (code, reason) == code_and_reason(error)
-        return Elsewhere(code, reason if all_alike else f"rank {rank}: {reason}")
+        same = (code, reason) == code_and_reason(error)
+        return Elsewhere(code, reason if same else f"rank {rank}: {reason}")
 
-    def on_failure_elsewhere(self, last_words):
-        self.last_words = last_words
-
-    def leave(self):
+    def leave(self) -> None:
+        """Ends this process's part in the run."""
         self.over.set()
-        self.watcher.join(
-            GRACE
-        )  # the last reference to a group must not be a thread's that the interpreter has stopped
-        if self.failure is None:  # else it would wait for the others
+        self.watcher.join(GRACE)  # the interpreter must not stop a thread that holds the last reference to a group
+        if self.failure is None:  # otherwise it would wait for the others
             dist.destroy_process_group()
 
-    def watch(self, store):
-        """End this process when another one has failed and this one does not see it: whoever waits for the others on a
-        GPU notices nothing, not even SIGTERM."""
+    def watch(self, store: dist.Store) -> None:
+        """Ends this process when another one has failed and this one does not notice: a process that waits for others
+        on a GPU notices nothing, not even SIGTERM."""
         with contextlib.suppress(RuntimeError):  # the store is gone
             while not self.over.wait(1.0):
                 if store.check([FAILURE]) and not self.over.wait(GRACE):
-                    self.end(*json.loads(store.get(FAILURE)))
-
-    def end(self, rank, code, reason):
-        if self.last_words is not None:
-            self.last_words(Elsewhere(code, f"rank {rank}: {reason}"))
-        os._exit(code)
+                    rank, code, reason = json.loads(store.get(FAILURE))
+                    if self.last_words is not None:
+                        self.last_words(Elsewhere(code, f"rank {rank}: {reason}"))
+                    os._exit(code)
 
 
 def launched() -> tuple[int, ...]:
@@ -216,23 +183,22 @@ def launched() -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def join() -> Iterator[Alone]:
-    """Yields the Ranks that torchrun started, or Alone. Only rank 0 prints. The first rank to fail ends all of them
-    with its exit code, and alone says why."""
-    rank, size, local_rank, local_size = launched()
-    if size == 1:
-        yield ALONE
+def join() -> Iterator[Ranks]:
+    """Yields the Ranks that torchrun started, or a process alone. Only rank 0 prints. The first rank to fail ends all
+    of them with its exit code, and alone says why."""
+    ranks = Ranks(*launched())
+    if ranks.size == 1:
+        yield ranks
         return
-    ranks = Ranks(rank, size, local_rank, local_size)
     try:
         with contextlib.nullcontext() if ranks.leads else silenced():
             yield ranks
     except (Exception, KeyboardInterrupt) as error:
         cause = ranks.cause(error)
-        if ranks.failure and cause is not error:
-            time.sleep(FIRST_WORDS)
         if cause is error:
             raise
+        if ranks.failure:
+            time.sleep(FIRST_WORDS)
         raise cause from None
     finally:
         ranks.leave()
@@ -240,7 +206,7 @@ def join() -> Iterator[Alone]:
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Drops what this process prints; the reason of a failure is told after this context."""
+    """Drops what this process prints; the reason of a failure is printed after this context."""
     null = open(os.devnull, "w")  # left open: loggers may keep it
     with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         yield

@@ -30,7 +30,7 @@ from gpt.kernels.select import attention_is_faster, pick_dtype, training_library
 from gpt.model import REFERENCE, ModelConfig, Ops
 from gpt.text.windows import mix
 from gpt.train.cost import KERNELS_PAY, compiling_pays, launches_matter
-from gpt.train.ranks import ALONE, Alone
+from gpt.train.ranks import Ranks
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -67,9 +67,9 @@ class Runtime:
     A run that continues `checkpoint` on the same device keeps the precision, compilation and kernels that it began with
     unless settings name others."""
 
-    def __init__(self, config: MachineConfig, ranks: Alone = ALONE, checkpoint: Checkpoint | None = None):
-        self.ranks = ranks
-        self.device = own_device(pick_device(config.device), ranks)
+    def __init__(self, config: MachineConfig, ranks: Ranks | None = None, checkpoint: Checkpoint | None = None):
+        self.ranks = ranks or Ranks()
+        self.device = own_device(pick_device(config.device), self.ranks)
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # for kernels and streams that are not told a device
         set_threads(config.threads)
@@ -181,7 +181,7 @@ def check_runtime(before: dict[str, Any], now: dict[str, Any]) -> None:
         note("warning", f"not bitwise the same run any more: {', '.join(changed)}")
 
 
-def own_device(device: torch.device, ranks: Alone) -> torch.device:
+def own_device(device: torch.device, ranks: Ranks) -> torch.device:
     """Returns the device of this process: each process on a machine has a GPU of its own. Raises InputError if there
     are too few."""
     if ranks.size == 1 or device.type == "cpu":

@@ -1,10 +1,12 @@
-"""A run's folder: when checkpoints are written there and which are kept. The Saver, its pointers, retention."""
+"""A run's folder: when checkpoints are written there, what points to them, and which are kept."""
 
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from gpt import __version__
 from gpt.checkpoint.folder import (
@@ -19,40 +21,43 @@ from gpt.checkpoint.folder import (
 from gpt.config import to_toml
 from gpt.errors import IntegrityError, ResourceError, note
 from gpt.files import STEP_FOLDER, lock_folder, read_pointer, remove_tree, step_folders, step_number, write_durably
-from gpt.train.state import optimizer_tensors
+from gpt.text.corpus import Corpus
+from gpt.train.log import Recorder
+from gpt.train.ranks import Ranks
+from gpt.train.state import State, optimizer_tensors
 
 TRAINER_STATES_KEPT = 2
 FAILURES_ALLOWED = 2  # failed saves in a row that are only warnings
 
 
 @contextlib.contextmanager
-def run_folder(out, settings, newest, ranks):
-    """The run folder `out`, created and locked by rank 0, with its settings in it and what an interrupted save left
-    cleared away. `newest` is the step folder, in a list, that was its newest before: no other run may have saved there
-    since."""
-    out = Path(out)
+def locked_run_folder(out: str, settings: dict, newest: list[Path], ranks: Ranks) -> Iterator[Path]:
+    """Yields the run folder. Rank 0 creates and locks it, writes the settings and removes what an interrupted save
+    left. `newest`: the newest step folder seen before locking ([] if none); no other run may have saved since then."""
+    folder = Path(out)
     if not ranks.leads:
-        yield out
+        yield folder
         return
-    with cannot_write(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with lock_folder(out):
-        if step_folders(out)[:1] != newest:
-            raise ResourceError(f"{out}: another run has just saved a checkpoint there; give the command again")
-        with cannot_write(out):
-            sweep(out)
+    with write_errors(folder, "give another --out"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with lock_folder(folder):
+        if step_folders(folder)[:1] != newest:
+            raise ResourceError(f"{folder}: another run has just saved a checkpoint there; give the command again")
+        with write_errors(folder, "give another --out"):
+            sweep(folder)
             values = {name: value for name, value in settings.items() if name != "resume"}
             heading = "# python train.py THIS_FILE --out NEW repeats this run\n"
-            write_durably(out / "config.toml", heading + to_toml(values))
-        yield out
+            write_durably(folder / "config.toml", heading + to_toml(values))
+        yield folder
 
 
 @contextlib.contextmanager
-def cannot_write(out):
+def write_errors(path: Path, advice: str) -> Iterator[None]:
+    """Turns errors of the system into a ResourceError about `path`."""
     try:
         yield
     except OSError as error:
-        raise ResourceError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
+        raise ResourceError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
 
 
 class Saver:
@@ -62,18 +67,21 @@ class Saver:
     of generation. `rhythm` says how many checkpoints to keep (keep_last, keep_every). Ranks whose `recorder` has no log
     write nothing."""
 
-    def __init__(self, out, state, corpus, recorder, constant, sampling, rhythm):
+    def __init__(
+        self, out: Path, state: State, corpus: Corpus, recorder: Recorder, constant: dict, sampling: dict, rhythm: Any
+    ):
         self.out, self.state, self.corpus, self.constant = Path(out), state, corpus, constant
         self.recorder, self.sampling, self.rhythm = recorder, sampling, rhythm
-        self.saved_step, self.failures = None, 0
+        self.saved_step: int | None = None
+        self.failures = 0
         if recorder.log and self.folder(state.progress.step).is_dir():  # finish what an interruption left undone
             self.saved_step = state.progress.step
             self.point()
 
-    def folder(self, step):
+    def folder(self, step: int) -> Path:
         return self.out / f"step-{step:09d}"
 
-    def save(self, is_last=False):
+    def save(self, is_last: bool = False) -> None:
         """Saves this step's checkpoint, unless there is one, and points to it. Logs its step first: what is not finite
         is never saved. A failure to write is a warning until the third in a row, or at the end of the run."""
         self.recorder.read()
@@ -95,33 +103,31 @@ class Saver:
         self.saved_step, self.failures = step, 0
         apply_retention(self.out, step, self.rhythm.keep_last, self.rhythm.keep_every)
 
-    def write(self, step):
+    def write(self, step: int) -> None:
         state, corpus = self.state, self.corpus
         stored = {"progress": asdict(state.progress), "scaler": state.scaler.state(), **self.constant}
-        try:
+        tensors = optimizer_tensors(state.model, state.optimizer)
+        about = {"dataset": corpus.record, "code": __version__}
+        with write_errors(self.out, "free some space or make it writable"):
             self.recorder.log.sync()
-            tensors = optimizer_tensors(state.model, state.optimizer)
-            about = {"dataset": corpus.record, "code": __version__}
             save_checkpoint(self.out, step, state.model, corpus.tokenizer, tensors, stored, self.sampling, about)
             self.point()
-        except OSError as error:
-            raise ResourceError(f"{self.out}: {error.strerror}; free some space or make it writable") from None
 
-    def point(self):
-        """Make the pointers name this step's checkpoint and the best one's."""
+    def point(self) -> None:
+        """Makes the pointers name this step's checkpoint and the best one's."""
         point(self.out, "latest", self.folder(self.state.progress.step))
         self.point_to_best()
 
-    def point_to_best(self):
+    def point_to_best(self) -> None:
         progress = self.state.progress
         best = self.folder(progress.best_step)
         if progress.best_loss is not None and best.is_dir() and read_pointer(self.out, "best") != best:
             point(self.out, "best", best)
 
 
-def sweep(out):
-    """Remove what an interrupted save or deletion left behind."""
-    for path in Path(out).glob("step-*.tmp"):
+def sweep(out: Path) -> None:
+    """Removes what an interrupted save or deletion left behind."""
+    for path in out.glob("step-*.tmp"):
         if STEP_FOLDER.match(path.name.removesuffix(".tmp")):
             remove_tree(path)
     for folder in step_folders(out):
@@ -129,33 +135,31 @@ def sweep(out):
             (folder / f"{MANIFEST}.tmp").unlink(missing_ok=True)
 
 
-def point(out, name, folder):
-    """Make `out/<name>.txt`, and the link `out/<name>` where the system has links, name `folder`."""
-    try:
-        write_durably(Path(out) / f"{name}.txt", folder.name + "\n")
-    except OSError as error:
-        raise ResourceError(f"{out}/{name}.txt: {error.strerror}; free some space or make it writable") from None
-    link, temporary = Path(out) / name, Path(out) / f"{name}.tmp"
+def point(out: Path, name: str, folder: Path) -> None:
+    """Makes `out/<name>.txt` name `folder`, and the link `out/<name>` where the system has links."""
+    with write_errors(out / f"{name}.txt", "free some space or make it writable"):
+        write_durably(out / f"{name}.txt", folder.name + "\n")
+    link, temporary = out / name, out / f"{name}.tmp"
     if link.exists() and not link.is_symlink():
         return
     try:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(folder.name, target_is_directory=True)
         os.replace(temporary, link)
-    except (OSError, NotImplementedError):  # the text file is what counts; a link that cannot follow it must go
+    except (OSError, NotImplementedError):  # the text file counts; a link that cannot follow it must go
         with contextlib.suppress(OSError):
             link.unlink()
 
 
-def is_linked(folder):
-    """Whether a step folder leads elsewhere through a link: nothing is deleted there."""
+def is_linked(folder: Path) -> bool:
+    """Returns whether a step folder leads elsewhere through a link: nothing is deleted there."""
     return folder.is_symlink() or (folder / "training").is_symlink()
 
 
-def apply_retention(out, saved, keep_last, keep_every):
-    """Delete step folders other than the newest `keep_last`, the best and every `keep_every`-th; of those kept, only
-    the newest two keep their trainer state. Counted from step `saved`, just written: folders beyond it are damaged ones
-    that a resume has passed over, and stay. What cannot be deleted is one warning."""
+def apply_retention(out: Path, saved: int, keep_last: int, keep_every: int) -> None:
+    """Deletes step folders other than the newest `keep_last`, the best and every `keep_every`-th. Of those kept, only
+    the newest two keep their trainer state. Folders beyond step `saved`, just written, are damaged ones that a resume
+    passed over: they stay. A folder that cannot be deleted is one warning."""
     folders = [folder for folder in step_folders(out) if step_number(folder) <= saved and not is_linked(folder)]
     best = read_pointer(out, "best")
     newest = folders[: max(keep_last, 1)]
@@ -170,20 +174,20 @@ def apply_retention(out, saved, keep_last, keep_every):
             note("warning", f"{folder}: not deleted: {error.strerror}")
 
 
-def remove_step(folder):
-    """Delete a step folder: it loses its name first, so that no half of one can be taken for a checkpoint."""
+def remove_step(folder: Path) -> None:
+    """Deletes a step folder. It loses its name first, so that no half of it can be taken for a checkpoint."""
     doomed = folder.with_name(folder.name + ".tmp")
     remove_tree(doomed)
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
 
 
-def drop_trainer_state(folder):
-    """Make a checkpoint one of weights only. The manifest changes first: what it does not list is not read."""
+def drop_trainer_state(folder: Path) -> None:
+    """Turns a checkpoint into one of weights only. The manifest changes first: what it does not list is not read."""
     try:
         manifest = read_manifest(folder)
     except (IntegrityError, ResourceError):
-        return  # damaged or unreadable: left as it is, for the user to judge
+        return  # damaged or unreadable: the user decides
     files = {name: entry for name, entry in manifest["files"].items() if name not in (OPTIMIZER, STATE)}
     if files != manifest["files"]:
         write_durably(folder / MANIFEST, json_text(sealed(manifest | {"files": files})))

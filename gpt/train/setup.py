@@ -18,11 +18,11 @@ from gpt.text.windows import Prefetch
 from gpt.train import memory
 from gpt.train.budget import Budget, Progress
 from gpt.train.graph import GraphedStep
-from gpt.train.log import Log, Recorder, exit_record, start_log
+from gpt.train.log import Recorder, exit_record, start_log
 from gpt.train.optim import LossScaler, make_optimizer
-from gpt.train.ranks import Alone
+from gpt.train.ranks import Ranks
 from gpt.train.runtime import Runtime, StopFlag, check_runtime, profiler
-from gpt.train.saver import Saver, run_folder
+from gpt.train.saver import Saver, locked_run_folder
 from gpt.train.start import Start, first_model
 from gpt.train.state import State, load_optimizer
 
@@ -42,14 +42,12 @@ class Run:
     state: State
     step: Callable[[torch.Tensor, float], torch.Tensor]
     """step(batch, lr): one optimizer step; returns loss, gradient norm and whether they are finite, (3,)"""
-    log: Log | None
-    """None on all ranks but the first"""
     recorder: Recorder
     saver: Saver
     stop: StopFlag
 
     @property
-    def ranks(self) -> Alone:
+    def ranks(self) -> Ranks:
         return self.machine.ranks
 
     def evaluation_due(self) -> bool:
@@ -75,7 +73,7 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(
-    start: Start, ranks: Alone, train_step: TrainStep, accumulate: Accumulate, sampling: dict, draw: Callable
+    start: Start, ranks: Ranks, train_step: TrainStep, accumulate: Accumulate, sampling: dict, draw: Callable
 ) -> Iterator[Run]:
     """Opens the Run that begins at `start`; closes it afterwards. `train_step` and `accumulate` are those of train.py,
     `sampling` the defaults of generation to store in checkpoints, `draw(out)` draws the losses in a run folder. Raises
@@ -85,24 +83,24 @@ def open_run(
     memory.check_fits(config.model, corpus.tokenizer.vocab_size, machine.device, config.optim.optimizer)
     model, origin = first_model(start)
     with (
-        run_folder(config.out, flatten(config), start.newest, ranks) as out,
+        locked_run_folder(config.out, flatten(config), start.newest, ranks) as out,
         exit_record(out, ranks),
         StopFlag() as stop,
         memory.out_of_memory_errors(progress, config.model.block_size),
     ):
-        state, record = build(start, model, machine, accumulate)
+        state, record = build_state(start, model, machine, accumulate)
         step = stepper(config, state, machine, record["compile"], train_step)
         log = start_log(config, progress, start.budget, draw) if ranks.leads else None
         recorder = Recorder(log, config.rhythm.log_every, state, start.budget, corpus.windows, machine)
         constant = {"config": flatten(config), "runtime": record, "base": origin}
         saver = Saver(out, state, corpus, recorder, constant, sampling, config.rhythm)
         with contextlib.closing(corpus), contextlib.closing(log) if log else contextlib.nullcontext():
-            yield Run(config, machine, corpus, start.budget, state, step, log, recorder, saver, stop)
+            yield Run(config, machine, corpus, start.budget, state, step, recorder, saver, stop)
         if ranks.any(stop):  # also waits until rank 0 has saved the last checkpoint
             raise Stopped(f"signal at step {progress.step}: checkpoint saved in {out}; the same command continues")
 
 
-def build(start: Start, model: GPT, machine: Runtime, accumulate: Accumulate) -> tuple[State, dict[str, Any]]:
+def build_state(start: Start, model: GPT, machine: Runtime, accumulate: Accumulate) -> tuple[State, dict[str, Any]]:
     """Returns (State on the device, record of the machine), new or as the checkpoint left it; the model is compiled if
     that is asked for or pays."""
     config, progress, checkpoint = start.config, start.progress, start.checkpoint
@@ -120,7 +118,7 @@ def build(start: Start, model: GPT, machine: Runtime, accumulate: Accumulate) ->
         scaler.load(checkpoint.state["scaler"])
         check_runtime(checkpoint.state["runtime"], record)
     state = State(model, optimizer, scaler, progress, ops)
-    describe(config, state, machine, record)
+    tell_sizes(config, state, machine, record)
     machine.ranks.share_gradients(model)
     if compiled:
         torch.use_deterministic_algorithms(machine.deterministic)  # for the compiler too
@@ -155,14 +153,14 @@ def muon_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def describe(config: Any, state: State, machine: Runtime, record: dict[str, Any]) -> None:
+def tell_sizes(config: Any, state: State, machine: Runtime, record: dict[str, Any]) -> None:
     """Notes the size of the model, the machine, and the memory that a step needs."""
     model, size = state.model, state.progress.micro_batch_size
     kernels = ", C++ attention" if record["kernels"] else ""
     note("info", f"{model.num_parameters():,} parameters on {record['device']}, {record['precision']}{kernels}")
     kind = config.optim.optimizer
     needs = memory.estimate(config.model, model.vocab_size, size, machine.dtype, machine.device, kind)
-    note("info", memory.describe(needs))
+    note("info", memory.memory_line(needs))
 
 
 def warm_up(state: State, block_size: int, machine: Runtime, accumulate: Accumulate) -> None:

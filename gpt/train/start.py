@@ -19,7 +19,7 @@ from gpt.text.corpus import Corpus, check_tokenizer
 from gpt.text.tokenizer import Tokenizer
 from gpt.train.budget import Budget, LengthConfig, Progress, RhythmConfig
 from gpt.train.metrics_file import logged_evaluation
-from gpt.train.ranks import Alone
+from gpt.train.ranks import Ranks
 from gpt.train.runtime import MachineConfig
 
 
@@ -133,7 +133,7 @@ class Start:
             say(f"nothing to do: step {self.progress.step} of {self.budget.total_steps(self.progress)}{why}")
 
 
-def find_start(config: Any, base: Path | None, ranks: Alone) -> Start:
+def find_start(config: Any, base: Path | None, ranks: Ranks) -> Start:
     """Returns the Start of a run. Raises InputError if ranks, data, settings or tokenizer disagree."""
     refuse(config.batch.problems_on(ranks.size))
     size, block_size = config.batch.global_batch_size, config.model.block_size
@@ -144,7 +144,9 @@ def find_start(config: Any, base: Path | None, ranks: Alone) -> Start:
     checkpoint = find_checkpoint(config, base, corpus)
     progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
     if checkpoint and progress.evaluated_step != progress.step:  # evaluated after the checkpoint was saved, perhaps
-        progress.evaluated_if(logged_evaluation(Path(config.out), progress.step))
+        loss = logged_evaluation(Path(config.out), progress.step)
+        if loss is not None:
+            progress.evaluated(loss)
     ranks.check_same(settings=flatten(config), data=corpus.record, checkpoint=asdict(progress))
     return Start(config, base, corpus, budget, checkpoint, progress, newest)
 

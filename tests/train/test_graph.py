@@ -14,7 +14,7 @@ from gpt.train import setup
 from gpt.train.budget import LengthConfig, Progress
 from gpt.train.graph import WARM_UPS, GraphedStep
 from gpt.train.optim import LossScaler, OptimConfig, make_optimizer
-from gpt.train.ranks import Alone
+from gpt.train.ranks import Ranks
 from gpt.train.runtime import MachineConfig, Runtime, seed_step
 from gpt.train.state import State
 
@@ -115,7 +115,7 @@ def test_captured_steps_are_those_taken_one_by_one(cpu, monkeypatch, optimizer, 
     monkeypatch.setattr("gpt.train.optim.SCALE_GROWTH_STEPS", 3)
     run = cpu(dtype)
     plain, state = new_state(optimizer, scale, dropout), new_state(optimizer, scale, dropout)
-    monkeypatch.setattr("gpt.train.muon.host_waits", lambda device: False)  # as on a GPU
+    monkeypatch.setattr("gpt.train.muon.host_asks", lambda device: False)  # as on a GPU
     graph = Recorded(lambda: changing(state))
     step = GraphedStep(stepper_of(state, run), graph, state.optimizer.zero_grad)
     wanted = torch.stack([take(stepper_of(plain, run), number) for number in range(STEPS)])
@@ -218,7 +218,7 @@ def test_small_models_are_captured_where_a_gpu_would_wait_for_its_host(cpu, monk
     run.device = torch.device("cuda")
     found = [name for name, shape in shapes.items() if captures(run, *shape)]
     assert found == ["shakespeare-cpu", "demo", "shakespeare", "gpt2, one sequence"]
-    run.ranks = copy.copy(Alone())
+    run.ranks = copy.copy(Ranks())
     run.ranks.size = 2
     assert not captures(run, *shapes["demo"])
 

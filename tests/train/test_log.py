@@ -11,12 +11,12 @@ import pytest
 from training_helpers import QUICK, ROOT, make_data, metrics, step_names, train_here
 
 from gpt.checkpoint.folder import verify_checkpoint
-from gpt.errors import InputError, IntegrityError, NonFiniteError, ResourceError, Stopped
+from gpt.errors import InputError, IntegrityError, NonFiniteError, ResourceError, Stopped, tell
 from gpt.train import log as log_module
 from gpt.train import metrics_file
 from gpt.train.log import Log, exit_record
 from gpt.train.metrics_file import MetricsFile, cut_metrics
-from gpt.train.ranks import ALONE
+from gpt.train.ranks import Ranks
 
 SHORT = ("--max_steps", 6, "--warmup_steps", 0, "--log_every", 1, "--eval_every", 0)
 
@@ -73,7 +73,7 @@ def test_fault_036_a_window_that_closes_takes_nothing_with_it(tmp_path, terminal
     for step in (1, 2):
         log.advance(5)
         log.write(record_of(step) | {"val_loss": 1.0, "val_bpb": 2.0}, 5)
-        log.say("a sample")
+        tell("a sample")
     log.sync()
     log.close()
     assert [record["step"] for record in metrics(tmp_path)] == [1, 2]
@@ -182,17 +182,17 @@ def exit_json(folder):
 
 @pytest.mark.parametrize("kind", [InputError, IntegrityError, NonFiniteError, ResourceError, Stopped])
 def test_the_reason_of_a_failure_or_stop_stands_in_exit_json(tmp_path, kind):
-    with pytest.raises(kind), exit_record(tmp_path, ALONE):
+    with pytest.raises(kind), exit_record(tmp_path, Ranks()):
         raise kind("x: y; z")
     assert exit_json(tmp_path) == {"code": kind.code, "reason": "x: y; z"}
-    with exit_record(tmp_path, ALONE):
+    with exit_record(tmp_path, Ranks()):
         assert not (tmp_path / "exit.json").exists()
     assert not (tmp_path / "exit.json").exists()
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (ZeroDivisionError("by 雨"), 1)])
 def test_what_nobody_foresaw_stands_in_exit_json_too_and_goes_on(tmp_path, error, code):
-    with pytest.raises(type(error)) as caught, exit_record(tmp_path, ALONE):
+    with pytest.raises(type(error)) as caught, exit_record(tmp_path, Ranks()):
         raise error
     assert caught.value is error
     assert exit_json(tmp_path)["code"] == code
@@ -201,5 +201,5 @@ def test_what_nobody_foresaw_stands_in_exit_json_too_and_goes_on(tmp_path, error
 
 def test_an_exit_json_that_cannot_be_written_does_not_hide_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(log_module, "write_durably", full_disk)
-    with pytest.raises(InputError, match="x: y; z"), exit_record(tmp_path, ALONE):
+    with pytest.raises(InputError, match="x: y; z"), exit_record(tmp_path, Ranks()):
         raise InputError("x: y; z")

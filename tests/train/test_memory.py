@@ -171,8 +171,8 @@ def test_the_memory_line_adds_up_and_names_its_unit():
         "activations": memory.GIB // 2,
     }
     line = "memory: weights 1.0 + gradients 1.0 + optimizer 2.0 + activations 0.5 = 4.5 GiB (estimated)"
-    assert memory.describe(needs) == line
-    assert memory.describe({"weights": 3 * memory.MIB}) == "memory: weights 3.0 = 3.0 MiB (estimated)"
+    assert memory.memory_line(needs) == line
+    assert memory.memory_line({"weights": 3 * memory.MIB}) == "memory: weights 3.0 = 3.0 MiB (estimated)"
 
 
 def test_fault_101_a_model_that_can_never_fit_is_refused_and_one_that_may_is_not():

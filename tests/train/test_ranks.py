@@ -38,7 +38,7 @@ from gpt.train import ranks as ranks_module
 from gpt.train import setup
 from gpt.train.budget import Progress
 from gpt.train.optim import LossScaler
-from gpt.train.ranks import ALONE, join, launched
+from gpt.train.ranks import Ranks, join, launched
 from gpt.train.runtime import MachineConfig, Runtime
 from gpt.train.saver import Saver
 from gpt.train.state import State
@@ -98,7 +98,7 @@ def with_flags(*flags):
 
 def disturbed(disturbance, *args):
     """`train.py ARGS` in this process, which the function of that name has prepared."""
-    ranks_module.LONGEST_STEP = ranks_module.LONGEST_WAIT = ranks_module.timedelta(seconds=60)  # not for hours
+    ranks_module.STEP_LIMIT = ranks_module.HOST_LIMIT = ranks_module.timedelta(seconds=60)  # not for hours
     globals()[disturbance](launched()[0])
     sys.argv = ["train.py", *args]
     return train.main()
@@ -241,7 +241,7 @@ def compare_evaluations(data):
             config = SimpleNamespace(rhythm=SimpleNamespace(eval_tokens=eval_tokens))
             state = State(model, None, None, Progress(micro_batch_size=batch_size))
             expected, found = (
-                train.evaluate(setup.Run(config, runtime, corpus, None, state, None, None, None, None, stop=False))
+                train.evaluate(setup.Run(config, runtime, corpus, None, state, None, None, None, stop=False))
                 for runtime in (Runtime(machine), Runtime(machine, ranks))
             )
             assert found == pytest.approx(expected, rel=1e-6), (eval_tokens, batch_size)
@@ -261,7 +261,7 @@ def compare_spread(count):
         return some * some
 
     with join() as ranks:
-        torch.testing.assert_close(ranks.spread(square, stack), ALONE.spread(square, stack), rtol=0, atol=0)
+        torch.testing.assert_close(ranks.spread(square, stack), Ranks().spread(square, stack), rtol=0, atol=0)
         assert done[0] == math.ceil(int(count) / ranks.size)
 
 
@@ -357,7 +357,7 @@ def test_the_others_wait_for_what_takes_the_first_rank_longer_than_any_step(trai
 
 def slow_save(rank):
     """Steps may take two seconds; the save after step 5 takes four."""
-    ranks_module.LONGEST_STEP = ranks_module.timedelta(seconds=2)
+    ranks_module.STEP_LIMIT = ranks_module.timedelta(seconds=2)
     original = Saver.save
 
     def save(self, *args, **options):

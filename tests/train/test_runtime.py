@@ -20,7 +20,7 @@ from gpt.kernels.select import pick_dtype
 from gpt.model import REFERENCE, ModelConfig
 from gpt.train import runtime
 from gpt.train.cost import KERNELS_PAY, gpu_peak, peak_flops
-from gpt.train.ranks import ALONE, Alone
+from gpt.train.ranks import Ranks
 from gpt.train.runtime import MachineConfig, Runtime, StopFlag, own_device, seed_step
 
 
@@ -51,11 +51,11 @@ def test_a_device_that_is_not_there_is_refused_by_name(name):
 
 def test_of_several_processes_each_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    second, one_of_three = Alone(), Alone()
+    second, one_of_three = Ranks(), Ranks()
     second.size, second.local_rank, second.local_size = 4, 1, 2
     one_of_three.size = one_of_three.local_size = 3
     assert own_device(torch.device("cuda"), second) == torch.device("cuda:1")
-    assert own_device(torch.device("cuda"), Alone()) == torch.device("cuda")
+    assert own_device(torch.device("cuda"), Ranks()) == torch.device("cuda")
     assert own_device(torch.device("cpu"), one_of_three) == torch.device("cpu")
     with pytest.raises(InputError, match="3 processes on this machine, 2 GPUs"):
         own_device(torch.device("cuda"), one_of_three)
@@ -150,7 +150,7 @@ def bf16_runtime(**settings):
 def continued(record, config=None):
     """The Runtime of a run that continues a checkpoint with this record of the machine."""
     return Runtime(
-        config or MachineConfig(device="cpu", dtype="bf16"), ALONE, SimpleNamespace(state={"runtime": record})
+        config or MachineConfig(device="cpu", dtype="bf16"), Ranks(), SimpleNamespace(state={"runtime": record})
     )
 
 
@@ -225,9 +225,9 @@ def test_kernels_that_one_rank_lacks_or_that_have_no_threads_are_not_used(
 ):
     run = bf16_runtime(threads=2)
     assert run.ops("auto", SHAPE, False, 1e21) is not REFERENCE
-    run.ranks = type("Ranks", (Alone,), {"least": lambda self, number: 0})()
+    run.ranks = type("Ranks", (Ranks,), {"least": lambda self, number: 0})()
     assert run.ops("auto", SHAPE, False, 1e21) is REFERENCE
-    run.ranks = Alone()
+    run.ranks = Ranks()
     monkeypatch.setattr(build, "build_now", lambda purpose: Library(has_threads=False))
     assert run.ops("auto", SHAPE, False, 1e21) is REFERENCE
     torch.set_num_threads(1)
