@@ -1,4 +1,4 @@
-"""README tells the truth: its reference names every flag and no other, its map every module, its commands exist."""
+"""The pages tell the truth: docs/cli.md names every flag and no other, the map every module; README's commands exist."""
 
 import re
 import shlex
@@ -11,7 +11,9 @@ import sample
 import train
 from gpt.config import fields, find_preset, parse_flags
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, CLI, MAP = (
+    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/cli.md", "docs/architecture.md")
+)
 COMMANDS = {
     "train.py": train.CommandLine,
     "sample.py": sample.SampleConfig,
@@ -22,7 +24,7 @@ POSITIONAL = {"inputs", "checkpoint", "preset"}
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_the_reference_names_every_flag_and_no_other(script):
-    section = re.split(r"^### ", README, flags=re.MULTILINE)
+    section = re.split(r"^## ", CLI, flags=re.MULTILINE)
     [text] = [part for part in section if part.startswith(script)]
     named = set(re.findall(r"`--(\w+)", text))
     assert named == fields(COMMANDS[script]).keys() - POSITIONAL
@@ -47,6 +49,13 @@ def test_every_command_uses_flags_and_presets_that_exist(words):
 
 
 def test_the_map_names_every_module():
-    for path in sorted((ROOT / "gpt").glob("*.py")):
-        if path.name != "__init__.py":
-            assert re.search(rf"\bgpt/{path.stem}\.py|\b{path.stem}: ", README), path.name
+    for path in sorted((ROOT / "gpt").iterdir()):
+        name = f"gpt/{path.name}/" if path.is_dir() else f"gpt/{path.name}"
+        if not path.name.startswith("__") and path.suffix != ".typed":
+            assert name in MAP or f"gpt.{path.stem}" in MAP, name
+
+
+def test_the_readme_is_short_and_links_to_pages_that_exist():
+    assert len(README.splitlines()) <= 160
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / target).exists(), target

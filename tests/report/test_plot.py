@@ -381,8 +381,8 @@ def test_the_command_starts_without_torch_and_the_import_without_matplotlib():
     assert not set(run.stdout.split()) & {"torch", "matplotlib", "wandb", "transformers"}
 
 
-def test_readme_and_help_name_every_flag():
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n### python -m gpt.plot")[1].split("\n### ")[0]
+def test_the_reference_and_help_name_every_flag():
+    section = (ROOT / "docs/cli.md").read_text(encoding="utf-8").split("\n## python -m gpt.plot")[1].split("\n## ")[0]
     flags = fields(PlotConfig).keys() - {"runs"}
     assert set(re.findall(r"`--(\w+)", section)) == flags
     run = plot_here("--help")
