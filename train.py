@@ -31,7 +31,7 @@ from gpt.train.optim import OptimConfig, clip_gradients, gated_step, learning_ra
 from gpt.train.ranks import join
 from gpt.train.runtime import MachineConfig, Runtime, seed_step
 from gpt.train.setup import Run, open_run
-from gpt.train.start import find_start, settings
+from gpt.train.start import find_start, read_settings
 from gpt.train.state import State
 
 PRESETS = Path(__file__).parent / "presets"
@@ -67,14 +67,14 @@ class TrainConfig:
 
     def __post_init__(self):
         groups = (self.model, self.batch, self.length, self.optim, self.rhythm, self.machine)
-        found = [problem for group in groups for problem in group.problems()]
+        problems = [problem for group in groups for problem in group.problems()]
         if not self.data:
-            found.append("data is not given; make a folder with data/prepare.py and pass --data FOLDER")
+            problems.append("data is not given; make a folder with data/prepare.py and pass --data FOLDER")
         if self.optim.warmup_steps >= 1 and 0 < self.length.max_steps < self.optim.warmup_steps:
-            found.append(f"warmup_steps {self.optim.warmup_steps:g} is more than max_steps {self.length.max_steps}")
+            problems.append(f"warmup_steps {self.optim.warmup_steps:g} is more than max_steps {self.length.max_steps}")
         if self.seed < 0:
-            found.append(f"seed {self.seed} must be 0 or more")
-        refuse(found)
+            problems.append(f"seed {self.seed} must be 0 or more")
+        refuse(problems)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class CommandLine(TrainConfig):
 def main():
     os.umask(os.umask(0o022) | 0o022)  # no other user may write to what a run leaves
     with join() as ranks:
-        config, base = settings(CommandLine, TrainConfig, sys.argv[1:], PRESETS, __doc__)
+        config, base = read_settings(CommandLine, TrainConfig, sys.argv[1:], PRESETS, __doc__)
         start = find_start(config, base, ranks)
         if start.is_finished():
             start.say_finished()
@@ -162,21 +162,23 @@ def accumulate(state: State, batch: Tensor, machine: Runtime) -> Tensor:
 
 @torch.no_grad()
 def evaluate(run: Run) -> tuple[float, float] | None:
-    """Returns (nats per token, bits per byte) on the validation set, or None if a signal asks to stop meanwhile."""
+    """Returns (nats per token, bits per byte) on the validation set, or None if a signal asks to stop."""
     model, machine, ranks, corpus = run.state.model, run.machine, run.ranks, run.corpus
-    batch_size, sums, count, size, stopped = run.state.progress.micro_batch_size, [], 0, 0, False
+    batch_size, sums, stopped = run.state.progress.micro_batch_size, [], False
+    targets_seen = bytes_seen = 0
     model.eval()
     for ids, targets in corpus.validation(batch_size, run.config.rhythm.eval_tokens, ranks.rank, ranks.size):
         with machine.autocast():
             sums.append(model(machine.ready(ids), machine.ready(targets), ops=run.state.ops).sum())
         counted = targets[targets != IGNORED]
-        count += len(counted)
-        size += int(corpus.byte_lengths[counted].sum())
+        targets_seen += len(counted)
+        bytes_seen += int(corpus.byte_lengths[counted].sum())
         if stopped := ranks.any(run.stop):
             break
     model.train()
-    nats, count, size = ranks.totals(torch.stack(sums).cpu().double().sum().item(), count, size)
-    return None if stopped else (nats / count, nats / math.log(2) / max(size, 1))
+    nats = torch.stack(sums).cpu().double().sum().item()
+    nats, total_targets, total_bytes = ranks.totals(nats, targets_seen, bytes_seen)
+    return None if stopped else (nats / total_targets, nats / math.log(2) / max(total_bytes, 1))
 
 
 def sample(run: Run) -> str:

@@ -29,7 +29,7 @@ from gpt.config import (
     unflatten,
 )
 from gpt.errors import InputError
-from gpt.train.start import settings
+from gpt.train.start import read_settings
 
 ROOT = Path(train.__file__).parent
 PRESETS = sorted(train.PRESETS.glob("*.toml"))
@@ -161,7 +161,7 @@ def test_a_preset_may_follow_the_flags(tmp_path):
 
 
 def settings_of(words):
-    return settings(train.CommandLine, train.TrainConfig, words, train.PRESETS, "")
+    return read_settings(train.CommandLine, train.TrainConfig, words, train.PRESETS, "")
 
 
 @pytest.mark.parametrize("words", [["--n_layer", "4"], ["--n-layer", "4"], ["--n_layer=4"], ["--n-layer=4"]])

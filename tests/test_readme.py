@@ -1,4 +1,5 @@
-"""The pages tell the truth: docs/cli.md names every flag and no other, the map every module; README's commands exist."""
+"""The pages tell the truth: docs/cli.md names every flag and no other, the map every module; README's commands
+exist."""
 
 import re
 import shlex

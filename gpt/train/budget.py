@@ -51,10 +51,10 @@ class LengthConfig:
         """Returns what is wrong with these values, in words; empty if nothing is."""
         limits = {name: getattr(self, name) for name in ("max_steps", "max_tokens", "max_epochs", "max_minutes")}
         checked = limits | {"patience": self.patience}
-        found = [f"{name} {value} must be 0 or more" for name, value in checked.items() if value < 0]
+        problems = [f"{name} {value} must be 0 or more" for name, value in checked.items() if value < 0]
         if not any(limits.values()):
-            found.append("nothing ends the run: give max_steps, max_tokens, max_epochs or max_minutes")
-        return found
+            problems.append("nothing ends the run: give max_steps, max_tokens, max_epochs or max_minutes")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,10 @@ class RhythmConfig:
 
     def problems(self) -> list[str]:
         """Returns what is wrong with these values, in words; empty if nothing is."""
-        found = [f"{name} {value} must be 0 or more" for name, value in asdict(self).items() if value < 0]
-        return found + [f"{name} must be at least 1" for name in ("log_every", "keep_last") if getattr(self, name) == 0]
+        problems = [f"{name} {value} must be 0 or more" for name, value in asdict(self).items() if value < 0]
+        return problems + [
+            f"{name} must be at least 1" for name in ("log_every", "keep_last") if getattr(self, name) == 0
+        ]
 
 
 @dataclass

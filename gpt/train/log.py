@@ -37,7 +37,8 @@ class Log:
     def __init__(self, out: Path, step: int, total_steps: int, draw: Callable[[], None], wandb_run: Any = None):
         self.metrics, self.wandb_run = MetricsFile(out / METRICS, step), wandb_run
         self.draw, self.next_drawing, self.is_drawn = draw, time.monotonic() + SECONDS_BETWEEN_DRAWINGS, True
-        self.bar = tqdm(total=total_steps, initial=max(step, 0), unit="step", dynamic_ncols=True, disable=None)
+        hidden = None if sys.stderr else True  # None: hidden unless stderr is a terminal
+        self.bar = tqdm(total=total_steps, initial=max(step, 0), unit="step", dynamic_ncols=True, disable=hidden)
 
     def advance(self, total_steps: int) -> None:
         """Counts one more step; `total_steps` is the present estimate of the run's length."""
@@ -100,8 +101,10 @@ class Recorder:
         self.scaler, self.windows, self.fetch = state.scaler, windows, machine.fetch
         self.peak = peak_flops(machine.device, machine.dtype) * machine.ranks.size
         self.flops_per_token = flops_per_token(state.model.config, state.model.vocab_size)
-        self.pending, self.record, self.next_window = None, None, state.progress.windows_seen
-        self.recent = collections.deque(maxlen=100)  # finite losses
+        self.pending: tuple[int, int, float, Callable[[], list], int] | None = None
+        self.record: dict | None = None
+        self.next_window = state.progress.windows_seen
+        self.recent: collections.deque[float] = collections.deque(maxlen=100)  # finite losses
         self.logged_tokens, self.logged_seconds = state.progress.tokens, state.progress.train_seconds
 
     def step(self, lr: float, numbers: torch.Tensor) -> None:
@@ -117,7 +120,8 @@ class Recorder:
         """Reads the numbers of the last step and logs them if that is due. With `hold` the record waits for the
         evaluation of the step; the next read logs it in any case. Raises NonFiniteError."""
         if self.pending is not None:
-            record = self.take()
+            record = self.record_of(*self.pending)
+            self.pending = None
             self.record = record if hold or record["step"] % self.log_every == 0 else None
         if self.record is not None and not hold:
             self.write(self.record)
@@ -135,10 +139,9 @@ class Recorder:
         self.write(record | {"val_loss": val_loss, "val_bpb": val_bpb})
         return self.progress.evaluated(val_loss)
 
-    def take(self) -> dict:
-        """Returns the record of the pending step. Raises NonFiniteError."""
-        (step, tokens, lr, fetched, first_window), self.pending = self.pending, None
-        loss, norm, finite = fetched()
+    def record_of(self, step: int, tokens: int, lr: float, fetch: Callable[[], list], first_window: int) -> dict:
+        """Returns the record of a step whose numbers `fetch()` returns. Raises NonFiniteError."""
+        loss, norm, finite = fetch()
         self.scaler.check(step, bool(finite), loss, "" if finite else self.windows.place(first_window))
         self.watch(step, loss)
         return {"step": step, "tokens": tokens, "loss": loss, "lr": lr, "grad_norm": norm}
@@ -201,7 +204,7 @@ def start_wandb(project: str, run_id: str | None, out: Path, config: dict) -> An
         import wandb
 
         names = ("init_timeout", "login_timeout", "finish_timeout")  # older versions lack some
-        limits = {name: WANDB_PATIENCE for name in names if hasattr(wandb.Settings(), name)}
+        limits: Any = {name: WANDB_PATIENCE for name in names if hasattr(wandb.Settings(), name)}
         settings = wandb.Settings(quiet=True, x_disable_stats=True, **limits)
         run = wandb.init(
             project=project, id=run_id, name=out.name, dir=out, config=config, resume="allow", settings=settings

@@ -69,8 +69,8 @@ def logged_evaluation(out, step):
     """The validation loss that the metrics of a run have for a step, or None."""
     path = out / METRICS
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    found = [json.loads(line).get("val_loss") for line in lines if step_of(line) == step]
-    return found[-1] if found else None
+    losses = [json.loads(line).get("val_loss") for line in lines if step_of(line) == step]
+    return losses[-1] if losses else None
 
 
 def cut_metrics(path, step):

@@ -55,10 +55,10 @@ class MachineConfig:
 
     def problems(self) -> list[str]:
         """Returns what is wrong with these values, in words; empty if nothing is."""
-        found = [f"threads {self.threads} must be 0 or more"] if self.threads < 0 else []
+        problems = [f"threads {self.threads} must be 0 or more"] if self.threads < 0 else []
         if self.kernels == self.compile == "on":
-            found.append("kernels on and compile on exclude each other: the compiler makes its own")
-        return found
+            problems.append("kernels on and compile on exclude each other: the compiler makes its own")
+        return problems
 
 
 class Runtime:

@@ -35,7 +35,9 @@ FREE = names(LengthConfig) | names(RhythmConfig) | names(MachineConfig) | ELSEWH
 # ---- settings
 
 
-def settings(command_line: type, config: type, argv: list[str], presets: Path, description: str) -> tuple[Any, Any]:
+def read_settings(
+    command_line: type, config: type, argv: list[str], presets: Path, description: str
+) -> tuple[Any, Any]:
     """Returns (settings of type `config`, folder of the base model or None) of a command line. Flags win over the
     preset, that over the settings of the checkpoint or base model, those over the defaults."""
     flags = parse_flags(command_line, argv, description, "train.py")
@@ -52,11 +54,11 @@ def settings(command_line: type, config: type, argv: list[str], presets: Path, d
         raise InputError("no preset given: they are listed above; choose one, as in python train.py demo")
     from_preset = read_toml(preset, config) if preset else {}
     base, inherited = base_model(flags.get("init") or from_preset.get("init"), flags.get("out") or values["out"])
-    made = make_config(config, inherited, values, from_preset, flags)
+    settings = make_config(config, inherited, values, from_preset, flags)
     if base:
-        check_architecture(made.model, from_preset.keys() | flags.keys(), inherited)
-        check_base_is_elsewhere(base, made.out)
-    return made, base
+        check_architecture(settings.model, from_preset.keys() | flags.keys(), inherited)
+        check_base_is_elsewhere(base, settings.out)
+    return settings, base
 
 
 def base_model(init: str | None, out: str) -> tuple[Path | None, dict[str, Any]]:

@@ -541,9 +541,9 @@ def test_fault_074_ranks_that_were_given_different_settings_are_refused(train_ra
 
 
 def another_seed(rank):
-    original = train.settings
+    original = train.read_settings
     if rank == 1:
-        train.settings = lambda *args: original(*args[:2], [*args[2], "--seed", "7"], *args[3:])
+        train.read_settings = lambda *args: original(*args[:2], [*args[2], "--seed", "7"], *args[3:])
 
 
 def test_one_clock_ends_a_run_by_its_minutes_on_all_ranks(train_ranks, tmp_path):
