@@ -2,10 +2,12 @@
 
 A settings class may hold further frozen dataclasses: they group the options in `--help`. Names are flat everywhere: one
 name serves as field, TOML key, flag, log and checkpoint entry, so no name may occur twice in one class. The docstring
-below a field explains it in `--help`. One field may be `positional`."""
+below a field explains it in `--help`. A field made by `positional` takes the words that belong to no option.
+
+A settings class checks its values in `problems()`, which returns what is wrong with them, in words. Whoever uses the
+values passes this list to `refuse`, so that the user sees all problems in one message."""
 
 import argparse
-import ast
 import contextlib
 import dataclasses
 import difflib
@@ -15,47 +17,34 @@ import math
 import os
 import re
 import sys
-import textwrap
 import tomllib
 import typing
-from collections.abc import Callable, Iterable
-from itertools import pairwise
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from gpt.errors import InputError, note, say, tell
 
 Config = TypeVar("Config")
-Fields = dict[str, dataclasses.Field]  # by flat name
 
-# What users of nanoGPT and transformers type, and the name (or names) here.
+# Names in nanoGPT and transformers, and the name (or names) here. `suggestion` finds similar names without this table.
 OTHER_NAMES = {
     "batch_size": "global_batch_size (sequences per optimizer step) or --micro_batch_size (sequences per forward pass)",
     "gradient_accumulation_steps": "global_batch_size (micro-batches follow from --micro_batch_size)",
-    "per_device_train_batch_size": "micro_batch_size",
     "learning_rate": "lr",
     "max_iters": "max_steps",
-    "num_train_epochs": "max_epochs",
     "epochs": "max_epochs",
-    "warmup_iters": "warmup_steps",
     "warmup_ratio": "warmup_steps (below 1 it is a share of the run)",
-    "lr_decay_iters": "decay_steps",
-    "lr_scheduler_type": "schedule",
     "decay_lr": "schedule",
-    "eval_interval": "eval_every",
     "eval_steps": "eval_every",
     "eval_iters": "eval_tokens",
     "log_interval": "log_every",
     "logging_steps": "log_every",
     "save_steps": "save_every",
     "save_total_limit": "keep_last",
-    "adam_beta1": "beta1",
-    "adam_beta2": "beta2",
     "adam_epsilon": "eps",
     "max_grad_norm": "grad_clip",
-    "out_dir": "out",
     "output_dir": "out",
-    "dataset": "data",
     "init_from": "init or --resume",
     "model_name_or_path": "init",
     "resume_from_checkpoint": "resume",
@@ -71,19 +60,27 @@ OTHER_NAMES = {
     "do_sample": "temperature (0 is greedy)",
     "stop_sequences": "stop",
 }
-
-
 REMOVED = {"fp8_head"}  # settings of earlier versions, which a run's config.toml may still name
 
 
 def make_config(cls: type[Config], *layers: dict[str, Any]) -> Config:
-    """Returns the instance of `cls` with the values of these layers over its defaults; a later layer wins. Raises
-    InputError for a field without a value and for what the class itself refuses."""
-    values = defaults(cls)
+    """Returns the instance of `cls` with the values of these layers over its defaults; a later layer wins. Names that
+    are no fields of `cls` are ignored. Raises InputError for a field without a value and for what `cls` refuses."""
+    values = {name: field.default for name, field in fields(cls).items()}
     for layer in layers:
         values |= layer
-    refuse([f"{name} is not given; --help explains it" for name in fields(cls) if name not in values])
+    missing = [name for name in fields(cls) if values[name] is dataclasses.MISSING]
+    refuse([f"{name} is not given; --help explains it" for name in missing])
     return unflatten(cls, values)
+
+
+def unflatten(cls: Any, values: dict[str, Any]) -> Any:
+    """Returns the instance of a settings class with these values by flat name."""
+    arguments = {}
+    for field in dataclasses.fields(cls):
+        nested = dataclasses.is_dataclass(field.type)
+        arguments[field.name] = unflatten(field.type, values) if nested else values[field.name]
+    return cls(**arguments)
 
 
 def refuse(problems: list[str]) -> None:
@@ -92,38 +89,21 @@ def refuse(problems: list[str]) -> None:
         raise InputError("settings: " + "; ".join(problems))
 
 
-# ---- fields and values by flat name
-
-
-def fields(cls: Any) -> Fields:
-    """Returns the fields of a settings class and of the dataclasses inside it."""
-    flat: Fields = {}
+def fields(cls: Any) -> dict[str, dataclasses.Field]:
+    """Returns the fields of a settings class and of the dataclasses inside it, by flat name."""
+    flat: dict[str, dataclasses.Field] = {}
     for field in dataclasses.fields(cls):
         flat |= fields(field.type) if dataclasses.is_dataclass(field.type) else {field.name: field}
     return flat
 
 
-def defaults(cls: Any) -> dict[str, Any]:
-    """Returns the defaults of a settings class; a field without one is left out."""
-    return {name: field.default for name, field in fields(cls).items() if field.default is not dataclasses.MISSING}
-
-
 def flatten(config: Any) -> dict[str, Any]:
-    """Returns the values of a settings object, in the order of its fields."""
+    """Returns the values of a settings object by flat name, in the order of its fields."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         flat |= flatten(value) if dataclasses.is_dataclass(value) else {field.name: value}
     return flat
-
-
-def unflatten(cls: Any, values: dict[str, Any]) -> Any:
-    """Returns the instance of a settings class with these values; names that are not its fields are ignored."""
-    arguments = {}
-    for field in dataclasses.fields(cls):
-        nested = dataclasses.is_dataclass(field.type)
-        arguments[field.name] = unflatten(field.type, values) if nested else values[field.name]
-    return cls(**arguments)
 
 
 # ---- the command line
@@ -136,17 +116,6 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"settings: {message}; --help explains every setting")
 
 
-class Once(argparse.Action):
-    """Stores the value of an option, and refuses a second one; argparse keeps the last."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        if hasattr(namespace, self.dest):
-            parser.error(f"option --{self.dest} is given twice; give it once")
-        if option_string and self.nargs == 0:  # --x is true, --no_x and --no-x are false
-            values = option_string.removeprefix("--").replace("-", "_") == self.dest
-        setattr(namespace, self.dest, tuple(values) if isinstance(values, list) else values)
-
-
 def positional(metavar: str, **keywords: Any) -> Any:
     """Returns a dataclass field that takes the words which belong to no option. `--help` calls it `metavar`."""
     return dataclasses.field(metadata={"metavar": metavar}, **keywords)
@@ -155,25 +124,29 @@ def positional(metavar: str, **keywords: Any) -> Any:
 def parse_flags(cls: type, argv: list[str], description: str | None = None, usage: str | None = None) -> dict[str, Any]:
     """Returns the values that the options and positional words in `argv` give, and no others.
 
-    Raises InputError for a missing, mistyped or repeated value, else for all unknown options, else for all words that
-    belong to no option. `--help` prints the options with the defaults of `cls` and exits 0; its first line shows
-    `usage` (default: the script's name)."""
+    Raises InputError for a missing or mistyped value, else for all unknown options, else for all words that belong to
+    no option, else for all repeated options. `--help` prints the options with the defaults of `cls` and exits 0; its
+    first line shows `usage` (default: the script's name)."""
     wants_help = bool({"-h", "--help"} & set(argv))
-    parser = make_parser(cls, wants_help, description, usage)
+    texts = explanations(cls) if wants_help else {}  # to read the source takes a third of a second
+    parser = make_parser(cls, texts, description, usage)
     if wants_help:
         say(parser.format_help().rstrip())
         parser.exit()
     # Intermixed: positional words may stand between options. Before Python 3.13 that method reads options behind "--".
     parse = parser.parse_known_args if "--" in argv else parser.parse_known_intermixed_args
-    values, rest = parse(argv)
+    namespace, rest = parse(argv)
+    given = vars(namespace)  # name -> list with a value for each time that it is given
     unknown = [word[2:].split("=")[0] for word in rest if word.startswith("--") and word != "--"]
     refuse([f"unknown option --{name}; {suggestion(name.replace('-', '_'), fields(cls), '--')}" for name in unknown])
     refuse([f"{word!r} belongs to no option" for word in rest])
-    return vars(values)
+    refuse([f"option --{name} is given twice; give it once" for name, values in given.items() if len(values) > 1])
+    return {name: tuple(value) if isinstance(value, list) else value for name, [value] in given.items()}
 
 
-def make_parser(cls: type, explain: bool, description: str | None, usage: str | None) -> Parser:
-    """Returns a parser of the options of `cls`; `explain` gives it the texts for `--help`."""
+def make_parser(cls: type, texts: dict[str, str], description: str | None, usage: str | None) -> Parser:
+    """Returns a parser of the options and positional words of `cls`, explained by `texts`. It appends each value to a
+    list."""
     metavars = [field.metadata["metavar"] for field in fields(cls).values() if field.metadata]
     parser = Parser(
         prog=usage or sys.argv[0],
@@ -182,47 +155,50 @@ def make_parser(cls: type, explain: bool, description: str | None, usage: str | 
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
-        add_help=explain,
+        add_help=False,  # an option -h would take the value -h2 for itself
     )
     parser._negative_number_matcher = re.compile("-[^-]")  # -1e-3, -inf and -x are values, not options
-    add_arguments(parser, cls, explain)
+    add_arguments(parser, cls, texts)
     return parser
 
 
-def add_arguments(parser: Parser, cls: Any, explain: bool, title: str = "") -> None:
+def add_arguments(parser: Parser, cls: Any, texts: dict[str, str], title: str = "") -> None:
     """Adds an argument to `parser` for each field of `cls`, under `title`, and a group for each dataclass inside it."""
     group = parser.add_argument_group(title) if title else parser
-    texts = explanations(cls) if explain else {}
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
-            add_arguments(parser, field.type, explain, f"{field.name} options")
+            add_arguments(parser, field.type, texts, f"{field.name} options")
         else:
-            add_argument(group, field, texts.get(field.name, ""))
+            add_argument(group, field, help_of(field, texts.get(field.name, "")))
 
 
 def add_argument(group: Any, field: dataclasses.Field, text: str) -> None:
-    """Adds an argument for one field to a parser or to a group of it, explained by `text`."""
-    keywords = {"action": Once, "help": help_of(field, text)} | keywords_of(field.type)
+    """Adds the argument of one field, with its help `text`, to a parser or to a group of it."""
     if field.metadata:
-        group.add_argument(field.name, **{"nargs": "?"} | keywords | dict(field.metadata))
-        return
-    names = [f"--{field.name}", f"--no_{field.name}"] if field.type is bool else [f"--{field.name}"]
-    group.add_argument(*names, dest=field.name, **keywords)
-    dashed = [name.replace("_", "-") for name in names if "_" in name]
-    if dashed:  # one spelling is enough in the help
-        group.add_argument(*dashed, dest=field.name, **keywords | {"help": argparse.SUPPRESS})
+        keywords = {"nargs": "?"} | keywords_of(field.type) | dict(field.metadata)
+        group.add_argument(field.name, action="append", help=text, **keywords)
+    elif field.type is bool:
+        add_option(group, field.name, field.name, text, action="append_const", const=True)
+        add_option(group, f"no_{field.name}", field.name, f"not --{field.name}", action="append_const", const=False)
+    else:
+        add_option(group, field.name, field.name, text, action="append", **keywords_of(field.type))
+
+
+def add_option(group: Any, option: str, name: str, text: str, **keywords: Any) -> None:
+    """Adds an option for the field `name`: --x_y, and the spelling --x-y, which the help leaves out."""
+    group.add_argument(f"--{option}", dest=name, help=text, **keywords)
+    if "_" in option:
+        group.add_argument(f"--{option.replace('_', '-')}", dest=name, help=argparse.SUPPRESS, **keywords)
 
 
 def keywords_of(wanted: Any) -> dict[str, Any]:
-    """Returns the keywords of `add_argument` for values of type `wanted`."""
-    if wanted is bool:
-        return {"nargs": 0}
+    """Returns the keywords of `add_argument` for a value of type `wanted`."""
     if typing.get_origin(wanted) is Literal:
         return {"choices": typing.get_args(wanted)}
-    several = typing.get_origin(wanted) is tuple
-    element = (typing.get_args(wanted) or (wanted,))[0]
-    keywords = {"type": READERS[element if several else wanted], "metavar": element.__name__.upper()}
-    return keywords | {"nargs": "*"} if several else keywords
+    kind = (typing.get_args(wanted) or (wanted,))[0]  # str of tuple[str, ...], int of int | None
+    reader = {float: finite_float, int | None: int_or_none}.get(wanted, kind)
+    keywords = {"type": reader, "metavar": kind.__name__.upper()}
+    return keywords | {"nargs": "*"} if typing.get_origin(wanted) is tuple else keywords
 
 
 def finite_float(text: str) -> float:
@@ -237,10 +213,6 @@ def int_or_none(text: str) -> int | None:
     return None if text == "None" else int(text)
 
 
-# Type of a field -> the function that reads a value from the command line.
-READERS: dict[Any, Callable[[str], Any]] = {str: str, int: int, float: finite_float, int | None: int_or_none}
-
-
 def help_of(field: dataclasses.Field, text: str) -> str:
     """Returns the help of a field: its explanation `text` and its default, unless that is empty."""
     if field.default is dataclasses.MISSING:
@@ -250,22 +222,19 @@ def help_of(field: dataclasses.Field, text: str) -> str:
     return text.replace("%", "%%")
 
 
-def explanations(cls: type) -> dict[str, str]:
-    """Returns the docstrings below the fields of a dataclass and of its bases, by the field's name."""
-    texts = {}
+def explanations(cls: Any) -> dict[str, str]:
+    """Returns the docstrings below the fields of a settings class and of the dataclasses inside it."""
+    texts: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
-        [definition] = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(definition, ast.ClassDef)
-        for node, below in pairwise(definition.body):
-            match node, below:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    texts[name] = text
+        texts |= re.findall(r'^    (\w+): [^\n]*\n    """(.+?)"""', inspect.getsource(base), re.M | re.S)
+    for field in dataclasses.fields(cls):
+        texts |= explanations(field.type) if dataclasses.is_dataclass(field.type) else {}
     return texts
 
 
 def suggestion(name: str, known: Iterable[str], dashes: str = "") -> str:
     """Returns what to type instead of the unknown `name`."""
-    if name in OTHER_NAMES and OTHER_NAMES[name].split(" ")[0] in known:
+    if OTHER_NAMES.get(name, "").split(" ")[0] in known:
         return f"here it is {dashes}{OTHER_NAMES[name]}"
     close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     if close:
@@ -285,41 +254,38 @@ def read_toml(path: str | Path, cls: type) -> dict[str, Any]:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; give a preset's name or a readable .toml file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # invalid TOML or UTF-8, an endless number, endless brackets
         raise InputError(f"{path}: not valid TOML: {error}; write lines like max_steps = 100") from None
-    for name in REMOVED & values.keys():
-        note("info", f"{path}: {name} no longer exists and is ignored")
-        del values[name]
-    known, problems = fields(cls), []
+    known, settings, problems = fields(cls), {}, []
     for name, value in values.items():
-        if name not in known:
+        if name in REMOVED:
+            note("info", f"{path}: {name} no longer exists and is ignored")
+        elif name not in known:
             problems.append(f"{path}: unknown setting {name}; {suggestion(name, known)}")
-            continue
-        values[name] = in_type(value, known[name].type)
-        if problem := mismatch(values[name], known[name].type):
-            problems.append(f"{path}: {name} = {value!r}: {problem}")
+        else:
+            try:
+                settings[name] = in_type(value, known[name].type)
+            except (ValueError, OverflowError) as error:
+                problems.append(f"{path}: {name} = {value!r}: {error}")
     refuse(problems)
-    return values
+    return settings
 
 
 def in_type(value: Any, wanted: Any) -> Any:
-    """Returns a value of TOML as a field's type has it: 1 is a float where one is wanted, a list is a tuple."""
-    if wanted is float and type(value) is int:
-        return float(value)
-    return tuple(value) if isinstance(value, list) else value
-
-
-def mismatch(value: Any, wanted: Any) -> str:
-    """Returns why a field of type `wanted` cannot have this value; "" if it can."""
-    kinds = typing.get_args(wanted) or (wanted,)
+    """Returns a TOML value as a field of type `wanted` has it: an integer as a float where one is wanted, a list as a
+    tuple. Raises ValueError or OverflowError, with what is wrong as its text, for a value that does not fit."""
     if typing.get_origin(wanted) is Literal:
-        return "" if value in kinds else f"must be one of {', '.join(kinds)}"
-    if float in kinds and not (type(value) is float and math.isfinite(value)):
-        return "not a finite float"
-    if typing.get_origin(wanted) is not tuple and type(value) not in kinds:
-        name = wanted.__name__ if isinstance(wanted, type) else str(wanted)
-        return f"must be {name}, not {type(value).__name__}"
-    return ""
+        if value not in typing.get_args(wanted):
+            raise ValueError(f"must be one of {', '.join(typing.get_args(wanted))}")
+        return value
+    kind = typing.get_origin(wanted) or wanted  # tuple for tuple[str, ...]
+    if (type(value), kind) in ((int, float), (list, tuple)):
+        value = kind(value)
+    if type(value) is not kind:
+        raise ValueError(f"must be {kind.__name__}, not {type(value).__name__}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError("must be a finite float")
+    return value
 
 
 def to_toml(values: dict[str, Any]) -> str:
@@ -328,13 +294,8 @@ def to_toml(values: dict[str, Any]) -> str:
 
 
 def toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(toml_value(v) for v in value) + "]"
-    return repr(value)
+    """Returns a value in TOML, which is its JSON, but U+007F must be escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 # ---- presets
@@ -358,8 +319,5 @@ def list_presets(folder: Path) -> str:
     """Returns a line per preset: its name and the first line of its header, which says size, hardware and time."""
     paths = sorted(folder.glob("*.toml"))
     width = max((len(path.stem) for path in paths), default=0)
-    lines = []
-    for path in paths:
-        first = path.read_text(encoding="utf-8").split("\n")[0]
-        lines.append(f"  {path.stem:{width}}  {first.removeprefix('# ')}")
-    return "\n".join(lines)
+    headers = [path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for path in paths]
+    return "\n".join(f"  {path.stem:{width}}  {header}" for path, header in zip(paths, headers, strict=True))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from gpt.config import defaults, fields, refuse, suggestion, unflatten
+from gpt.config import fields, make_config, refuse, suggestion
 from gpt.device import free_memory, pick_device, set_precision
 from gpt.errors import InputError
 from gpt.generate.backend import make_backend, pick_backend
@@ -124,10 +124,9 @@ class TextGenerator:
         known = fields(GenerationParams)
         for name in settings.keys() - known.keys():
             raise InputError(f"unknown setting {name}; {suggestion(name, known)}")
-        values = defaults(GenerationParams) | self.defaults | settings
-        if isinstance(values["stop"], str):
-            values["stop"] = (values["stop"],)
-        params = unflatten(GenerationParams, values)
+        if isinstance(settings.get("stop"), str):
+            settings["stop"] = (settings["stop"],)
+        params = make_config(GenerationParams, self.defaults, settings)
         refuse(params.problems())
         return params if params.seed is not None else dataclasses.replace(params, seed=secrets.randbelow(1 << 32))
 

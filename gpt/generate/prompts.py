@@ -7,7 +7,7 @@ import sys
 import typing
 from dataclasses import dataclass, field
 
-from gpt.config import defaults, fields, suggestion, unflatten
+from gpt.config import fields, make_config, suggestion
 from gpt.errors import InputError
 from gpt.files import json_object
 from gpt.generate.generator import GenerationParams
@@ -86,7 +86,7 @@ def checked(name, value):
     value, wanted = as_wanted(value, fields(GenerationParams)[name].type)
     if wanted:
         return value, [f"{name} {json.dumps(value)} must be {wanted}"]
-    return value, unflatten(GenerationParams, defaults(GenerationParams) | {name: value}).problems()
+    return value, make_config(GenerationParams, {name: value}).problems()
 
 
 def as_wanted(value, wanted):
