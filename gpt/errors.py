@@ -1,11 +1,18 @@
-"""The foreseen errors, one class per exit code, and the one place that turns them into a last line and a code."""
+"""The foreseen errors, one class per exit code; how an error ends a program; and text for the user.
+
+`say` prints on stdout, where losing text is an error. `note` and `tell` print on stderr, where it is not."""
 
 import contextlib
 import errno
 import os
+import re
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 READER_GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF)
+# Control characters, bidirectional marks and overrides, separators of lines and paragraphs, lone surrogates.
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Error(Exception):
@@ -45,86 +52,76 @@ class Stopped(Error):
 
 
 class Elsewhere(Error):
-    """Another rank of the same run ended with `code` and has told why."""
+    """Another rank of the same run ended with `code`, and has already told the user why."""
 
-    def __init__(self, code, reason):
+    def __init__(self, code: int, reason: str):
         super().__init__(reason)
         self.code = code
 
 
-def code_and_reason(error):
-    """The exit code of an error, and why in words."""
+def code_and_reason(error: BaseException) -> tuple[int, str]:
+    """Returns the exit code of an error, and its reason in words."""
     if isinstance(error, Error):
         return error.code, str(error)
     return (130, "interrupted") if isinstance(error, KeyboardInterrupt) else (1, repr(error))
 
 
-def run_main(main, quiet_pipe=True):
-    """Runs `main()` and exits with its code. A foreseen error ends in one `error:` line on stderr; any other keeps its
-    traceback and exits with 1. With `quiet_pipe` a reader who closes the pipe ends the program with success."""
-    open_closed_streams()
+# ---- the end of a program
+
+
+def run_main(main: Callable[[], int | None], quiet_pipe: bool = True) -> None:
+    """Runs `main()` and exits with its code. A foreseen error becomes one `error:` line on stderr; any other keeps its
+    traceback and exits with 1. With `quiet_pipe`, a reader who closes the pipe ends the program with success."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before the start
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     try:
         code = exit_code(main, quiet_pipe) or exit_code(flush_stdout)
     finally:
         for stream in (sys.stdout, sys.stderr):
-            flush_last(stream)
+            try:
+                stream.flush()
+            except (OSError, ValueError):  # ValueError: the program has closed it
+                silence(stream)  # otherwise the interpreter's own flush fails, and exits with 120
     sys.exit(code)
 
 
-def exit_code(function, quiet_pipe=True):
-    """Calls `function()` and returns the exit code of its end; a foreseen error is told on stderr."""
+def exit_code(function: Callable[[], int | None], quiet_pipe: bool = True) -> Any:
+    """Calls `function()` and returns its exit code. A foreseen error becomes a line on stderr."""
     try:
         return function() or 0
     except SystemExit as stop:  # --help
         return stop.code
     except Elsewhere as error:
         return error.code
-    except Error as error:
-        tell(f"{'stopped' if isinstance(error, Stopped) else 'error'}: {error}")
-        return error.code
-    except KeyboardInterrupt:
-        tell("stopped: interrupted")
-        return 130
+    except (Error, KeyboardInterrupt) as error:
+        code, reason = code_and_reason(error)
+        note("stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "error", reason)
+        return code
     except BrokenPipeError:
         if not quiet_pipe:
             raise
         return 0
 
 
-def open_closed_streams():
-    """Opens os.devnull for stdout and stderr where they were closed before the start: Python sets these to None."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-
-
-def flush_stdout():
-    """Flushes stdout. Raises ResourceError if text for the user is lost."""
-    with stdout_errors():
-        if not sys.stdout.closed:
-            sys.stdout.flush()
-
-
-def flush_last(stream):
-    """Flushes `stream` and ignores errors, which would turn the exit code into 120 if the interpreter met them."""
-    try:
-        if not stream.closed:
-            stream.flush()
-    except OSError:
-        silence(stream)
-
-
 # ---- text on stdout
 
 
-def say(text):
+def say(text: str) -> None:
     """Prints `text` on stdout. Raises ResourceError if that fails, but BrokenPipeError if the reader has gone."""
     with stdout_errors():
         print(text, flush=True)
 
 
+def flush_stdout() -> None:
+    """Flushes stdout, and raises as `say` does."""
+    with stdout_errors():
+        if not sys.stdout.closed:
+            sys.stdout.flush()
+
+
 @contextlib.contextmanager
-def stdout_errors():
+def stdout_errors() -> Iterator[None]:
     """Turns errors from writing to stdout into ResourceError; a closed pipe stays BrokenPipeError."""
     try:
         yield
@@ -135,66 +132,52 @@ def stdout_errors():
         raise ResourceError(f"stdout: {error.strerror}; free space or redirect it elsewhere") from None
 
 
-# ---- telling the user
+# ---- text on stderr
 
 
-def note(kind, text):
-    """Tell `text` in a line of its own: `kind` is "info" or "warning"."""
-    tell(f"{kind}: {text}")
+def note(kind: str, text: str) -> None:
+    """Prints one line, "kind: text", on stderr; a line break in `text` is escaped. Kinds are info, warning, error and
+    stopped."""
+    tell(f"{kind}: {printable(text, keep='')}")
 
 
-def tell(text):
-    """Print `text` on stderr, escaped, and beside the progress bars that are there; an error in that ends nothing."""
-    if sys.stderr is None:  # closed before the start: print would take stdout instead
+def tell(text: str) -> None:
+    """Prints `text` on stderr, escaped, and above the progress bars. Ignores errors from writing."""
+    if sys.stderr is None or sys.stderr.closed:  # print would take stdout for None
         return
     tqdm = sys.modules.get("tqdm")  # not imported: no bars
-    beside = tqdm.tqdm.external_write_mode(file=sys.stderr, nolock=True) if tqdm else contextlib.nullcontext()
-    with ignore_write_errors(sys.stderr), beside:
+    above_bars = tqdm.tqdm.external_write_mode(file=sys.stderr, nolock=True) if tqdm else contextlib.nullcontext()
+    with ignore_write_errors(sys.stderr), above_bars:
         print(printable(text), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def ignore_write_errors(stream):
-    """Ignores errors from writing to `stream`, and silences a stream without a reader."""
+def ignore_write_errors(stream: TextIO) -> Iterator[None]:
+    """Ignores errors from writing to `stream`. Silences it if its reader has gone; but a full disk may get space again,
+    and a slow reader may catch up."""
     try:
         yield
-    except OSError as error:  # but a full disk may have room again, and a slow reader catch up
+    except OSError as error:
         if error.errno in READER_GONE:
             silence(stream)
-    except ValueError:
-        if not stream.closed:
-            raise
 
 
-def silence(stream):
-    """Redirects `stream` to os.devnull, so that neither later writes nor the interpreter's last flush can fail."""
-    with contextlib.suppress(OSError):  # not a file of the system
-        number, null = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, number)
-        os.close(null)
+def silence(stream: TextIO) -> None:
+    """Redirects `stream` to os.devnull, so that neither later writes nor the interpreter's last flush can fail. Does
+    nothing for a stream that is closed or no file of the system."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), stream.fileno())
 
 
-def printable(text, keep="\n\t"):
-    """`text` with control characters, bidirectional overrides and lone surrogates escaped (`\\x1b`, `\\u202e`), so that
-    neither a file name nor a model's output can drive the terminal. Characters in `keep` stay.
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Returns `text` with unsafe characters escaped, so that neither a file name nor a model's output can control the
+    terminal. Characters in `keep` stay.
 
     printable("a\\x1b[2J") -> "a\\\\x1b[2J"
     """
-    return "".join(c if c in keep or not drives_terminal(c) else escape(c) for c in text)
+    return UNSAFE.sub(lambda match: match[0] if match[0] in keep else escaped(match[0]), text)
 
 
-def drives_terminal(character):
-    code = ord(character)
-    return (
-        code < 0x20
-        or 0x7F <= code < 0xA0
-        or code in (0x061C, 0x200E, 0x200F, 0x2028, 0x2029)
-        or 0x202A <= code <= 0x202E
-        or 0x2066 <= code <= 0x2069
-        or 0xD800 <= code <= 0xDFFF
-    )
-
-
-def escape(character):
+def escaped(character: str) -> str:
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

@@ -183,6 +183,22 @@ def test_fault_110_a_note_cannot_drive_the_terminal(capsys):
     assert capsys.readouterr().err == "warning: a\\x1b[2J\\u202eb\\x0dc\n"
 
 
+@pytest.mark.parametrize("kind, error", [("error", "InputError"), ("error", "ResourceError"), ("stopped", "Stopped")])
+def test_fault_131_a_line_break_in_a_name_forges_no_last_line(kind, error):
+    done = run(f"def main(): raise {error}('out/a\\nerror: b: not found')\nrun_main(main)")
+    assert done.stderr == f"{kind}: out/a\\x0aerror: b: not found\n"
+
+
+def test_fault_131_a_line_break_in_a_name_forges_no_note(capsys):
+    note("info", "continuing out/a\nerror: b: not found")
+    assert capsys.readouterr().err == "info: continuing out/a\\x0aerror: b: not found\n"
+
+
+def test_text_of_several_lines_keeps_them(capsys):
+    tell("a\n\tb")
+    assert capsys.readouterr().err == "a\n\tb\n"
+
+
 def screen(text):
     """The lines that a terminal shows after `text`, which may go back to the start of its line."""
     lines, column = [""], 0
