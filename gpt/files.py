@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,14 +25,14 @@ LOCK_POLL_SECONDS = 0.1
 # ---- writing
 
 
-def write_durably(path, content):
-    """Replace a small file so that a reader sees the old or the new content, text or bytes, whatever happens. Raises
-    OSError, and leaves nothing half done."""
-    content = content if isinstance(content, bytes) else content.encode("utf-8")
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Replaces a small file. A reader sees the old or the new content, even after a crash. Raises OSError, and then
+    leaves the old file and no other."""
+    data = content if isinstance(content, bytes) else content.encode("utf-8")
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb", opener=no_link) as file:
-            file.write(content)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -42,14 +43,14 @@ def write_durably(path, content):
         raise
 
 
-def no_link(path, flags):
-    """The opener of `open` for files that we make: a link that somebody put there is refused, and nobody but the owner
-    may write to them."""
+def no_link(path: str, flags: int) -> int:
+    """Opens a file that only its owner may write to. Refuses a symbolic link. To be the `opener` of `open`."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o644)
 
 
-def sync_folder(folder):
-    if os.name == "nt":  # Windows has no such thing
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable; a no-op on Windows."""
+    if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -58,8 +59,8 @@ def sync_folder(folder):
         os.close(descriptor)
 
 
-def remove_tree(folder):
-    """Remove a folder of ours if it is there; a link is removed itself, never followed."""
+def remove_tree(folder: Path) -> None:
+    """Removes a folder if it exists. Removes a link itself, and never follows it."""
     if folder.is_symlink():
         folder.unlink()
     elif folder.exists():
@@ -69,53 +70,59 @@ def remove_tree(folder):
 # ---- reading
 
 
-def is_folder(path):
-    """Whether there is a folder, for any text that a user may give: Path.is_dir raises for a name that is too long."""
+def is_folder(path: str | Path) -> bool:
+    """Returns whether a path leads to a folder. Path.is_dir raises for a name that is too long."""
     return os.path.isdir(path)
 
 
-def inside(folder, name):
-    """`folder / name`, for a name read from a file. Raises IntegrityError unless it is a plain relative name."""
+def inside(folder: Path, name: Any) -> Path:
+    """Returns `folder / name`, for a name read from a file. Raises IntegrityError unless it is a relative name without
+    "..", backslash, NUL or drive letter."""
     parts = name.split("/") if isinstance(name, str) else [""]
     if any(part in ("", ".", "..") for part in parts) or re.search(r"[\\\x00]|^[A-Za-z]:", name):
         raise IntegrityError(f"manifest path leaves its directory: {name!r} in {folder}; do not trust this folder")
     return folder / name
 
 
-def sha256_of(path):
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path):
-    """The object in a JSON file, or None if there is no such file. Raises IntegrityError if it holds something else or
-    is longer than JSON_LIMIT, ResourceError if it cannot be read."""
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Returns the object in a JSON file, or None if the file does not exist. Raises IntegrityError if it holds anything
+    else or is longer than JSON_LIMIT, ResourceError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             data = file.read(JSON_LIMIT + 1)
-        values = json.loads(data.decode("utf-8")) if len(data) <= JSON_LIMIT else None
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, RecursionError):
-        raise IntegrityError(f"{path}: not valid JSON; restore it") from None
     except OSError as error:
         raise ResourceError(f"{path}: {error.strerror}; make it readable") from None
     if len(data) > JSON_LIMIT:
         raise IntegrityError(f"{path}: {path.stat().st_size} bytes, at most {JSON_LIMIT} are read; restore it")
-    if not isinstance(values, dict):
+    values = parse_object(data)
+    if values is None:
         raise IntegrityError(f"{path}: not a JSON object; restore it")
     return values
 
 
 def json_object(line: str, field: str, where: str, advice: str = "correct the line") -> dict[str, Any]:
     """Returns the object on a line of JSON. Raises InputError unless it is one and has a string `field`."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict) or not isinstance(value.get(field), str):
+    values = parse_object(line)
+    if values is None or not isinstance(values.get(field), str):
         raise InputError(f'{where}: expected an object with string field "{field}"; {advice}')
-    return value
+    return values
+
+
+def parse_object(text: str | bytes) -> dict[str, Any] | None:
+    """Returns the object that a JSON text holds, or None if it holds anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 # ---- run folders
@@ -147,15 +154,15 @@ def read_pointer(out: str | Path, name: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def lock_folder(folder):
-    """Within this context no other program that asks the same has `folder`. The system gives the lock back when this
-    process ends, however it does. Raises ResourceError, naming the holder, if another has it."""
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Locks a folder against other programs that call this, until the context or this process ends. Raises
+    ResourceError, which names the holder, if another program has locked it."""
     path = folder / LOCK
     try:
         file = open(path, "a+b", buffering=0, opener=no_link)
     except OSError as error:
         raise ResourceError(f"{path}: cannot be opened ({error.strerror}); remove it or give another --out") from None
-    with contextlib.closing(file):
+    with file:
         take_lock(file, folder)
         write_holder(file, f"pid {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         try:
@@ -164,20 +171,23 @@ def lock_folder(folder):
             write_holder(file, "")
 
 
-def take_lock(file, folder):
+def take_lock(file: IO[bytes], folder: Path) -> None:
+    """Locks the lock file of a folder. Raises ResourceError, which names the holder, if another program has locked
+    it."""
     try:
-        free = lock_file(file)
+        is_ours = lock_file(file)
     except OSError as error:  # some network file systems have no locks
         note("warning", f"{folder}: cannot be locked ({error.strerror}); take care not to start a second run in it")
         return
-    if not free:
+    if not is_ours:
         file.seek(0)
         holder = file.read(200).decode("utf-8", "replace").strip() or "another program"
         raise ResourceError(f"{folder}: in use by {holder}; wait for it or give another --out")
 
 
-def write_holder(file, text):
-    with contextlib.suppress(OSError):  # a full disk: the lock holds without it
+def write_holder(file: IO[bytes], text: str) -> None:
+    """Replaces the text of a lock file. Ignores errors: the lock holds without its text."""
+    with contextlib.suppress(OSError):
         file.truncate(0)
         file.write(text.encode("utf-8", "replace"))
 
@@ -197,6 +207,7 @@ def lock_file(file: IO[Any], wait_seconds: float = 0) -> bool:
 
 
 def try_lock(descriptor: int) -> bool:
+    """Locks an open file unless another program has. Returns whether it did."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -216,8 +227,8 @@ def try_lock(descriptor: int) -> bool:
 
 
 def cache_folder() -> Path | None:
-    """Returns the folder for what this program can make or download again, or None without a home folder. It may not
-    exist yet: see make_private."""
+    """Returns this user's folder for files that can be made or downloaded again, or None if the user has no home
+    folder. The folder may not exist yet: see make_private."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     try:
         cache = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
