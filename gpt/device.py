@@ -1,9 +1,11 @@
 """The hardware: devices, precisions, threads, compilers, memory."""
 
+import contextlib
 import math
 import mmap
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,8 +18,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = 1024**3
 HUGE_PAGE = 2 << 20  # bytes
 ALIGNMENT = 64  # bytes
-OWN_GROUPS = Path("/proc/self/cgroup")  # Linux control groups bound the memory of a container or a batch job
+OWN_GROUPS = Path("/proc/self/cgroup")  # Linux control groups limit the memory of a container or a batch job
 GROUP_ROOT = Path("/sys/fs/cgroup")
+# Controllers in OWN_GROUPS -> folder below GROUP_ROOT, files of a group's limit and usage: version 2, version 1.
+GROUP_FILES = {
+    "": ("", "memory.max", "memory.current"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
 
 
 def pick_device(name: str) -> torch.device:
@@ -32,12 +39,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"device {name!r}: not a device name; use auto, cpu, cuda, cuda:1 or mps") from None
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available.get(device.type, False):
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= counts.get(device.type, 0):
         raise InputError(f"device {name}: this torch ({torch.__version__}) finds none; use --device auto")
     return device
 
@@ -61,7 +64,7 @@ def has_compiler() -> bool:
 
 
 def set_precision(dtype: torch.dtype) -> None:
-    """Allows TF32 only where products run in a shorter type anyway: fp32 means fp32."""
+    """Allows TF32 unless computations are in float32: that means all of its digits."""
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
 
 
@@ -75,14 +78,14 @@ def set_threads(threads: int) -> None:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Returns `tensor`, from the host, on `device`. The copy to a GPU is asynchronous."""
+    """Returns a host tensor on `device`. The copy to a GPU is asynchronous."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def pinned_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Starts a copy from a GPU to the host; it may be read once the stream has come to it."""
+    """Returns a host copy of a GPU tensor. The copy is asynchronous: wait for the stream before reading it."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
 
@@ -95,28 +98,24 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    room = [limit - used for limit, used in group_limits()]
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        room.append(available_memory() or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(room, default=8 * GIB)
+    return min([available_memory(), *(limit - used for limit, used in group_limits())])
 
 
 def available_memory() -> int:
-    """Returns Linux's own estimate of available bytes, droppable page cache included; 0 on other systems."""
+    """Returns Linux's own estimate of available bytes, droppable page cache included; 8 GiB on other systems."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":") for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return 0
+        kib = re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="ascii"))
+    except OSError:
+        kib = None
+    return int(kib[1]) * 1024 if kib else 8 * GIB
 
 
 def total_memory(device: torch.device) -> float:
     """Returns the bytes that `device` has for this process; infinity where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    totals = [limit for limit, _ in group_limits()]
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+    totals: list[float] = [limit for limit, _ in group_limits()]
+    with contextlib.suppress(AttributeError, ValueError):  # Windows has no sysconf
         totals.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(totals, default=math.inf)
 
@@ -136,44 +135,40 @@ def group_limits() -> list[tuple[int, int]]:
 
 
 def control_groups() -> Iterator[tuple[Path, str, str]]:
-    """Yields (folder, name of the limit's file, name of the usage's file) of this process's memory groups, from its own
-    to the root."""
+    """Yields the folder of each memory group of this process, from its own group up to the root, and the names of the
+    files with the group's limit and usage."""
     try:
         lines = OWN_GROUPS.read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, names = GROUP_ROOT, ("memory.max", "memory.current")
-        elif controllers == "memory":  # version 1
-            root, names = GROUP_ROOT / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        own = root / path.lstrip("/")
-        yield from ((folder, *names) for folder in (own, *own.parents) if folder.is_relative_to(root))
+        if controllers in GROUP_FILES:
+            top, limit, used = GROUP_FILES[controllers]
+            root = GROUP_ROOT / top
+            own = root / path.lstrip("/")
+            yield from ((folder, limit, used) for folder in (own, *own.parents) if folder.is_relative_to(root))
 
 
 # ---- large pages
 
 
 def empty_together(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor] | None:
-    """Returns uninitialised CPU tensors of these shapes, side by side in one block of memory with pages of 2 MiB:
-    matrices there are read a third faster. The block is freed with the last of them. Returns None where the system has
-    no such pages."""
+    """Returns uninitialized CPU tensors of these shapes, in one block of memory with pages of 2 MiB: matrices there are
+    read a third faster. The block is freed with the last tensor. Returns None where the system has no such pages."""
     shapes = list(shapes)
-    bytes_each = [math.prod(shape) * dtype.itemsize for shape in shapes]
-    places = [-(-size // ALIGNMENT) * ALIGNMENT for size in bytes_each]
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+    aligned_sizes = [math.ceil(size / ALIGNMENT) * ALIGNMENT for size in sizes]
     try:
-        memory = mmap.mmap(-1, sum(places) + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, sum(aligned_sizes) + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
-    except (OSError, AttributeError):  # no memory, a kernel without such pages; a system without the flags
+    except (OSError, AttributeError):  # no memory, or a kernel without such pages; a system without the flags
         return None
-    piece = torch.frombuffer(memory, dtype=torch.uint8)
-    start, tensors = -piece.data_ptr() % HUGE_PAGE, []
-    for shape, size, place in zip(shapes, bytes_each, places, strict=True):
-        tensors.append(piece[start : start + size].view(dtype).view(shape))
-        start += place
+    block = torch.frombuffer(memory, dtype=torch.uint8)
+    start, tensors = -block.data_ptr() % HUGE_PAGE, []
+    for shape, size, aligned_size in zip(shapes, sizes, aligned_sizes, strict=True):
+        tensors.append(block[start : start + size].view(dtype).view(shape))
+        start += aligned_size
     return tensors
 
 
