@@ -1,7 +1,7 @@
 """Cross-entropy over a large vocabulary: loss and gradient in one pass over the logits.
 
-Autograd would keep the logits in float32 and their gradient beside them. Here the logits exist once, in the precision
-of the products, and the forward pass overwrites them with their gradient:
+Autograd would keep the logits in float32, and then their gradient too. Here the logits exist once, in the precision of
+the products, and the forward pass overwrites them with their gradient:
 
     logits = x @ weight.T                  (N, P)
     for a few rows at a time, in float32:
@@ -13,12 +13,13 @@ Shapes: N positions, C width, V vocabulary, P its padded size (P >= V)."""
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-IGNORED = -1  # a target that counts for nothing
-CPU_ROWS, GPU_ROWS = 64, 512  # positions at a time in float32: on a CPU they stay in its cache
+IGNORED = -1  # a target without loss
+CPU_ROWS, GPU_ROWS = 64, 512  # rows at a time in float32: on a CPU they stay in its cache
 
 
-def losses_of_logits(logits, targets, vocab_size, gradient=False):
+def losses_of_logits(logits: Tensor, targets: Tensor, vocab_size: int, gradient: bool = False) -> Tensor:
     """Returns the losses (N,) of logits (N, P) at targets (N,). If `gradient`, overwrites the logits with the gradient
     of each row's loss."""
     if torch.compiler.is_compiling():
@@ -39,8 +40,8 @@ def losses_of_logits(logits, targets, vocab_size, gradient=False):
     return losses
 
 
-def compiled_losses_of_logits(logits, targets, vocab_size, gradient):
-    """Computes the same in one expression, which the compiler turns into one loop without float32 logits."""
+def compiled_losses_of_logits(logits: Tensor, targets: Tensor, vocab_size: int, gradient: bool) -> Tensor:
+    """Computes the same in a form that the compiler turns into loops without float32 logits in memory."""
     values = logits[:, :vocab_size].float().log_softmax(-1)
     if gradient:
         is_target = torch.arange(vocab_size, device=targets.device) == targets[:, None]
@@ -49,9 +50,10 @@ def compiled_losses_of_logits(logits, targets, vocab_size, gradient):
     return -values.gather(1, targets[:, None])[:, 0]
 
 
-def cross_entropy(x, weight, targets, vocab_size):
-    """Returns the losses (N,) in nats, float32, of logits x (N, C) @ weight (P, C).T over the first `vocab_size` of P
-    rows; 0 where the target (N,) is IGNORED. Under autocast the products run in its precision."""
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Returns the losses (N,) in nats, float32, of logits x (N, C) @ weight (P, C).T at targets (N,); 0 where a target
+    is IGNORED. The softmax covers the first `vocab_size` rows of the weight. Autocast sets the precision of the
+    products."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -66,7 +68,7 @@ def cross_entropy(x, weight, targets, vocab_size):
 
 
 class OnePass(torch.autograd.Function):
-    """Keeps for the backward pass the gradient of the logits, in place of the logits."""
+    """Computes the losses, and keeps the gradient of the logits for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size):

@@ -2,6 +2,7 @@
 
 Shapes: B batch rows, T new tokens, S cache positions (block_size), C n_embd, H heads, D = C / H, V vocabulary."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 from gpt.attention import LayerCache, cached_attention, causal_attention
 from gpt.config import refuse
@@ -31,27 +33,27 @@ class ModelConfig:
     dropout: float = 0.0
     """share of activations dropped in training: 0 to pretrain on much text, 0.1 or more on little"""
 
-    def problems(self):
-        """What is wrong with these values, in words; empty if nothing."""
+    def problems(self) -> list[str]:
+        """Returns what is wrong with these values, in words."""
         sizes = {"n_layer": self.n_layer, "n_head": self.n_head, "n_embd": self.n_embd, "block_size": self.block_size}
-        found = [f"{name} {value} must be at least 1" for name, value in sizes.items() if value < 1]
+        problems = [f"{name} {value} must be at least 1" for name, value in sizes.items() if value < 1]
         if self.n_head > 0 and self.n_embd % self.n_head:
-            found.append(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
+            problems.append(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
         if not 0 <= self.dropout < 1:
-            found.append(f"dropout {self.dropout} must be at least 0 and below 1")
-        return found
+            problems.append(f"dropout {self.dropout} must be at least 0 and below 1")
+        return problems
 
 
 @dataclass(frozen=True)
 class Ops:
-    """The parts of a forward pass that faster kernels may replace. The defaults are the reference implementations, in
+    """The operations of a forward pass that have faster kernels. The defaults are the reference implementations, in
     plain torch; gpt.kernels makes other sets, outside of the model."""
 
-    attention: Callable[[torch.Tensor, int, float], torch.Tensor] = causal_attention
+    attention: Callable[[Tensor, int, float], Tensor] = causal_attention
     """over whole sequences: qkv (B, T, 3 C), number of heads, dropout -> (B, T, C)"""
-    cached_attention: Callable[[torch.Tensor, int, LayerCache], torch.Tensor] = cached_attention
-    """of new tokens over all that their rows hold: qkv (B, T, 3 C), number of heads, cache of the layer -> (B, T, C);
-    appends the new keys and values"""
+    cached_attention: Callable[[Tensor, int, LayerCache], Tensor] = cached_attention
+    """of new tokens, over all positions that their rows hold: qkv (B, T, 3 C), number of heads, cache of the layer ->
+    (B, T, C); appends the new keys and values to the cache"""
 
 
 REFERENCE = Ops()
@@ -63,23 +65,25 @@ class KVCache:
     A forward pass appends T positions to every row. Rows are independent. Attention gives positions beyond a row's
     length the weight 0, so their values do not matter as long as they are finite: see `clear_beyond`."""
 
-    def __init__(self, config, rows, dtype=torch.float32, device=None):
+    def __init__(
+        self, config: ModelConfig, rows: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ):
         shape = (rows, config.n_head, config.block_size, config.n_embd // config.n_head)
         # One tensor per layer, (B, H, S, D): the compiler would copy a tensor of all layers at every append.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # (B,)
-        self.is_empty = True  # the next tokens are the first of every row, so they need only each other
+        self.is_empty = True  # the next tokens are the first of every row: they attend only to each other
 
     def empty_row(self, index: int) -> "KVCache":
-        """Empties a row and returns it as a KVCache of one row on the same memory, to be filled on its own."""
-        self.is_empty = False  # that row is about to be filled
+        """Empties a row and returns it as a KVCache of one row that shares this memory."""
+        self.is_empty = False  # the caller fills the row
         self.set_length(index, 0)
-        view = object.__new__(KVCache)
-        view.keys = [keys[index : index + 1] for keys in self.keys]
-        view.values = [values[index : index + 1] for values in self.values]
-        view.lengths, view.is_empty = self.lengths[index : index + 1], True
-        return view
+        row = copy.copy(self)
+        row.keys = [keys[index : index + 1] for keys in self.keys]
+        row.values = [values[index : index + 1] for values in self.values]
+        row.lengths, row.is_empty = self.lengths[index : index + 1], True
+        return row
 
     def copy_row(self, source: int, target: int) -> None:
         """Copies row `source` to row `target`."""
@@ -92,12 +96,12 @@ class KVCache:
 
     def clear_beyond(self, index: int, tokens: int) -> None:
         """Sets a row's values from position `tokens` on to 0. Attention gives them the weight 0, and 0 times a nan or
-        infinity that an earlier text left there would be nan."""
+        infinity of an earlier text would be nan."""
         for values in self.values:
             values[index, :, tokens:] = 0
 
-    def layers(self, positions: torch.Tensor) -> list[LayerCache]:
-        """Returns each layer's part for a forward pass whose new tokens stand at `positions` (B, T)."""
+    def layers(self, positions: Tensor) -> list[LayerCache]:
+        """Returns the cache of each layer, for a forward pass over new tokens at `positions` (B, T)."""
         pairs = zip(self.keys, self.values, strict=True)
         return [LayerCache(keys, values, positions, self.is_empty) for keys, values in pairs]
 
@@ -108,63 +112,59 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head = config.n_head
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, ops, layer=None):  # (B, T, C) -> (B, T, C)
+    def forward(self, x: Tensor, ops: Ops, layer: LayerCache | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
         qkv = self.qkv(x)
         if layer is not None and not layer.is_empty:
             x = ops.cached_attention(qkv, self.n_head, layer)
-        else:  # the new tokens are all there is
+        else:  # no earlier tokens
             if layer is not None:
                 layer.append(qkv, self.n_head)
-            x = ops.attention(qkv, self.n_head, self.dropout if self.training else 0.0)
+            x = ops.attention(qkv, self.n_head, self.drop.p if self.training else 0.0)
         return self.drop(self.proj(x))
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x):  # (B, T, C) -> (B, T, C)
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
         return self.drop(self.proj(F.gelu(self.fc(x), approximate="tanh")))
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, ops, layer=None):  # (B, T, C) -> (B, T, C)
+    def forward(self, x: Tensor, ops: Ops, layer: LayerCache | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
         x = x + self.attn(self.ln_1(x), ops, layer)
         return x + self.mlp(self.ln_2(x))
 
 
-class Embedding(nn.Module):
-    """A table of vectors, one per row. `initialize` sets the values: nn.Embedding's own normal_ would import the
-    compiler on the meta device, where checkpoints are loaded, and that takes seconds."""
+class Embedding(nn.Embedding):
+    """An embedding that is also the head: GPT-2 ties them."""
 
-    def __init__(self, rows, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, width))
+    def reset_parameters(self) -> None:
+        """Leaves the values to `initialize`. On the meta device, where checkpoints are loaded, torch would import its
+        compiler for them, and that takes seconds."""
 
-    def forward(self, ids):  # (...) -> (..., C)
-        return F.embedding(ids, self.weight)
-
-    def logits(self, x):  # (..., C) -> (..., rows): the table as the head
+    def logits(self, x: Tensor) -> Tensor:  # (..., C) -> (..., rows)
         return F.linear(x, self.weight)
 
-    def losses(self, x, targets, vocab_size):  # (N, C), (N,) -> (N,)
+    def losses(self, x: Tensor, targets: Tensor, vocab_size: int) -> Tensor:  # (N, C), (N,) -> (N,)
         return cross_entropy(x, self.weight, targets, vocab_size)
 
 
@@ -172,32 +172,32 @@ class GPT(nn.Module):
     """A decoder-only transformer. `vocab_size` comes from the tokenizer. Inside, the vocabulary is padded with rows
     that are zero and stay zero: no softmax includes them, they get no gradient and are never saved."""
 
-    def __init__(self, config, vocab_size):
+    def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
         refuse(config.problems())
         self.config, self.vocab_size = config, vocab_size
-        self.token = Embedding(padded_vocabulary(vocab_size), config.n_embd)  # also the head: GPT-2 ties them
+        self.token = Embedding(padded_vocabulary(vocab_size), config.n_embd)
         self.position = Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         initialize(self)
 
-    def forward(self, ids, targets=None, cache=None, ops=REFERENCE):
-        """ids (B, T) -> with targets (B, T) the losses (B, T) in nats, else the logits (B, V) of the last position;
-        both in float32. The loss at a target IGNORED is 0. With a cache, the T tokens continue its rows. Raises
-        ValueError for a position past block_size, where that can be known without waiting for a GPU."""
+    def forward(
+        self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None, ops: Ops = REFERENCE
+    ) -> Tensor:
+        """Returns for ids (B, T) the losses (B, T) in nats at targets (B, T), 0 where a target is IGNORED; without
+        targets the logits (B, V) of the last position. Both are float32. With a cache, the T tokens continue its rows.
+        Raises ValueError for a position past block_size: see `check_positions`."""
         x = self.hidden(ids, cache, ops)
         return self.head(x[:, -1]) if targets is None else self.losses(x, targets)
 
-    def hidden(self, ids, cache=None, ops=REFERENCE):
-        """ids (B, T) -> (B, T, C), the input of the head. With a cache, the T tokens continue its rows: to read a
-        prompt, this is enough."""
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, ops: Ops = REFERENCE) -> Tensor:
+        """Returns the input of the head (B, T, C) for ids (B, T). To fill a cache with a prompt, this is enough."""
         self.check_positions(ids.shape[1], cache)
         positions = torch.arange(ids.shape[1], device=ids.device)
-        if cache is None:
-            layers = [None] * len(self.blocks)
-        else:
+        layers: list[LayerCache] | list[None] = [None] * len(self.blocks)
+        if cache is not None:
             positions = cache.lengths[:, None] + positions  # (B, T)
             layers = cache.layers(positions)
         x = self.drop(self.token(ids) + self.position(positions))
@@ -207,53 +207,51 @@ class GPT(nn.Module):
             cache.advance(ids.shape[1])
         return self.ln_f(x)
 
-    def check_positions(self, tokens, cache):
-        held = 0
+    def check_positions(self, tokens: int, cache: KVCache | None) -> None:
+        """Raises ValueError if `tokens` more positions are too many. Does not read lengths from a GPU, which would have
+        to wait: there, whoever fills the cache counts."""
+        earlier = 0
         if cache is not None and cache.lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-            held = int(cache.lengths.max())  # on a GPU whoever fills the cache counts, and nothing waits
-        if held + tokens > self.config.block_size:
-            raise ValueError(f"position {held + tokens} is past block_size {self.config.block_size}")
+            earlier = int(cache.lengths.max())
+        if earlier + tokens > self.config.block_size:
+            raise ValueError(f"position {earlier + tokens} is past block_size {self.config.block_size}")
 
-    def head(self, x):  # (..., C) -> logits (..., V), float32
+    def head(self, x: Tensor) -> Tensor:  # (..., C) -> logits (..., V), float32
         return self.token.logits(x)[..., : self.vocab_size].float()
 
-    def losses(self, x, targets):  # (B, T, C), (B, T) -> (B, T)
+    def losses(self, x: Tensor, targets: Tensor) -> Tensor:  # (B, T, C), (B, T) -> (B, T)
         return self.token.losses(x.flatten(0, 1), targets.flatten(), self.vocab_size).view(targets.shape)
 
-    def set_dropout(self, dropout):
+    def set_dropout(self, dropout: float) -> None:
         """Changes the share of activations that training drops."""
         self.config = replace(self.config, dropout=dropout)
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
-            elif isinstance(module, Attention):
-                module.dropout = dropout
 
     @torch.no_grad()
-    def crop_context(self, block_size):
+    def crop_context(self, block_size: int) -> None:
         """Shortens the context to its first `block_size` positions."""
         self.config = replace(self.config, block_size=block_size)
-        shorter = Embedding(block_size, self.config.n_embd)
-        shorter.weight = nn.Parameter(self.position.weight[:block_size].clone())
-        self.position = shorter
+        self.position.weight = nn.Parameter(self.position.weight[:block_size].clone())
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         """The type of the activations; unless the weights are quantized, theirs too."""
         return self.position.weight.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.position.weight.device
 
-    def num_parameters(self):
+    def num_parameters(self) -> int:
         """Returns the number of parameters of the architecture: without padding, the tied head once."""
         padding = (len(self.token.weight) - self.vocab_size) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
 
 
 @torch.no_grad()
-def initialize(model):
+def initialize(model: GPT) -> None:
     """Sets GPT-2's initial weights: normal with std 0.02, projections into the residual stream divided by
     sqrt(2 n_layer), biases 0, layer norms 1. Does nothing on the meta device. Raises ValueError for an unknown
     parameter."""
@@ -275,23 +273,23 @@ def initialize(model):
     model.token.weight[model.vocab_size :] = 0
 
 
-def flops_per_token(config, vocab_size):
-    """Returns the FLOPs of training on one token, forward and backward: products with weights, and full attention.
-    Source: PaLM (Chowdhery et al. 2022), appendix B."""
-    products = 12 * config.n_layer * config.n_embd**2 + vocab_size * config.n_embd
-    return 6 * products + 12 * config.n_layer * config.n_embd * config.block_size
-
-
-def padded_vocabulary(vocab_size):
+def padded_vocabulary(vocab_size: int) -> int:
     """Returns the number of embedding rows: `vocab_size` rounded up to VOCAB_MULTIPLE."""
     return math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def count_parameters(config, vocab_size):
-    """Returns the number of weights in the matrices; the vectors beside them are too few to count."""
+def hidden_parameters(config: ModelConfig) -> int:
+    """Returns the number of weights in the matrices between embedding and head."""
+    return 12 * config.n_layer * config.n_embd**2
+
+
+def count_parameters(config: ModelConfig, vocab_size: int) -> int:
+    """Returns the number of weights in all matrices; biases and layer norms are too few to count."""
     return (vocab_size + config.block_size) * config.n_embd + hidden_parameters(config)
 
 
-def hidden_parameters(config):
-    """Returns the number of weights in the matrices between embedding and head."""
-    return 12 * config.n_layer * config.n_embd**2
+def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
+    """Returns the FLOPs of training on one token, forward and backward: products with weights, and full attention.
+    Source: PaLM (Chowdhery et al. 2022), appendix B."""
+    products = hidden_parameters(config) + vocab_size * config.n_embd
+    return 6 * products + 12 * config.n_layer * config.n_embd * config.block_size
