@@ -172,8 +172,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def take_lock(file: IO[bytes], folder: Path) -> None:
-    """Locks the lock file of a folder. Raises ResourceError, which names the holder, if another program has locked
-    it."""
+    """Locks the lock file of a folder, or raises ResourceError, which names the holder."""
     try:
         is_ours = lock_file(file)
     except OSError as error:  # some network file systems have no locks
