@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from model_helpers import SMALL, VOCABULARY, random_ids, random_model
 
 from gpt.errors import InputError
 from gpt.loss import IGNORED
@@ -12,34 +13,14 @@ from gpt.model import GPT, KVCache, ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=24)
-VOCABULARY = 131  # odd, so that the embedding is padded
-
 
 @pytest.fixture
 def model():
     return random_model()
 
 
-def random_model(config=SMALL, vocabulary=VOCABULARY, seed=0, spread=5.0):
-    """A model whose weights are large enough that attention and activations matter."""
-    torch.manual_seed(seed)
-    model = GPT(config, vocabulary).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or ".ln" in name or name.startswith("ln"):
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            else:
-                parameter.mul_(spread)
-    return model
-
-
-def random_ids(*shape, seed=1, vocabulary=VOCABULARY):
-    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
-
-
 def as_transformers(model):
-    """The same weights in transformers' GPT2LMHeadModel (whose linear layers keep the transpose)."""
+    """Returns the same weights in transformers' GPT2LMHeadModel, whose linear layers keep the transpose."""
     transformers = pytest.importorskip("transformers")
     config = model.config
     theirs = transformers.GPT2LMHeadModel(
@@ -64,7 +45,7 @@ def as_transformers(model):
 
 
 def all_logits(model, ids):
-    """Logits (B, T, V) at every position, each from a forward pass of its own beginning of the ids."""
+    """Returns the logits (B, T, V) at every position, each from a forward pass over the ids up to it."""
     return torch.stack([model(ids[:, : n + 1]) for n in range(ids.shape[1])], dim=1)
 
 
