@@ -34,7 +34,7 @@ DRAW, RunPicture.__call__ = RunPicture.__call__, lambda self: None  # it would c
 
 
 @dataclass(frozen=True)
-class Run:
+class Outcome:
     """What a command did: its exit code and what it wrote."""
 
     code: int
@@ -131,7 +131,7 @@ def rewrite_manifest(folder, **changes):
 
 
 def train_here(*args):
-    """`python train.py ARGS` inside this process: a Run. Quick where no process must die; QUICK is appended."""
+    """`python train.py ARGS` inside this process: an Outcome. Quick where no process must die; QUICK is appended."""
     return in_process(train.main, "train.py", *args, *missing(args))
 
 
@@ -144,7 +144,7 @@ def in_process(main, name, *args):
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             run_main(main)
     except SystemExit as stop:
-        return Run(stop.code, stdout.getvalue(), stderr.getvalue())
+        return Outcome(stop.code, stdout.getvalue(), stderr.getvalue())
     finally:
         sys.argv = argv
         torch.use_deterministic_algorithms(False)
@@ -165,10 +165,10 @@ def start_train(*args, env=None, python=()):
 
 
 def run_train(*args, env=None, python=(), timeout=120):
-    """`python train.py ARGS` in a process of its own, to its end: a Run."""
+    """`python train.py ARGS` in a process of its own, to its end: an Outcome."""
     process = start_train(*args, env=env, python=python)
     stdout, stderr = process.communicate(timeout=timeout)
-    return Run(process.returncode, stdout, stderr)
+    return Outcome(process.returncode, stdout, stderr)
 
 
 def metrics(out):
@@ -240,10 +240,10 @@ class Processes:
         return output, self.ask(**asked, output=output)["pid"]
 
     def wait(self, handle):
-        """The Run of a started process, once it has ended; code -9 if it was killed."""
+        """Returns the Outcome of a started process, once it has ended; its code is -9 if it was killed."""
         output, pid = handle
         code = self.ask(wait=pid)["code"]
-        return Run(code, *(Path(f"{output}.{n}").read_text(encoding="utf-8") for n in (1, 2)))
+        return Outcome(code, *(Path(f"{output}.{n}").read_text(encoding="utf-8") for n in (1, 2)))
 
     def run(self, *command, **options):
         return self.wait(self.start(*command, **options))

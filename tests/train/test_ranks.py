@@ -17,8 +17,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from training_helpers import (
     QUICK,
     ROOT,
+    Outcome,
     Recording,
-    Run,
     fingerprint,
     make_data,
     metrics,
@@ -156,7 +156,7 @@ def test_two_processes_under_torchrun_repeat_the_run_of_one_and_only_the_first_i
 
 
 def torchrun(*args, size=2, signal_at=None):
-    """`torchrun --nproc_per_node SIZE train.py ARGS` to its end: a Run. `signal_at` is a line of stderr, after which
+    """`torchrun --nproc_per_node SIZE train.py ARGS` to its end: an Outcome. `signal_at` is a line of stderr, after which
     torchrun gets SIGTERM."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", size]
     command += ["--shutdown-timeout", "600", ROOT / "train.py", *args, *QUICK]
@@ -166,7 +166,7 @@ def torchrun(*args, size=2, signal_at=None):
         lines.append(line)
         if signal_at and line.startswith(signal_at):
             process.send_signal(signal.SIGTERM)
-    return Run(process.wait(), "", "".join(lines))
+    return Outcome(process.wait(), "", "".join(lines))
 
 
 def test_fault_077_the_last_micro_batch_alone_brings_the_ranks_together_and_nothing_changes(train_ranks, one, tmp_path):
