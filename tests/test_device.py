@@ -1,12 +1,82 @@
-"""Tensors side by side in large pages."""
+"""Devices by name, limits of memory, and tensors side by side in large pages."""
 
 import mmap
 
 import pytest
 import torch
 
-from gpt.device import ALIGNMENT, empty_together, lie_together
+from gpt import device
+from gpt.device import ALIGNMENT, empty_together, free_memory, lie_together, pick_device, total_memory
+from gpt.errors import InputError
 from gpt.kernels.native_model import move_together
+
+CPU = torch.device("cpu")
+
+
+def test_the_cpu_always_exists_and_auto_finds_a_device():
+    assert pick_device("cpu").type == "cpu"
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "xpu:7", "", "cuda:-2", "cpu:1", "mps:1"])
+def test_a_device_that_does_not_exist_is_refused_by_name(name):
+    with pytest.raises(InputError, match=r"^device .*use (auto|--device auto)") as caught:
+        pick_device(name)
+    assert name in str(caught.value)
+
+
+# ---- memory
+
+
+@pytest.fixture
+def groups(tmp_path, monkeypatch):
+    """Returns a function that simulates control groups: text of /proc/self/cgroup, file below the root -> its text."""
+
+    def pretend(own, files):
+        (tmp_path / "own").write_text(own)
+        for name, text in files.items():
+            path = tmp_path / "root" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    monkeypatch.setattr(device, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(device, "GROUP_ROOT", tmp_path / "root")
+    return pretend
+
+
+STAT = "anon 5\ninactive_file 30\nactive_file 7\n"
+
+
+def test_in_a_container_its_limit_counts_and_dropped_page_cache_does_not(groups):
+    files = {"memory.max": "1000\n", "memory.current": "400\n", "memory.stat": STAT}
+    groups("0::/\n", files)
+    assert total_memory(CPU) == 1000
+    assert free_memory(CPU) == 1000 - 400 + 30
+
+
+def test_the_tightest_of_nested_groups_counts(groups):
+    files = {"memory.stat": STAT, "job/memory.max": "500", "job/memory.current": "100", "job/memory.stat": STAT}
+    files |= {"job/step/memory.max": "max", "job/step/memory.current": "90", "job/step/memory.stat": STAT}
+    groups("1:name=systemd:/x\n0::/job/step\n", files)
+    assert (total_memory(CPU), free_memory(CPU)) == (500, 430)
+
+
+def test_the_first_version_of_control_groups_counts_too(groups):
+    files = {"memory/memory.limit_in_bytes": "700", "memory/memory.usage_in_bytes": "200"}
+    files["memory/memory.stat"] = STAT + "total_inactive_file 50\n"
+    groups("4:memory:/docker/abc\n1:cpu:/\n0::/\n", files)  # as seen inside: its own group is the root
+    assert (total_memory(CPU), free_memory(CPU)) == (700, 550)
+
+
+def test_without_a_limit_it_is_the_machine_that_counts(groups, tmp_path):
+    whole = total_memory(CPU)
+    groups("0::/\n", {"memory.max": "max\n", "memory.current": "4\n", "memory.stat": STAT})
+    assert total_memory(CPU) == whole > free_memory(CPU) > 1 << 20
+    (tmp_path / "own").unlink()
+    assert total_memory(CPU) == whole
+
+
+# ---- large pages
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])

@@ -1,4 +1,4 @@
-"""Memory: estimates against what a step really takes, limits of the machine and of its containers, the micro-batch."""
+"""Memory: estimates against what a step really takes, and the micro-batch that fits."""
 
 import contextlib
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from training_helpers import tiny_model
 
-from gpt import device
 from gpt.errors import InputError
 from gpt.model import GPT, ModelConfig
 from gpt.train import memory
@@ -87,57 +86,6 @@ def test_on_a_gpu_attention_keeps_no_scores_whatever_the_dropout():
             sizes[name, dropout] = memory.kept_for_backward(config, 257, 1, torch.float32, torch.device(name))
     assert sizes["cuda", 0.1] < 1.1 * sizes["cuda", 0.0] == 1.1 * sizes["cpu", 0.0]
     assert sizes["mps", 0.1] == sizes["cpu", 0.1] > 10 * sizes["cpu", 0.0]
-
-
-# ---- limits
-
-
-@pytest.fixture
-def groups(tmp_path, monkeypatch):
-    """A function that puts this process into control groups: text of /proc/self/cgroup, file below the root -> text."""
-
-    def pretend(own, files):
-        (tmp_path / "own").write_text(own)
-        for name, text in files.items():
-            path = tmp_path / "root" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-
-    monkeypatch.setattr(device, "OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(device, "GROUP_ROOT", tmp_path / "root")
-    return pretend
-
-
-STAT = "anon 5\ninactive_file 30\nactive_file 7\n"
-
-
-def test_in_a_container_its_limit_counts_and_dropped_page_cache_does_not(groups):
-    files = {"memory.max": "1000\n", "memory.current": "400\n", "memory.stat": STAT}
-    groups("0::/\n", files)
-    assert device.total_memory(CPU) == 1000
-    assert device.free_memory(CPU) == 1000 - 400 + 30
-
-
-def test_the_tightest_of_nested_groups_counts(groups):
-    files = {"memory.stat": STAT, "job/memory.max": "500", "job/memory.current": "100", "job/memory.stat": STAT}
-    files |= {"job/step/memory.max": "max", "job/step/memory.current": "90", "job/step/memory.stat": STAT}
-    groups("1:name=systemd:/x\n0::/job/step\n", files)
-    assert (device.total_memory(CPU), device.free_memory(CPU)) == (500, 430)
-
-
-def test_the_first_version_of_control_groups_counts_too(groups):
-    files = {"memory/memory.limit_in_bytes": "700", "memory/memory.usage_in_bytes": "200"}
-    files["memory/memory.stat"] = STAT + "total_inactive_file 50\n"
-    groups("4:memory:/docker/abc\n1:cpu:/\n0::/\n", files)  # as seen inside: its own group is the root
-    assert (device.total_memory(CPU), device.free_memory(CPU)) == (700, 550)
-
-
-def test_without_a_limit_it_is_the_machine_that_counts(groups, tmp_path):
-    whole = device.total_memory(CPU)
-    groups("0::/\n", {"memory.max": "max\n", "memory.current": "4\n", "memory.stat": STAT})
-    assert device.total_memory(CPU) == whole > device.free_memory(CPU) > memory.MIB
-    (tmp_path / "own").unlink()
-    assert device.total_memory(CPU) == whole
 
 
 # ---- choices

@@ -13,7 +13,6 @@ import torch
 
 from gpt import device
 from gpt.config import refuse
-from gpt.device import pick_device
 from gpt.errors import InputError, ResourceError
 from gpt.kernels import build, select
 from gpt.kernels.select import pick_dtype
@@ -35,18 +34,6 @@ def settings_back():
 
 
 # ---- devices and precision
-
-
-def test_cpu_is_always_there_and_auto_finds_something():
-    assert pick_device("cpu").type == "cpu"
-    assert pick_device("auto").type in ("cpu", "cuda", "mps")
-
-
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "xpu:7", "", "cuda:-2"])
-def test_a_device_that_is_not_there_is_refused_by_name(name):
-    with pytest.raises(InputError, match=r"^device .*use (auto|--device auto)") as caught:
-        pick_device(name)
-    assert name in str(caught.value)
 
 
 def test_of_several_processes_each_has_a_gpu_of_its_own(monkeypatch):
