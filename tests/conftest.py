@@ -1,4 +1,4 @@
-"""Shared fixtures: the real GPT-2 tokenizer files and a small text, where GPT_TEST_ASSETS names them; stand-ins."""
+"""Shared fixtures: GPT-2's tokenizer files and a text from GPT_TEST_ASSETS, native kernels, processes, stand-ins."""
 
 import atexit
 import http.server
@@ -29,7 +29,7 @@ def asset(name):
 
 @pytest.fixture(scope="session")
 def bpe_cache():
-    """The folder of tiktoken's downloaded files, with gpt2's; TIKTOKEN_CACHE_DIR names it meanwhile."""
+    """Returns the folder of tiktoken's downloaded files, gpt2's included, and sets TIKTOKEN_CACHE_DIR to it."""
     given = os.environ.get("TIKTOKEN_CACHE_DIR")
     folder = Path(given).absolute() if given else asset("tiktoken_cache")
     if not (folder / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee").exists():
@@ -41,18 +41,19 @@ def bpe_cache():
 
 @pytest.fixture(scope="session")
 def tinyshakespeare():
-    """The path of tinyshakespeare.txt (1,115,394 bytes)."""
+    """Returns the path of tinyshakespeare.txt (1,115,394 bytes)."""
     return asset("corpora/tinyshakespeare.txt")
 
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on a busy machine threads that wait must not spin
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not spin: the machine may be busy
 
-# The back end must not hang on what this user has built before: here is an empty cache, in which no build succeeds.
+# Tests must not depend on kernels that this user has built: they get an empty cache, in which every build has failed.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="gpt-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def without_kernels():
+    """Marks all builds of kernels in the cache folder as failed."""
     from gpt.files import make_private
     from gpt.kernels import build
 
@@ -67,7 +68,7 @@ without_kernels()
 
 @pytest.fixture(scope="session")
 def kernels_cache(tmp_path_factory):
-    """A cache folder with the native kernels, built once, for XDG_CACHE_HOME."""
+    """Builds the native kernels once and returns their cache folder, for XDG_CACHE_HOME."""
     from gpt.kernels import build
 
     with pytest.MonkeyPatch.context() as patch:
@@ -79,7 +80,7 @@ def kernels_cache(tmp_path_factory):
 
 @pytest.fixture
 def kernels(kernels_cache, monkeypatch):
-    """The libraries of native kernels are there meanwhile: the one that generates."""
+    """Makes the native kernels available during a test, and returns the library that generates."""
     from gpt.kernels import build
 
     monkeypatch.setenv("XDG_CACHE_HOME", kernels_cache)
@@ -88,19 +89,19 @@ def kernels(kernels_cache, monkeypatch):
 
 @pytest.fixture(scope="session")
 def processes(tmp_path_factory):
-    """A training_helpers.Processes: processes of their own for tests that kill, signal or need a clean start."""
+    """Returns a training_helpers.Processes: other processes for tests that kill, signal or need a clean start."""
     if not hasattr(os, "fork"):
         pytest.skip("needs os.fork")
     from training_helpers import Processes
 
-    made = Processes(tmp_path_factory.mktemp("processes"))
-    yield made
-    made.close()
+    processes = Processes(tmp_path_factory.mktemp("processes"))
+    yield processes
+    processes.close()
 
 
 @pytest.fixture
 def one_thread():
-    """torch computes with one thread meanwhile: for models so small that a second one only costs time."""
+    """Sets torch to one thread during a test, for models so small that a second thread only costs time."""
     import torch
 
     threads = torch.get_num_threads()
@@ -111,17 +112,18 @@ def one_thread():
 
 @pytest.fixture
 def server():
-    """A loopback server: its address, and a dictionary of what it serves, path -> bytes or the address to go on to."""
+    """Starts a loopback server. Returns its address and a dictionary of its answers: path -> bytes, or the address to
+    redirect to."""
     files = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            found = files.get(self.path)
-            self.send_response({bytes: 200, str: 302}.get(type(found), 404))
-            if isinstance(found, str):
-                self.send_header("Location", found)
+            answer = files.get(self.path)
+            self.send_response({bytes: 200, str: 302}.get(type(answer), 404))
+            if isinstance(answer, str):
+                self.send_header("Location", answer)
             self.end_headers()
-            self.wfile.write(found if isinstance(found, bytes) else b"")
+            self.wfile.write(answer if isinstance(answer, bytes) else b"")
 
         def log_message(self, *_args):
             pass
@@ -133,15 +135,15 @@ def server():
 
 
 def replace_decode(monkeypatch, decode):
-    """Makes plain torch's back end call `decode(ids, cache)` instead of the model."""
+    """Makes the eager back end call `decode(ids, cache)` instead of the model."""
     from gpt.generate.backend import Backend
 
     monkeypatch.setattr(Backend, "decode", staticmethod(decode))
 
 
 def scripted_decode(ids, eot=256):
-    """Returns a function in place of Backend.decode: whatever the prompt, exactly these ids are chosen, then
-    end-of-text for ever."""
+    """Returns a replacement for Backend.decode: for any prompt, exactly these ids are chosen, then end-of-text for
+    ever."""
     import torch
 
     choices = iter([*ids, *[eot] * 1000])

@@ -1,4 +1,4 @@
-"""For tests that train: data folders made on the spot, and train.py run here or in a process of its own."""
+"""For tests that train: small data folders and models, and train.py, run in this process or in another one."""
 
 import contextlib
 import hashlib
@@ -28,9 +28,9 @@ from gpt.train.optim import OptimConfig, make_optimizer
 from gpt.train.state import optimizer_tensors
 
 ROOT = Path(train.__file__).parent
-# Pins what decides bits. One thread: two that wait for each other on a busy machine take ten times as long.
+# Fixes the settings that change bits. One thread: two threads on a busy machine take ten times as long.
 QUICK = ("--dtype", "fp32", "--threads", "1", "--compile", "off", "--device", "cpu")
-DRAW, RunPicture.__call__ = RunPicture.__call__, lambda self: None  # it would cost each small run a second
+DRAW, RunPicture.__call__ = RunPicture.__call__, lambda self: None  # drawing takes a second, for each small run
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Outcome:
 
 
 def text_of(size, seed=0):
-    """`size` characters of words, the same for the same seed; some words are not ASCII."""
+    """Returns `size` characters of random words. The same seed gives the same text; some words are not ASCII."""
     words = ["the", "sea", "was", "calm", "and", "a", "gull", "cried", "once", "naïve", "雨", "then", "silence.\n"]
     choose = random.Random(seed)
     text = ""
@@ -58,8 +58,8 @@ def text_of(size, seed=0):
 
 
 def make_data(folder, train_size=4000, val_size=600, tokenizer="byte", shard_tokens=100_000, seed=0):
-    """A data folder of about so many characters per split (val_size 0: no validation); returns its path. `tokenizer`
-    is a name or a Tokenizer."""
+    """Writes a data folder of about `train_size` and `val_size` characters (0: no validation) and returns its path.
+    `tokenizer` is a name or a Tokenizer."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
@@ -78,7 +78,7 @@ def make_data(folder, train_size=4000, val_size=600, tokenizer="byte", shard_tok
 
 
 def tiny_model(vocab_size=257, n_layer=2, n_head=2, n_embd=16, block_size=32, seed=0):
-    """A GPT of a few thousand random weights, not all of them at their initial zeros and ones."""
+    """Returns a GPT of a few thousand random weights; biases and layer norms are random too."""
     torch.manual_seed(seed)
     model = GPT(ModelConfig(n_layer, n_head, n_embd, block_size), vocab_size)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def tiny_model(vocab_size=257, n_layer=2, n_head=2, n_embd=16, block_size=32, se
 
 
 def optimizer_of(model, seed=0):
-    """AdamW for `model` after one step on random gradients, so that its state is there."""
+    """Returns AdamW for `model` after one step on random gradients, so that its state exists."""
     torch.manual_seed(seed)
     optimizer = make_optimizer(model, OptimConfig())
     for parameter in model.parameters():
@@ -101,7 +101,7 @@ def optimizer_of(model, seed=0):
 
 
 class Recording:
-    """Stands in for an optimizer: keeps the gradients that it is given."""
+    """Stands in for an optimizer: keeps the gradients of each step."""
 
     def __init__(self, model):
         self.model, self.param_groups = model, [{}]
@@ -115,7 +115,7 @@ class Recording:
 
 
 def save_step(out, step, model=None, tokenizer=None):
-    """Save a step folder outside of any run; returns its path."""
+    """Saves a step folder without a run and returns its path."""
     tokenizer = tokenizer or load_tokenizer("byte")
     model = model or tiny_model(tokenizer.vocab_size, seed=step)
     state = {"progress": {"step": step}, "scaler": {}, "config": {"seed": 1}, "runtime": {}, "base": None}
@@ -125,18 +125,19 @@ def save_step(out, step, model=None, tokenizer=None):
 
 
 def rewrite_manifest(folder, **changes):
-    """Change a manifest and seal it again, as an attacker would."""
+    """Changes a manifest and seals it again, as an attacker would."""
     path = folder / "training/manifest.json"
     path.write_text(json.dumps(sealed(json.loads(path.read_text()) | changes)))
 
 
 def train_here(*args):
-    """`python train.py ARGS` inside this process: an Outcome. Quick where no process must die; QUICK is appended."""
+    """Runs `python train.py ARGS QUICK` inside this process and returns its Outcome: fast, for tests that kill no
+    process."""
     return in_process(train.main, "train.py", *args, *missing(args))
 
 
 def in_process(main, name, *args):
-    """Run a script's `main` as `python NAME ARGS` would, and put torch's settings back afterwards."""
+    """Runs a script's `main` as `python NAME ARGS` would, and returns its Outcome. Restores torch's settings."""
     stdout, stderr = io.StringIO(), io.StringIO()
     argv, threads = sys.argv, torch.get_num_threads()
     sys.argv = [name, *map(str, args)]
@@ -152,33 +153,33 @@ def in_process(main, name, *args):
 
 
 def missing(args):
-    """The flags of QUICK that `args` does not give."""
+    """Returns the flags of QUICK that `args` does not give."""
     pairs = zip(QUICK[::2], QUICK[1::2], strict=True)
     return [word for flag, value in pairs if flag not in args for word in (flag, value)]
 
 
 def start_train(*args, env=None, python=()):
-    """`python train.py ARGS` in a process of its own: a Popen with both outputs as text."""
+    """Starts `python train.py ARGS QUICK` in another process. Returns a Popen with both outputs as text."""
     command = [sys.executable, *python, str(ROOT / "train.py"), *map(str, args), *missing(args)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=os.environ | (env or {}))
 
 
 def run_train(*args, env=None, python=(), timeout=120):
-    """`python train.py ARGS` in a process of its own, to its end: an Outcome."""
+    """Runs `python train.py ARGS QUICK` in another process and returns its Outcome."""
     process = start_train(*args, env=env, python=python)
     stdout, stderr = process.communicate(timeout=timeout)
     return Outcome(process.returncode, stdout, stderr)
 
 
 def metrics(out):
-    """The records of a run's metrics.jsonl."""
+    """Returns the records of a run's metrics.jsonl."""
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def fingerprint(out, step):
-    """What two runs that are the same to the bit agree in: sha256 of weights, of optimizer state, and of what was
-    logged (step, loss, grad_norm, lr, val_loss)."""
+    """Returns the parts that are equal in two runs that are the same to the bit: the hashes of weights and optimizer
+    state, and the log (step, loss, grad_norm, lr, val_loss)."""
     folder = Path(out) / f"step-{step:09d}"
     names = ("step", "loss", "grad_norm", "lr", "val_loss")
     logged = [[record.get(name) for name in names] for record in metrics(out)]
@@ -194,28 +195,28 @@ def sha256(path):
 
 
 def snapshot(folder):
-    """Relative path -> (bytes, mtime) of every file below `folder`, links not followed."""
-    found = {}
+    """Returns relative path -> (bytes, mtime) of every file below `folder`. Does not follow links."""
+    files = {}
     for path in sorted(Path(folder).rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
-            found[name] = (os.readlink(path), path.lstat().st_mtime_ns)
+            files[name] = (os.readlink(path), path.lstat().st_mtime_ns)
         elif path.is_file():
-            found[name] = (path.read_bytes(), path.stat().st_mtime_ns)
-    return found
+            files[name] = (path.read_bytes(), path.stat().st_mtime_ns)
+    return files
 
 
 def step_names(out):
-    """Names of the step folders of a run, in order."""
+    """Returns the names of the step folders of a run, in order."""
     return sorted(path.name for path in Path(out).iterdir() if path.name.startswith("step-"))
 
 
-# ---- processes of their own, quickly: forked from one that has imported torch already
+# ---- other processes, started quickly: forked from one that has imported torch already
 
 
 class Processes:
-    """Starts train.py, sample.py or a function in fresh processes: each is forked from a server process that has
-    imported torch and nothing else has happened in, which takes a tenth of a second instead of four."""
+    """Starts train.py, sample.py or a function in fresh processes. Each is forked from a server process that has only
+    imported torch: this takes a tenth of a second instead of four."""
 
     def __init__(self, folder):
         self.folder, self.started = Path(folder), 0
@@ -230,8 +231,8 @@ class Processes:
         return json.loads(self.server.stdout.readline())
 
     def start(self, *command, env=None, cwd=None, kill_step=0):
-        """Start `train.py ARGS` or `sample.py ARGS`, or `module.function ARGS`; returns a handle. A training process
-        kills itself with SIGKILL when it would make its step number `kill_step` (from 1)."""
+        """Starts `train.py ARGS`, `sample.py ARGS` or `module.function ARGS` and returns a handle. A training process
+        kills itself with SIGKILL instead of step number `kill_step` (from 1)."""
         self.started += 1
         output = str(self.folder / f"output-{self.started}")
         command = [str(word) for word in command]
@@ -254,7 +255,7 @@ class Processes:
 
 
 def serve():
-    """Answer the requests of a Processes until stdin closes."""
+    """Answers the requests of a Processes until stdin closes."""
     importlib.import_module("torch._dynamo")  # the first optimizer step of every process would
     for line in sys.stdin:
         request = json.loads(line)
@@ -270,7 +271,7 @@ def serve():
 
 
 def become(command, env, cwd, kill_step, output):
-    """Be the process that was asked for, to its end."""
+    """Turns this process into the requested one, and exits with its code."""
     for number in (1, 2):
         os.dup2(os.open(f"{output}.{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
     sys.stdin = open(os.devnull, encoding="utf-8")
@@ -291,17 +292,18 @@ def become(command, env, cwd, kill_step, output):
 
 
 def main_of(command):
+    """Returns the function that runs a command: "train.py", "sample.py" or "module.function" with its arguments."""
     module, name = command[0].rsplit(".", 1)
     module = importlib.import_module(module)
     return module.main if name == "py" else lambda: getattr(module, name)(*command[1:])
 
 
 def kill_at(step):
-    """Let this process die by SIGKILL instead of making its training step number `step`."""
-    original, made = train.train_step, iter(range(1, step))
+    """Makes this process kill itself with SIGKILL instead of training step number `step`."""
+    original, earlier_steps = train.train_step, iter(range(1, step))
 
     def train_step(*args):
-        if next(made, None) is None:
+        if next(earlier_steps, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args)
 

@@ -156,8 +156,8 @@ def test_two_processes_under_torchrun_repeat_the_run_of_one_and_only_the_first_i
 
 
 def torchrun(*args, size=2, signal_at=None):
-    """`torchrun --nproc_per_node SIZE train.py ARGS` to its end: an Outcome. `signal_at` is a line of stderr, after which
-    torchrun gets SIGTERM."""
+    """Runs `torchrun --nproc_per_node SIZE train.py ARGS` and returns its Outcome. Sends SIGTERM to torchrun after the
+    line `signal_at` of stderr."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", size]
     command += ["--shutdown-timeout", "600", ROOT / "train.py", *args, *QUICK]
     process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True, cwd=ROOT)
