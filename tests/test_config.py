@@ -1,6 +1,5 @@
-"""Settings: precedence, what a command line gives, every kind of mistake and its message, TOML, presets, help."""
+"""Settings: precedence, the values of a command line, each kind of mistake and its message, TOML, presets, help."""
 
-import dataclasses
 import re
 import tomllib
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import sample
 import train
 from gpt.config import (
     OTHER_NAMES,
+    explanations,
     fields,
     find_preset,
     flatten,
@@ -363,7 +363,7 @@ BAD = {
 
 
 def test_fault_097_all_problems_come_in_one_message_before_anything_is_touched(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "Runtime", None)  # whoever touches the device fails otherwise than expected
+    monkeypatch.setattr(train, "Runtime", None)  # to touch the device raises TypeError
     words = [word for name, (value, _) in BAD.items() for word in (f"--{name}", value)]
     run = train_here("tiny", "--data", tmp_path / "absent", "--out", tmp_path / "out", "--n_head", "3", *words)
     assert run.code == 2
@@ -441,7 +441,7 @@ def test_a_string_survives_the_settings_file(tmp_path, text):
 
 
 def other_value(known):
-    """A value that is not the default of a field."""
+    """Returns a value that is not the default of a field."""
     if isinstance(known.default, bool):
         return not known.default
     if isinstance(known.default, (int, float)):
@@ -482,10 +482,11 @@ def test_every_preset_loads_and_is_headed_by_size_command_and_expected_loss(path
     assert "expected" in said or "not yet run" in said or path.stem == "finetune"  # whose loss is the text's
 
 
-def test_presets_are_listed_one_a_line(tmp_path):
+def test_presets_are_listed_by_name_in_two_columns(tmp_path):
     (tmp_path / "b.toml").write_text("# second\nlr = 1.0\n")
-    (tmp_path / "a.toml").write_text("# first\n")
-    assert [line.split() for line in list_presets(tmp_path).splitlines()] == [["a", "first"], ["b", "second"]]
+    (tmp_path / "a-name-longer-than-fourteen.toml").write_text("# first\n")
+    assert list_presets(tmp_path) == "  a-name-longer-than-fourteen  first\n  b                            second"
+    assert list_presets(tmp_path / "absent") == ""
 
 
 SCRIPTS = {
@@ -515,32 +516,12 @@ def mentions(line, setting):
     return line.replace(",", " ").split()[:1] == [names.get(setting, f"--{setting}")]
 
 
-def doc_strings(cls):
-    """Field name -> whether a docstring follows it in the source."""
-    import ast
-    import inspect
-    import textwrap
-
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    found = {}
-    for node, following in zip(body, [*body[1:], None], strict=True):
-        if isinstance(node, ast.AnnAssign):
-            text = getattr(getattr(following, "value", None), "value", None)
-            found[node.target.id] = isinstance(text, str) and len(text.split()) >= 2
-    return found
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_field_has_its_explanation_beside_it(name):
-    todo = [SCRIPTS[name][1]]
-    while todo:
-        cls = todo.pop()
-        explained = {name: text for base in cls.__mro__[:-1] for name, text in doc_strings(base).items()}
-        for known in dataclasses.fields(cls):
-            if dataclasses.is_dataclass(known.type):
-                todo.append(known.type)
-            else:
-                assert explained[known.name], f"{cls.__name__}.{known.name} has no explanation"
+def test_every_field_has_its_explanation_below_it(name):
+    _, cls = SCRIPTS[name]
+    texts = explanations(cls)
+    assert texts.keys() == fields(cls).keys()
+    assert all(len(text.split()) >= 2 for text in texts.values())
 
 
 def test_the_script_itself_ends_with_the_code_and_the_line():
@@ -548,14 +529,6 @@ def test_the_script_itself_ends_with_the_code_and_the_line():
     assert run.code == 2
     assert run.last.startswith("error: ")
     assert "Traceback" not in run.stderr
-
-
-def test_the_list_of_presets_is_in_two_columns(tmp_path):
-    for name in ("a", "a-name-longer-than-fourteen"):
-        (tmp_path / f"{name}.toml").write_text("# what it is\n")
-    lines = list_presets(tmp_path).splitlines()
-    assert {line.index("what it is") for line in lines} == {len("  a-name-longer-than-fourteen  ")}
-    assert list_presets(tmp_path / "absent") == ""
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["--lr", "nan", "--nome", "-h"]])

@@ -1,4 +1,4 @@
-"""Exit codes and lines on stderr, with readers that are there, gone, slow or full."""
+"""Exit codes and lines on stderr, with streams whose reader is present, gone, slow or a full disk."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ BUFFERED = pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "un
 
 @pytest.fixture
 def nobody():
-    """The writing end of a pipe that nobody reads any more."""
+    """Returns the writing end of a pipe without a reader."""
     reader, writer = os.pipe()
     os.close(reader)
     yield writer
@@ -26,18 +26,18 @@ def nobody():
 
 
 def run(code, **streams):
-    """What `code` does as a script: a CompletedProcess. Streams that are not given are captured."""
+    """Runs `code` as a script and returns its CompletedProcess. Captures the streams that are not given."""
     given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
     return subprocess.run([sys.executable, "-c", START + code], cwd=ROOT, text=True, timeout=60, **given)
 
 
-# ---- readers that are gone
+# ---- readers that have gone
 
 
 TALK = "def main():\n    for n in range(3): note('warning', 'spoken')\n"
 
 
-def test_fault_036_notes_that_nobody_reads_end_nothing(nobody):
+def test_fault_036_a_program_goes_on_when_nobody_reads_its_notes(nobody):
     done = run(TALK + "    print('done')\nrun_main(main)", stderr=nobody)
     assert (done.returncode, done.stdout) == (0, "done\n")
 
@@ -48,13 +48,13 @@ def test_fault_036_an_error_that_nobody_reads_keeps_its_code(nobody):
         assert done.returncode == code
 
 
-def test_fault_036_what_is_written_past_our_own_functions_cannot_spoil_the_exit_code(nobody):
+def test_fault_036_writes_by_other_functions_do_not_change_the_exit_code(nobody):
     code = TALK + "    print('x', file=sys.stderr)\n    sys.stderr.write('no end of line')\nrun_main(main)"
     assert run(code, stderr=nobody).returncode == 0
 
 
 @pytest.mark.parametrize(("words", "code"), [("", 0), (", quiet_pipe=False", 1)])
-def test_fault_093_a_reader_who_leaves_ends_a_program_that_writes_for_him_and_no_other(nobody, words, code):
+def test_fault_093_a_reader_who_leaves_ends_a_program_that_writes_for_the_reader_and_no_other(nobody, words, code):
     script = f"def main():\n    for n in range(100_000): print(n)\nrun_main(main{words})"
     done = run(script, stdout=nobody)
     assert done.returncode == code
@@ -75,7 +75,7 @@ def test_fault_036_a_stderr_closed_before_the_start_does_not_send_notes_to_stdou
     assert (done.returncode, done.stdout) == (0, "done\n")
 
 
-def test_a_stderr_that_the_program_closed_ends_nothing():
+def test_a_program_goes_on_after_it_closed_stderr():
     done = run("def main():\n    sys.stderr.close()\n    tell('x')\n    print('done')\nrun_main(main)")
     assert (done.returncode, done.stdout) == (0, "done\n")
 
@@ -85,20 +85,20 @@ def test_a_stderr_that_the_program_closed_ends_nothing():
 
 @pytest.fixture
 def full():
-    """A file on a disk that is full."""
+    """Returns a file on a full disk."""
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     with open("/dev/full", "w", encoding="utf-8") as file:
         yield file
 
 
-def test_fault_037_notes_on_a_full_disk_end_nothing(full):
+def test_fault_037_a_program_goes_on_when_its_notes_fill_the_disk(full):
     done = run(TALK + "    print('done')\nrun_main(main)", stderr=full)
     assert (done.returncode, done.stdout) == (0, "done\n")
 
 
 @BUFFERED
-def test_text_for_the_user_that_a_full_disk_lost_is_no_success(full, unbuffered):
+def test_a_program_fails_when_a_full_disk_loses_its_text(full, unbuffered):
     code = "def main():\n    print('text')\nrun_main(main)"
     done = run(code, stdout=full, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
     assert done.returncode not in (0, 120)
@@ -137,7 +137,7 @@ def test_fault_123_every_program_ends_in_exit_5_and_one_line_when_its_help_is_lo
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
-def test_fault_123_a_stream_closed_before_the_start_ends_nothing(closed):
+def test_fault_123_a_program_runs_with_streams_closed_before_the_start(closed):
     code = "def main():\n    say('text'); sys.stdout.isatty(); sys.stderr.isatty(); note('info', 'x')\nrun_main(main)"
     command = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, START + code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -146,7 +146,7 @@ def test_fault_123_a_stream_closed_before_the_start_ends_nothing(closed):
 
 
 class Slow:
-    """A stream that once is not ready."""
+    """A stream that refuses one write, because its reader is slow."""
 
     closed, encoding = False, "utf-8"
 
@@ -160,7 +160,7 @@ class Slow:
         self.written.append(text)
 
     def flush(self):
-        """All is written."""
+        """Does nothing: write keeps no buffer."""
 
 
 def test_a_slow_reader_misses_a_line_and_gets_the_next(monkeypatch):
@@ -170,7 +170,7 @@ def test_a_slow_reader_misses_a_line_and_gets_the_next(monkeypatch):
     assert "".join(sys.stderr.written) == "second\n"
 
 
-def test_only_what_concerns_the_stream_is_forgiven():
+def test_errors_that_do_not_concern_the_stream_are_raised():
     with pytest.raises(ValueError, match="another"), ignore_write_errors(sys.stderr):
         raise ValueError("another")
 
@@ -200,7 +200,7 @@ def test_text_of_several_lines_keeps_them(capsys):
 
 
 def screen(text):
-    """The lines that a terminal shows after `text`, which may go back to the start of its line."""
+    """Returns the lines that a terminal shows after `text`; a carriage return goes back to the start of the line."""
     lines, column = [""], 0
     for character in text:
         if character == "\n":

@@ -1,4 +1,4 @@
-"""Durable writes, JSON from elsewhere, locks, and the cache folder."""
+"""Durable writes, names and JSON from elsewhere, locks, and the cache folder."""
 
 import errno
 import json
@@ -17,6 +17,7 @@ from gpt import files
 from gpt.errors import IntegrityError, ResourceError
 from gpt.files import (
     cache_folder,
+    inside,
     is_folder,
     lock_file,
     lock_folder,
@@ -40,12 +41,12 @@ def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path):
 
 
 def test_fault_042_the_order_is_write_sync_rename_sync_of_the_folder(tmp_path, monkeypatch):
-    seen = []
+    calls = []
 
     def watched(name, act):
         def call(target, *more):
             kind = stat.S_ISDIR(os.fstat(target).st_mode) if name == "fsync" else (tmp_path / "x").exists()
-            seen.append((name, kind))
+            calls.append((name, kind))
             return act(target, *more)
 
         return call
@@ -53,7 +54,7 @@ def test_fault_042_the_order_is_write_sync_rename_sync_of_the_folder(tmp_path, m
     for name in ("fsync", "replace"):
         monkeypatch.setattr(os, name, watched(name, getattr(os, name)))
     write_durably(tmp_path / "x", "text")
-    assert seen == [("fsync", False), ("replace", False), ("fsync", True)]
+    assert calls == [("fsync", False), ("replace", False), ("fsync", True)]
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])
@@ -80,7 +81,7 @@ def test_fault_117_a_link_in_place_of_the_temporary_file_is_not_written_through(
     assert (tmp_path / "x").read_text() == "new"
 
 
-def test_fault_117_files_are_for_their_owner_to_write(tmp_path):
+def test_fault_117_only_the_owner_may_write_to_files(tmp_path):
     mask = os.umask(0)
     try:
         write_durably(tmp_path / "x", "text")
@@ -125,9 +126,19 @@ def test_json_is_read_up_to_a_limit_and_may_be_absent(tmp_path, monkeypatch):
         read_json(path)
 
 
-def test_fault_111_any_text_may_be_asked_for_as_a_folder(tmp_path):
+def test_fault_111_any_text_may_be_checked_for_a_folder(tmp_path):
     assert is_folder(tmp_path)
     assert not any(map(is_folder, ["x" * 5000, tmp_path / ("y" * 300), "nul\x00", "", tmp_path / "absent"]))
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", "a//b", ".", "", "a\\b", "a\0", "C:x", 7, None])
+def test_fault_108_a_name_that_leaves_its_folder_is_an_integrity_error(tmp_path, name):
+    with pytest.raises(IntegrityError, match="leaves its directory"):
+        inside(tmp_path, name)
+
+
+def test_a_relative_name_stays_in_its_folder(tmp_path):
+    assert inside(tmp_path, "training/state..json") == tmp_path / "training" / "state..json"
 
 
 # ---- the lock
@@ -153,7 +164,7 @@ def start_holder(folder):
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process that holds the lock of tmp_path / "out"."""
+    """Returns a process that holds the lock of tmp_path / "out"."""
     (tmp_path / "out").mkdir()
     process = start_holder(tmp_path / "out")
     assert process.stdout.readline() == "held\n"
@@ -248,7 +259,7 @@ def test_without_a_home_folder_there_is_no_cache_folder(monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX modes")
-def test_fault_117_private_folders_are_for_their_owner_and_folders_that_exist_keep_their_mode(tmp_path):
+def test_fault_117_only_the_owner_may_enter_new_folders_and_old_ones_keep_their_mode(tmp_path):
     tmp_path.chmod(0o755)
     mask = os.umask(0)
     try:

@@ -19,7 +19,7 @@ def problem(vocab_size, padded, rows, width=24, spread=1.0):
 
 
 def reference(x, weight, targets, upstream, vocab_size):
-    """(losses, gradient of x, gradient of weight), by autograd in float64 over logits that are there as a whole."""
+    """Returns (losses, gradient of x, gradient of weight), by autograd in float64 over all logits."""
     x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
     logits = F.linear(x, weight)[:, :vocab_size]
     losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")

@@ -1,4 +1,4 @@
-"""The shape of the code itself: who imports whom, what is never called, how long a function is."""
+"""The shape of the code: which module imports which, calls that are forbidden, the length of functions."""
 
 import ast
 import subprocess
@@ -23,25 +23,25 @@ def tree_of(path):
 
 
 def imported(path, at_import_only=False):
-    """Names of the modules that a file imports, `from gpt import x` as gpt.x where that is a file."""
-    found = set()
+    """Returns the names of the modules that a file imports; `from gpt import x` counts as gpt.x if that is a file."""
+    modules = set()
     tree = tree_of(path)
     nodes = at_top(tree) if at_import_only else ast.walk(tree)
     for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name_of(path)}:{node.lineno}: relative import"
             within = {f"{node.module}.{alias.name}" for alias in node.names}
             files = {name for name in within if (ROOT / (name.replace(".", "/") + ".py")).exists()}
-            found |= files
+            modules |= files
             if len(files) < len(within):
-                found.add(node.module)
-    return found
+                modules.add(node.module)
+    return modules
 
 
 def at_top(tree):
-    """The nodes that run when the module is imported: everything outside functions."""
+    """Yields the nodes that run when the module is imported: everything outside functions."""
     todo = list(tree.body)
     while todo:
         node = todo.pop()
@@ -56,12 +56,12 @@ def module_name(path):
 
 
 def imports_of_gpt(path, at_import_only=False):
-    """Names of the modules of gpt that a file imports; the package itself does not count."""
+    """Returns the names of the modules of gpt that a file imports; the package itself does not count."""
     return {name for name in imported(path, at_import_only) if name.startswith("gpt.")} - {module_name(path)}
 
 
 def graph(at_import_only=False):
-    """Module of gpt -> the modules of gpt that it imports."""
+    """Returns, for each module of gpt, the modules of gpt that it imports."""
     return {module_name(path): imports_of_gpt(path, at_import_only) for path in MODULES}
 
 
@@ -125,11 +125,11 @@ def test_few_names_stand_at_the_top_of_the_package():
 
 
 def test_only_train_sees_both_training_and_generation():
-    seeing = {path.name for path in PRODUCT for room in [rooms_seen(path)] if {"train", "generate"} <= room}
-    assert seeing == {"train.py"}
+    assert {path.name for path in PRODUCT if {"train", "generate"} <= rooms_seen(path)} == {"train.py"}
 
 
 def rooms_seen(path):
+    """Returns the rooms that a file imports from."""
     return {room_of(name) for name in imported(path) if name.startswith("gpt.")}
 
 
@@ -141,16 +141,16 @@ def test_the_imports_within_gpt_have_no_circle():
         remaining = {module: others for module, others in remaining.items() if module not in free}
 
 
-def test_the_search_for_imports_sees_them():
-    found = graph(at_import_only=True)
-    assert "gpt.errors" in found["gpt.config"]
-    assert "gpt.config" in found["gpt.model"]
+def test_the_search_for_imports_finds_imports():
+    imports = graph(at_import_only=True)
+    assert "gpt.errors" in imports["gpt.config"]
+    assert "gpt.config" in imports["gpt.model"]
     assert "gpt.generate.generator" in imports_of_gpt(ROOT / "gpt/__init__.py")  # inside a function
-    assert sum(map(len, found.values())) > 20
+    assert sum(map(len, imports.values())) > 20
 
 
 def loaded_by(code):
-    """Names of the modules in sys.modules after `code` has run in a fresh process."""
+    """Returns the names in sys.modules after `code` has run in a fresh process."""
     code = f"{code}\nimport sys\nprint(' '.join(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     return set(run.stdout.split())
@@ -173,7 +173,7 @@ def test_nothing_outside_the_tests_imports_transformers(path):
     assert not {name.split(".")[0] for name in imported(path)} & {"transformers", "accelerate", "lightning"}
 
 
-# ---- what is never called
+# ---- forbidden calls
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "os.system", "os.popen"}
@@ -181,7 +181,7 @@ FORBIDDEN_CALLS |= {"torch.distributed.checkpoint.load", "dcp.load", "yaml.load"
 
 
 def dotted(node):
-    """`torch.load` for the expression that calls it, else ""."""
+    """Returns "torch.load" for the expression torch.load, "" for an expression that is not a dotted name."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute) and dotted(node.value):
@@ -190,18 +190,18 @@ def dotted(node):
 
 
 def dangers(path):
-    """Lines that read pickles, evaluate text or start a shell."""
-    found = [name for name in imported(path) if name.split(".")[0] in FORBIDDEN_MODULES]
+    """Returns the lines of a file that read pickles, evaluate text or start a shell."""
+    lines = [name for name in imported(path) if name.split(".")[0] in FORBIDDEN_MODULES]
     for node in ast.walk(tree_of(path)):
         if not isinstance(node, ast.Call):
             continue
         if dotted(node.func) in FORBIDDEN_CALLS:
-            found.append(f"line {node.lineno}: {dotted(node.func)}")
+            lines.append(f"line {node.lineno}: {dotted(node.func)}")
         for keyword in node.keywords:
             constant = isinstance(keyword.value, ast.Constant)
             if keyword.arg in ("shell", "allow_pickle") and not (constant and keyword.value.value is False):
-                found.append(f"line {node.lineno}: {keyword.arg}")
-    return found
+                lines.append(f"line {node.lineno}: {keyword.arg}")
+    return lines
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=name_of)
@@ -221,13 +221,13 @@ def test_fault_105_no_pickle_no_evaluation_no_shell(path):
         "import yaml\nyaml.load('x')",
     ],
 )
-def test_fault_105_the_gate_finds_what_it_looks_for(tmp_path, line):
+def test_fault_105_the_search_finds_forbidden_calls(tmp_path, line):
     path = tmp_path / "bad.py"
     path.write_text(line)
     assert dangers(path)
 
 
-# ---- what is printed
+# ---- printing
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=name_of)
@@ -256,5 +256,5 @@ def test_no_function_is_longer_than_thirty_lines(path):
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=name_of)
-def test_every_file_begins_with_its_one_job(path):
+def test_every_file_begins_with_a_docstring(path):
     assert ast.get_docstring(tree_of(path))
