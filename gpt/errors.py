@@ -175,9 +175,8 @@ def printable(text: str, keep: str = "\n\t") -> str:
 
     printable("a\\x1b[2J") -> "a\\\\x1b[2J"
     """
-    return UNSAFE.sub(lambda match: match[0] if match[0] in keep else escaped(match[0]), text)
+    return UNSAFE.sub(lambda match: match[0] if match[0] in keep else escaped(ord(match[0])), text)
 
 
-def escaped(character: str) -> str:
-    code = ord(character)
+def escaped(code: int) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
