@@ -18,7 +18,8 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this script works also where `gpt` is not installed
+if "gpt" not in sys.modules:  # this script works also where `gpt` is not installed
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from gpt.config import make_config, parse_flags, positional, refuse
 from gpt.errors import InputError, printable, run_main, say

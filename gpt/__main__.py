@@ -1,0 +1,39 @@
+"""The command `gpt NAME …`, also `python -m gpt NAME …`: runs one of the programs below."""
+
+import importlib
+import sys
+
+from gpt.config import suggestion
+from gpt.errors import InputError, run_main, say
+
+# Name -> the module whose `main` it runs, and what that does.
+COMMANDS = {
+    "prepare": ("gpt.commands.prepare", "text -> token shards"),
+    "train": ("gpt.commands.train", "token shards -> a trained model; without a preset it lists them"),
+    "sample": ("gpt.commands.sample", "a trained model and prompts -> text"),
+    "plot": ("gpt.plot", "draws and compares the losses of runs"),
+}
+
+
+def main() -> None:
+    """Runs the command that the first word names; without one, lists the commands."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    program = list_commands if name in ("-h", "--help") else lambda: run_command(name)
+    run_main(program, quiet_pipe=name != "train")  # a training run continues when nobody reads its output
+
+
+def run_command(name: str) -> None:
+    """Runs the command `name` with the words after it. Raises InputError if it does not exist."""
+    if name not in COMMANDS:
+        raise InputError(f"gpt: no command {name!r}; {suggestion(name, COMMANDS)}")
+    sys.argv = [f"gpt {name}", *sys.argv[2:]]
+    importlib.import_module(COMMANDS[name][0]).main()
+
+
+def list_commands() -> None:
+    lines = [f"  {name:8}  {text}" for name, (_, text) in COMMANDS.items()]
+    say("\n".join(["usage: gpt NAME …", "", *lines, "", "gpt NAME --help explains each of them."]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+"""The scripts train.py, sample.py and data/prepare.py as modules of this package, for the command `gpt`.
+
+A wheel carries the scripts and the presets in this folder. A checkout keeps them at its root, so they are also looked
+for there."""
+
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parents[2]
+__path__ += [str(CHECKOUT), str(CHECKOUT / "data")]
