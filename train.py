@@ -65,7 +65,7 @@ class TrainConfig:
     rhythm: RhythmConfig = field(default=RhythmConfig())
     machine: MachineConfig = field(default=MachineConfig())
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         groups = (self.model, self.batch, self.length, self.optim, self.rhythm, self.machine)
         problems = [problem for group in groups for problem in group.problems()]
         if not self.data:
@@ -85,7 +85,7 @@ class CommandLine(TrainConfig):
     """a name in presets/ or a .toml file; without one the presets are listed (default with --init: finetune)"""
 
 
-def main():
+def main() -> None:
     os.umask(os.umask(0o022) | 0o022)  # no other user may write to what a run leaves
     with join() as ranks:
         config, base = read_settings(CommandLine, TrainConfig, sys.argv[1:], PRESETS, __doc__)

@@ -1,16 +1,23 @@
 """GPT-2-architecture text generation: `gpt.load(path).generate(["Once upon a time"])`."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from gpt.errors import Error, InputError, IntegrityError, NonFiniteError, ResourceError
+
+if TYPE_CHECKING:
+    from gpt.generate.generator import TextGenerator
 
 __all__ = ["Error", "InputError", "IntegrityError", "NonFiniteError", "ResourceError", "load"]
 __version__ = "0.1.0"
 
 
-def load(path, device="auto", dtype="auto", quantize="none", backend="auto"):
-    """The TextGenerator of a checkpoint: one of ours (a step folder, or a run folder's best, else latest), any Hugging
-    Face GPT-2 folder, or a hub name such as "gpt2". `quantize` is "none" or "int8"; `backend` as in sample.py."""
-    from gpt.generate.generator import (
-        TextGenerator,  # importing gpt alone stays cheap: no torch until a model is asked for
-    )
+def load(
+    path: str | Path, device: str = "auto", dtype: str = "auto", quantize: str = "none", backend: str = "auto"
+) -> "TextGenerator":
+    """Returns the TextGenerator of a checkpoint: a step folder or run folder of this project (its best, else latest), a
+    Hugging Face GPT-2 folder, or a hub name such as "gpt2". `quantize` is "none" or "int8"; `backend` as in sample.py.
+    """
+    from gpt.generate.generator import TextGenerator  # imports torch, which `import gpt` alone must not
 
     return TextGenerator.load(path, device, dtype, quantize, backend)
