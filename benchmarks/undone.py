@@ -50,10 +50,9 @@ def casts() -> None:
 
 
 class LoopAdamW(torch.optim.AdamW):
-    """AdamW without the fused kernel, in a training step that sets `found_inf` for that kernel."""
+    """AdamW without the fused kernel, in a training step that passes it `found_inf`."""
 
-    def step(self):
-        self.found_inf = None  # only the fused kernel accepts it
+    def step(self, _found_inf):
         super().step()
 
 

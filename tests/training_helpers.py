@@ -94,8 +94,7 @@ def optimizer_of(model, seed=0):
     optimizer = make_optimizer(model, OptimConfig())
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-3
-    optimizer.found_inf = torch.zeros(())
-    optimizer.step()
+    optimizer.step(torch.zeros(()))
     optimizer.zero_grad()
     return optimizer
 

@@ -9,18 +9,17 @@ import torch
 
 class AdamW:
     """`groups` are dicts of "params" and "weight_decay"; set "lr" before every step, to a number or a float32 tensor on
-    the device. `state` holds "step", "exp_avg" and "exp_avg_sq" of each parameter. Where the device scalar `found_inf`
-    is 1 nothing changes, and the host does not wait to know."""
+    the device. `state` holds "step", "exp_avg" and "exp_avg_sq" of each parameter."""
 
     def __init__(self, groups: list[dict], beta1: float, beta2: float, eps: float):
         self.param_groups = [group for group in groups if group["params"]]
         self.constant = {"beta1": beta1, "beta2": beta2, "eps": eps, "amsgrad": False, "maximize": False}
         self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = defaultdict(dict)
-        self.found_inf: torch.Tensor | None = None
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Updates all parameters that have a gradient, in place."""
+    def step(self, found_inf: torch.Tensor | None = None) -> None:
+        """Updates all parameters that have a gradient, in place. Where the device scalar `found_inf` is 1 nothing
+        changes, and the host does not wait to know."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             states = [self.state_of(p) for p in parameters]
@@ -30,10 +29,10 @@ class AdamW:
                 *(parameters, [p.grad for p in parameters], means, squares, [], steps),
                 **(self.constant | {name: group[name] for name in ("lr", "weight_decay")}),
                 grad_scale=None,
-                found_inf=self.found_inf,
+                found_inf=found_inf,
             )
-            if self.found_inf is not None:
-                torch._foreach_sub_(steps, [self.found_inf] * len(steps))
+            if found_inf is not None:
+                torch._foreach_sub_(steps, [found_inf] * len(steps))
 
     def state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         state = self.state[parameter]

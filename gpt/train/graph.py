@@ -1,8 +1,11 @@
 """A training step as a CUDA graph, for small models: of their steps the host launches hundreds of short kernels."""
 
+from collections.abc import Callable
+
 import torch
 
 from gpt.errors import note
+from gpt.kernels.cuda_graph import CudaGraph
 
 WARM_UPS = 3  # steps before the capture: optimizers make their state in them, libraries set themselves up
 
@@ -13,10 +16,10 @@ class GraphedStep:
     one must stay at its address. If a capture fails, a note says so, steps go on uncaptured, and `clear()` drops what
     the failed one left."""
 
-    def __init__(self, step, graph, clear):
+    def __init__(self, step: Callable, graph: CudaGraph, clear: Callable[[], None]):
         self.step, self.graph, self.clear = step, graph, clear
         self.taken, self.captured = 0, False
-        self.batch = self.lr = None
+        self.batch: torch.Tensor | None = None
 
     def __call__(self, batch: torch.Tensor, lr: float) -> torch.Tensor:
         if self.batch is None:
@@ -31,10 +34,10 @@ class GraphedStep:
             return self.graph.replay().clone()  # the next replay writes there again
         return self.graph.warm_up(self.run)
 
-    def run(self):
+    def run(self) -> torch.Tensor:
         return self.step(self.batch, self.lr)
 
-    def capture(self):
+    def capture(self) -> None:
         try:
             self.graph.capture(self.run)
             self.captured = True

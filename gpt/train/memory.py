@@ -79,7 +79,12 @@ def check_fits(model_config: ModelConfig, vocab_size: int, device: torch.device,
 
 
 def choose_micro_batch(
-    model_config: ModelConfig, vocab_size: int, batch_size: int, dtype: torch.dtype, device: torch.device, sharers=1
+    model_config: ModelConfig,
+    vocab_size: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    sharers: int = 1,
 ) -> int:
     """Returns the largest divisor of the batch whose step fits into the free memory, which `sharers` processes
     share."""

@@ -40,21 +40,19 @@ class MuonAdamW:
         self.adamw, self.momentum, self.dtype, self.ranks = adamw, momentum, dtype, ranks
         self.param_groups = [{"params": matrices, "weight_decay": weight_decay}, *adamw.param_groups]
         self.state = adamw.state
-        self.found_inf: Tensor | None = None
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Updates all parameters in place, unless `found_inf` is 1."""
-        self.adamw.found_inf = self.found_inf
-        self.adamw.step()
+    def step(self, found_inf: Tensor) -> None:
+        """Updates all parameters in place, unless the device scalar `found_inf` is 1."""
+        self.adamw.step(found_inf)
         group = self.param_groups[0]
         for parameter in group["params"]:
             if not self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        asks = host_asks(self.found_inf.device)
-        if asks and self.found_inf:
+        asks = host_asks(found_inf.device)
+        if asks and found_inf:
             return
-        gate = 1 - self.found_inf  # 0 makes every update below a no-op
+        gate = 1 - found_inf  # 0 makes every update below a no-op
         lr = group["lr"] * gate  # a tensor in any case: the same bits from a number as from a tensor of it
         for shape, (weights, directions) in self.by_shape(gate, asks).items():
             steps = self.ranks.spread(lambda stack: orthogonalize(stack, self.dtype), torch.stack(directions))

@@ -15,6 +15,8 @@ from gpt.train.adamw import AdamW
 from gpt.train.muon import MuonAdamW
 from gpt.train.ranks import Ranks
 
+Optimizer = AdamW | MuonAdamW
+
 WSD_DECAY = 0.2  # share of the run over which wsd decays when decay_steps is 0
 SCALE_GROWTH_STEPS = 2000  # finite fp16 steps before the loss scale doubles
 MOST_OVERFLOWS = 20  # in a row
@@ -98,7 +100,9 @@ def exact_learning_rate(config: OptimConfig, step: int, total_steps: int) -> flo
     return config.min_lr + (config.lr - config.min_lr) * left
 
 
-def make_optimizer(model: GPT, config: OptimConfig, dtype=torch.float32, ranks: Ranks | None = None):
+def make_optimizer(
+    model: GPT, config: OptimConfig, dtype: torch.dtype = torch.float32, ranks: Ranks | None = None
+) -> Optimizer:
     """Returns an AdamW, or a MuonAdamW, with weight decay on matrices and embeddings only. Every parameter is in
     exactly one group. `dtype` is the precision of Muon's products, which `ranks` share."""
     hidden = [p for p in model.blocks.parameters() if p.dim() >= 2] if config.optimizer == "muon" else []
@@ -108,13 +112,15 @@ def make_optimizer(model: GPT, config: OptimConfig, dtype=torch.float32, ranks: 
     decay = config.weight_decay
     groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     adamw = AdamW(groups, config.beta1, config.beta2, config.eps)
-    optimizer = MuonAdamW(hidden, adamw, config.momentum, decay, dtype, ranks or Ranks()) if hidden else adamw
+    optimizer: Optimizer = adamw
+    if hidden:
+        optimizer = MuonAdamW(hidden, adamw, config.momentum, decay, dtype, ranks or Ranks())
     for group in optimizer.param_groups:
         group["lr"] = config.lr
     return optimizer
 
 
-def state_names(optimizer, parameter: torch.Tensor) -> tuple[str, ...]:
+def state_names(optimizer: Optimizer, parameter: torch.Tensor) -> tuple[str, ...]:
     """Returns the names of what `optimizer` keeps for a parameter. All but "step" have the parameter's shape."""
     if isinstance(optimizer, MuonAdamW) and any(parameter is matrix for matrix in optimizer.param_groups[0]["params"]):
         return ("momentum",)
@@ -131,13 +137,12 @@ def clip_gradients(parameters: Iterable[torch.Tensor], grad_clip: float) -> torc
     return norm
 
 
-def gated_step(optimizer, finite: torch.Tensor) -> None:
-    """Calls `optimizer.step()`; where the device scalar `finite` is false, weights and moments stay as they are. The
-    host does not wait to know, but on MPS, whose fused kernel ignores `found_inf`."""
+def gated_step(optimizer: Optimizer, finite: torch.Tensor) -> None:
+    """Takes a step of the optimizer; where the device scalar `finite` is false, weights and moments stay as they are.
+    The host does not wait to know, but on MPS, whose fused kernel ignores `found_inf`."""
     if finite.device.type == "mps" and not finite:
         return
-    optimizer.found_inf = (~finite).float()  # the fused kernels read it, as from torch.amp.GradScaler
-    optimizer.step()
+    optimizer.step((~finite).float())
 
 
 class LossScaler:

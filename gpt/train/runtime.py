@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -114,7 +114,7 @@ class Runtime:
         host, done = pinned_copy(tensor), torch.cuda.Event()
         done.record()
 
-        def wait():
+        def wait() -> list:
             done.synchronize()
             return host.tolist()
 
@@ -209,7 +209,8 @@ def be_deterministic() -> None:
     """Makes torch repeat results to the bit, or raise where it cannot."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would import the compiler: a second
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would write NaN over every new tensor first
+    switches: Any = torch.utils.deterministic
+    switches.fill_uninitialized_memory = False  # it would write NaN over every new tensor first
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
@@ -221,23 +222,23 @@ class StopFlag:
     """A context that notes the first SIGTERM or Ctrl-C; the loop reads the flag between steps. A second Ctrl-C
     interrupts at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal: int | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self.previous = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def handle(self, number, _frame):
+    def handle(self, number: int, _frame: Any) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         return self.signal is not None
 
 
@@ -249,7 +250,7 @@ def profiler(trace_path: Path | None) -> Iterator[Callable[[], object]]:
         yield lambda: None
         return
 
-    def report(profile):
+    def report(profile: torch.profiler.profile) -> None:
         profile.export_chrome_trace(str(trace_path))
         tell(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
 

@@ -109,7 +109,8 @@ class Saver:
         tensors = optimizer_tensors(state.model, state.optimizer)
         about = {"dataset": corpus.record, "code": __version__}
         with write_errors(self.out, "free some space or make it writable"):
-            self.recorder.log.sync()
+            if self.recorder.log:
+                self.recorder.log.sync()
             save_checkpoint(self.out, step, state.model, corpus.tokenizer, tensors, stored, self.sampling, about)
             self.point()
 

@@ -60,7 +60,7 @@ class Run:
     def batches(self) -> Prefetch:
         return Prefetch(self.corpus.windows, self.machine.ready, self.ranks.rank, self.ranks.size)
 
-    def profiler(self):
+    def profiler(self) -> contextlib.AbstractContextManager[Callable[[], object]]:
         """Returns a context that gives a function to call after each step; it profiles some if that is asked for."""
         asked = self.config.profile and self.ranks.leads
         return profiler(Path(self.config.out) / "trace.json" if asked else None)
@@ -170,11 +170,13 @@ def warm_up(state: State, block_size: int, machine: Runtime, accumulate: Accumul
     state.optimizer.zero_grad()
 
 
-def stepper(config: Any, state: State, machine: Runtime, compiled: bool, train_step: TrainStep):
+def stepper(
+    config: Any, state: State, machine: Runtime, compiled: bool, train_step: TrainStep
+) -> Callable[[torch.Tensor, Any], torch.Tensor]:
     """Returns `train_step` as a function of batch and learning rate: a CUDA graph where launching its kernels takes
     much of its time."""
 
-    def step(batch, lr):
+    def step(batch: torch.Tensor, lr: Any) -> torch.Tensor:
         return train_step(state, batch, lr, config.optim.grad_clip, machine)
 
     tokens = state.progress.micro_batch_size * config.model.block_size

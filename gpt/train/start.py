@@ -54,7 +54,7 @@ def read_settings(
         raise InputError("no preset given: they are listed above; choose one, as in python train.py demo")
     from_preset = read_toml(preset, config) if preset else {}
     base, inherited = base_model(flags.get("init") or from_preset.get("init"), flags.get("out") or values["out"])
-    settings = make_config(config, inherited, values, from_preset, flags)
+    settings: Any = make_config(config, inherited, values, from_preset, flags)
     if base:
         check_architecture(settings.model, from_preset.keys() | flags.keys(), inherited)
         check_base_is_elsewhere(base, settings.out)
@@ -72,7 +72,7 @@ def base_model(init: str | None, out: str) -> tuple[Path | None, dict[str, Any]]
     return base, asdict(read_config(base)[0])
 
 
-def found_or_own(find: Callable, source: str, out: str | None):
+def found_or_own(find: Callable[[str], Any], source: str, out: str | None) -> Any:
     """Returns find(source). If that fails, returns the newest checkpoint of the run in `out`, which began with it."""
     try:
         return find(source)

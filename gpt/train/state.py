@@ -9,10 +9,8 @@ from gpt.checkpoint.folder import OPTIMIZER, Checkpoint
 from gpt.checkpoint.weights import opened
 from gpt.errors import IntegrityError
 from gpt.model import GPT, REFERENCE, Ops
-from gpt.train.adamw import AdamW
 from gpt.train.budget import Progress
-from gpt.train.muon import MuonAdamW
-from gpt.train.optim import LossScaler, state_names
+from gpt.train.optim import LossScaler, Optimizer, state_names
 
 
 @dataclass
@@ -20,13 +18,13 @@ class State:
     """The model in training, with all that an exact continuation needs."""
 
     model: GPT
-    optimizer: AdamW | MuonAdamW
+    optimizer: Optimizer
     scaler: LossScaler
     progress: Progress
     ops: Ops = REFERENCE
 
 
-def optimizer_tensors(model: GPT, optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(model: GPT, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     """Returns an optimizer's state as name -> CPU tensor, such as "exp_avg.blocks.0.ln_1.bias", without the padding of
     the vocabulary."""
     tensors = {}
@@ -38,7 +36,7 @@ def optimizer_tensors(model: GPT, optimizer) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_optimizer(optimizer, model: GPT, checkpoint: Checkpoint) -> None:
+def load_optimizer(optimizer: Optimizer, model: GPT, checkpoint: Checkpoint) -> None:
     """Fills an optimizer's state from a checkpoint. Raises IntegrityError for a tensor that is missing, unknown or
     mis-shaped."""
     path = checkpoint.path / OPTIMIZER
@@ -48,7 +46,7 @@ def load_optimizer(optimizer, model: GPT, checkpoint: Checkpoint) -> None:
         rows = model.vocab_size if name == "token.weight" else len(parameter)
         state = {}
         for key in state_names(optimizer, parameter):
-            shape = () if key == "step" else (rows, *parameter.shape[1:])
+            shape: tuple[int, ...] = () if key == "step" else (rows, *parameter.shape[1:])
             value = take_tensor(tensors, f"{key}.{name}", shape, path)
             state[key] = value.to(parameter.device) if key == "step" else padded(value, parameter)
         optimizer.state[parameter] = state
