@@ -24,8 +24,8 @@ def make_weights(work: Path, size: str, seed: int = 0) -> Path:
         return folder
     import torch
 
-    from gpt.checkpoint.folder import write_model
     from gpt.checkpoint.weights import weights_of
+    from gpt.checkpoint.write import write_model
     from gpt.model import GPT, ModelConfig
     from gpt.text.tokenizer import load_tokenizer
 

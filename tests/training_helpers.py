@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import tomllib
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from pathlib import Path
 import torch
 
 import train
-from gpt.checkpoint.folder import save_checkpoint, sealed
+from gpt.checkpoint.read import sealed
+from gpt.checkpoint.write import save_checkpoint
 from gpt.errors import run_main
 from gpt.generate.sampling import SamplingParams
 from gpt.model import GPT, ModelConfig
@@ -133,6 +135,12 @@ def train_here(*args):
     """Runs `python train.py ARGS QUICK` inside this process and returns its Outcome: fast, for tests that kill no
     process."""
     return in_process(train.main, "train.py", *args, *missing(args))
+
+
+def continue_run(run, *flags):
+    """Continues a run, or a copy of it, with the data folder of its settings; returns the Run."""
+    data = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["data"]
+    return train_here("tiny", "--data", data, "--out", run, *flags)
 
 
 def in_process(main, name, *args):

@@ -80,7 +80,7 @@ class TextGenerator:
     def load(cls, path, device="auto", dtype="auto", quantize="none", backend="auto"):
         """The TextGenerator of a checkpoint folder, run folder or hub name, on a device and in a precision by name;
         `quantize` is "none" or "int8"."""
-        from gpt.checkpoint.folder import load_pretrained  # a model in training is sampled without any of this
+        from gpt.checkpoint.read import load_pretrained  # a model in training is sampled without any of this
 
         device = pick_device(device)
         dtype = pick_dtype(dtype, device)

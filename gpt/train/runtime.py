@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 
-from gpt.checkpoint.folder import Checkpoint
+from gpt.checkpoint.read import Checkpoint
 from gpt.device import (
     DTYPES,
     device_name,

@@ -9,15 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt import __version__
-from gpt.checkpoint.folder import (
-    MANIFEST,
-    OPTIMIZER,
-    STATE,
-    json_text,
-    read_manifest,
-    save_checkpoint,
-    sealed,
-)
+from gpt.checkpoint.read import MANIFEST, OPTIMIZER, STATE, read_manifest, sealed
+from gpt.checkpoint.write import save_checkpoint, write_json
 from gpt.config import to_toml
 from gpt.errors import IntegrityError, ResourceError, note
 from gpt.files import STEP_FOLDER, lock_folder, read_pointer, remove_tree, step_folders, step_number, write_durably
@@ -191,6 +184,6 @@ def drop_trainer_state(folder: Path) -> None:
         return  # damaged or unreadable: the user decides
     files = {name: entry for name, entry in manifest["files"].items() if name not in (OPTIMIZER, STATE)}
     if files != manifest["files"]:
-        write_durably(folder / MANIFEST, json_text(sealed(manifest | {"files": files})))
+        write_json(folder / MANIFEST, sealed(manifest | {"files": files}))
     for name in (OPTIMIZER, STATE):
         (folder / name).unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gpt.checkpoint.folder import Checkpoint, find_model, load_folder, newest_checkpoint, verify_checkpoint
+from gpt.checkpoint.read import Checkpoint, find_model_folder, load_folder, newest_checkpoint, verify_resumable
 from gpt.checkpoint.weights import load_model, read_config, weights_hash
 from gpt.config import find_preset, flatten, list_presets, make_config, parse_flags, read_toml, refuse
 from gpt.errors import InputError, IntegrityError, ResourceError, ignore_write_errors, note, say, tell
@@ -66,7 +66,7 @@ def base_model(init: str | None, out: str) -> tuple[Path | None, dict[str, Any]]
     gone, a run in `out` that began with it continues: then there is no folder, and the architecture is the run's."""
     if not init:
         return None, {}
-    base = found_or_own(find_model, init, out)
+    base = found_or_own(find_model_folder, init, out)
     if isinstance(base, Checkpoint):
         return None, {name: base.state["config"][name] for name in ARCHITECTURE}
     return base, asdict(read_config(base)[0])
@@ -209,10 +209,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         return checkpoint
     if not is_folder(path):
         raise missing
-    checkpoint = verify_checkpoint(path.resolve())
-    if checkpoint.state is None:
-        raise IntegrityError(f"{path}: holds weights only, no trainer state; start from them with --init {path}")
-    return checkpoint
+    return verify_resumable(path.resolve())
 
 
 def check_settings(values: dict[str, Any], checkpoint: Checkpoint, accept: bool) -> None:

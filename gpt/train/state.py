@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from gpt.checkpoint.folder import OPTIMIZER, Checkpoint
-from gpt.checkpoint.weights import opened
+from gpt.checkpoint.read import OPTIMIZER, Checkpoint
+from gpt.checkpoint.weights import read_safetensors
 from gpt.errors import IntegrityError
 from gpt.model import GPT, REFERENCE, Ops
 from gpt.train.budget import Progress
@@ -40,8 +40,7 @@ def load_optimizer(optimizer: Optimizer, model: GPT, checkpoint: Checkpoint) -> 
     """Fills an optimizer's state from a checkpoint. Raises IntegrityError for a tensor that is missing, unknown or
     mis-shaped."""
     path = checkpoint.path / OPTIMIZER
-    with opened(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    tensors = read_safetensors(path)
     for name, parameter in model.named_parameters():
         rows = model.vocab_size if name == "token.weight" else len(parameter)
         state = {}

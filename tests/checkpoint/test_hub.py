@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from training_helpers import make_data, metrics, save_step, tiny_model, train_here
 
-from gpt.checkpoint.folder import find_model
+from gpt.checkpoint.read import find_model_folder
 from gpt.errors import InputError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -176,11 +176,11 @@ def test_a_hub_that_never_answers_is_given_up_and_the_cache_used(hub, processes,
 
 
 def fetch_impatiently(name):
-    """Print where a hub model lies; waits one second for the hub's answer instead of ten."""
-    from gpt.checkpoint import weights as interop
+    """Prints the folder of a hub model; waits one second for the hub's answer instead of ten."""
+    from gpt.checkpoint import hub
 
-    interop.HUB_SECONDS = 1
-    print(interop.fetch_from_hub(name))
+    hub.TIMEOUT_SECONDS = 1
+    print(hub.fetch_from_hub(name))
 
 
 def test_a_cache_without_the_weights_is_exit_5_when_the_hub_is_down(hub, sample, tmp_path):
@@ -195,9 +195,9 @@ def test_a_cache_without_the_weights_is_exit_5_when_the_hub_is_down(hub, sample,
 
 @pytest.mark.parametrize("name", ["out/mine", "no/such/folder", "../gpt2", "/absent", "-x", "", "gpt2\n", "a b"])
 def test_what_cannot_be_a_hub_name_is_never_looked_up(name, monkeypatch):
-    monkeypatch.setattr("gpt.checkpoint.weights.fetch_from_hub", lambda name: pytest.fail("looked up"))
+    monkeypatch.setattr("gpt.checkpoint.read.fetch_from_hub", lambda name: pytest.fail("looked up"))
     with pytest.raises(InputError):
-        find_model(name)
+        find_model_folder(name)
 
 
 def test_init_by_a_path_that_is_not_there_is_exit_2(tmp_path):

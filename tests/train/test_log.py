@@ -10,7 +10,7 @@ import sys
 import pytest
 from training_helpers import QUICK, ROOT, make_data, metrics, step_names, train_here
 
-from gpt.checkpoint.folder import verify_checkpoint
+from gpt.checkpoint.read import verify_checkpoint
 from gpt.errors import InputError, IntegrityError, NonFiniteError, ResourceError, Stopped, tell
 from gpt.train import log as log_module
 from gpt.train import metrics_file

@@ -17,7 +17,7 @@ from training_helpers import (
     train_here,
 )
 
-from gpt.checkpoint.folder import find_model, load_pretrained, verify_checkpoint
+from gpt.checkpoint.read import find_model_folder, load_pretrained, verify_checkpoint
 from gpt.text.corpus import Corpus
 from gpt.text.tokenizer import train_bpe
 from gpt.train.start import load_base
@@ -160,7 +160,7 @@ def test_fault_058_a_checkpoint_of_weights_alone_cannot_be_resumed(made, tmp_pat
     settings = ("--max_steps", "8", "--save_every", "2", "--keep_last", "3", "--eval_every", "0")
     assert train_here("tiny", "--data", made / "data", "--out", tmp_path / "run", *settings).code == 0
     kept = tmp_path / "run/step-000000004"
-    assert verify_checkpoint(kept).state is None
+    assert not verify_checkpoint(kept).state
     done = train_here("--resume", kept)
     assert done.code == 3
     assert done.last.startswith(f"error: {kept}: holds weights only") and f"--init {kept}" in done.last
@@ -373,7 +373,7 @@ def test_fault_079_a_shorter_context_is_cropped_and_said_and_a_longer_one_refuse
     tuned, tokenizer, _ = load_pretrained(tmp_path / "tuned")
     assert (tuned.config.block_size, tuned.position.weight.shape) == (16, (16, 32))
     base, _, _ = load_pretrained(run)
-    cropped, _ = load_base(find_model(run), str(run), 16, tokenizer)
+    cropped, _ = load_base(find_model_folder(run), str(run), 16, tokenizer)
     assert torch.equal(cropped.position.weight, base.position.weight[:16])
     ids = torch.arange(16)[None]
     with torch.no_grad():

@@ -16,7 +16,7 @@ import pytest
 import torch
 from training_helpers import optimizer_of, rewrite_manifest, save_step, snapshot, step_names, tiny_model
 
-from gpt.checkpoint.folder import load_pretrained, newest_checkpoint, verify_checkpoint
+from gpt.checkpoint.read import load_pretrained, newest_checkpoint, verify_checkpoint
 from gpt.errors import ResourceError
 from gpt.text.tokenizer import load_tokenizer
 from gpt.train.budget import Progress
@@ -144,7 +144,7 @@ def test_fault_046_retention_keeps_newest_best_and_every_nth_and_trainer_state_i
         saver.state.progress.evaluated(1.0 if step == 2 else 2.0)
         saver.save()
     assert step_names(out) == [f"step-{n:09d}" for n in (2, 4, 8, 9, 10, 11)]
-    with_state = [n for n in (2, 4, 8, 9, 10, 11) if verify_checkpoint(out / f"step-{n:09d}").state is not None]
+    with_state = [n for n in (2, 4, 8, 9, 10, 11) if verify_checkpoint(out / f"step-{n:09d}").state]
     assert with_state == [10, 11]
     assert [path.parent.parent.name[-2:] for path in sorted(out.glob("step-*/training/optimizer.safetensors"))] == [
         "10",
@@ -235,7 +235,7 @@ def test_a_trainer_state_dropped_halfway_is_dropped_at_the_next_save(tmp_path):
     rewrite_manifest(tmp_path / "step-000000001", files=weights_only)  # as a kill right after this leaves it
     apply_retention(tmp_path, 3, keep_last=3, keep_every=0)
     assert [path.name for path in (tmp_path / "step-000000001/training").iterdir()] == ["manifest.json"]
-    assert verify_checkpoint(tmp_path / "step-000000001").state is None
+    assert not verify_checkpoint(tmp_path / "step-000000001").state
 
 
 # ---- writing that fails

@@ -1,5 +1,6 @@
 """Checkpoints that are damaged or hostile: refused by name, the newest good one is found, no pickle is ever run."""
 
+import json
 import os
 import pickle
 import random
@@ -7,92 +8,24 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from checkpoint_helpers import FILES, assert_same_outputs, flip_a_bit, save, theirs_of
 from safetensors.torch import load_file, save_file
-from training_helpers import (
-    ROOT,
-    in_process,
-    make_data,
-    metrics,
-    optimizer_of,
-    rewrite_manifest,
-    save_step,
-    snapshot,
-    tiny_model,
-    train_here,
-)
+from training_helpers import ROOT, continue_run, in_process, make_data, metrics, rewrite_manifest, snapshot, train_here
 
 import sample
-from gpt.checkpoint import folder as checkpoints
-from gpt.checkpoint.folder import load_pretrained, newest_checkpoint, save_checkpoint, verify_checkpoint
+from gpt.checkpoint.read import find_model_folder, load_pretrained, newest_checkpoint, verify_checkpoint
 from gpt.errors import InputError, IntegrityError
-from gpt.text.tokenizer import load_tokenizer
+from gpt.text.huggingface import to_huggingface
+from gpt.text.tokenizer import load_tokenizer, train_bpe
 from gpt.train.saver import point
-from gpt.train.state import load_optimizer, optimizer_tensors
-
-FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "training/manifest.json",
-    "training/optimizer.safetensors",
-    "training/state.json",
-)
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    """A run of eight steps with checkpoints at 2, 4, 6 and 8, all kept whole; not to be changed."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    data = make_data(folder / "data", train_size=2000)
-    out = folder / "run"
-    settings = ("--max_steps", "8", "--save_every", "2", "--keep_last", "4", "--eval_every", "0")
-    done = train_here("tiny", "--data", data, "--out", out, *settings)
-    assert done.code == 0, done.stderr
-    return out
-
-
-@pytest.fixture
-def run(run_folder, tmp_path):
-    """A copy of that run, to be damaged. The settings and the data folder's place are the same."""
-    shutil.copytree(run_folder, tmp_path / "run", symlinks=True)
-    return tmp_path / "run"
-
-
-def continue_run(run, *flags):
-    """Go on with a copied run."""
-    data = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["data"]
-    return train_here("tiny", "--data", data, "--out", run, *flags)
-
-
-def test_fault_047_a_step_whose_partial_folder_is_there_is_saved_again(run):
-    partial = run / "step-000000010.tmp"
-    (partial / "training").mkdir(parents=True)
-    (partial / "model.safetensors").write_bytes(b"half")
-    damaged = run / "step-000000009"
-    damaged.mkdir()
-    done = continue_run(run, "--max_steps", "10", "--save_every", "1", "--eval_every", "0", "--keep_last", "9")
-    assert done.code == 0, done.stderr
-    assert {verify_checkpoint(run / f"step-{n:09d}").step for n in (9, 10)} == {9, 10}
-    assert not list(run.glob("*.tmp"))
-
 
 # ---- damage
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    place = random.Random(path.name).randrange(len(content))
-    content[place] ^= 1
-    path.write_bytes(content)
 
 
 def cut(path):
@@ -170,7 +103,7 @@ def test_fault_043_checkpoints_that_are_all_damaged_are_exit_3_and_never_a_silen
     before = snapshot(run)
     done = continue_run(run, "--max_steps", "9")
     assert done.code == 3
-    assert done.last.startswith(f"error: {run}: none of 4 checkpoints can be resumed; ")
+    assert done.last.startswith(f"error: {run}: none of 4 checkpoints can be used; ")
     assert done.stderr.count("warning: ") == 4
     assert snapshot(run) == before
     assert in_process(sample.main, "sample.py", run, "--prompt", "a").code == 3
@@ -199,20 +132,20 @@ def test_fault_045_a_bad_latest_txt_is_a_warning_and_the_newest_is_found(content
     if content is not None:
         (run / "latest.txt").write_bytes(content)
     assert newest_checkpoint(run).step == 8
-    assert re.search(r"warning: .*latest\.txt names no checkpoint; found step-000000008", capsys.readouterr().err)
+    assert re.search(r"warning: .*latest\.txt names no checkpoint; looking at all", capsys.readouterr().err)
 
 
 def test_fault_045_a_bad_best_txt_gives_the_newest(run):
     (run / "best.txt").write_text("/etc\n")
-    assert checkpoints.find_model(run).name == "step-000000008"
+    assert find_model_folder(run).name == "step-000000008"
 
 
 def test_a_damaged_best_checkpoint_gives_the_newest_with_a_warning(run, capsys):
     point(run, "best", run / "step-000000004")
-    assert checkpoints.find_model(run).name == "step-000000004"
+    assert find_model_folder(run).name == "step-000000004"
     cut(run / "step-000000004/config.json")
-    assert checkpoints.find_model(run).name == "step-000000008"
-    assert "trying the newest checkpoint" in capsys.readouterr().err
+    assert find_model_folder(run).name == "step-000000008"
+    assert "trying step-000000008" in capsys.readouterr().err
 
 
 def test_a_damaged_best_checkpoints_weights_are_never_handed_out(run, capsys):
@@ -224,7 +157,7 @@ def test_a_damaged_best_checkpoints_weights_are_never_handed_out(run, capsys):
     model, _, _ = load_pretrained(run)
     newest, best = (load_pretrained(without_manifest(run / f"step-00000000{n}"))[0] for n in (8, 4))
     assert same_weights(model, newest) and not same_weights(model, best)
-    assert "step-000000004/model.safetensors: sha256 mismatch; trying the newest" in capsys.readouterr().err
+    assert "step-000000004/model.safetensors: sha256 mismatch; trying step-000000008" in capsys.readouterr().err
 
 
 def without_manifest(folder):
@@ -266,26 +199,6 @@ def test_a_damaged_file_is_said_to_be_damaged_whatever_reading_it_runs_into(run)
         load_pretrained(without_manifest(folder))
 
 
-def test_loading_leaves_torchs_number_of_threads_alone_even_two_at_once(run_folder, one_thread):
-    torch.set_num_threads(3)
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(load_pretrained, [run_folder / "step-000000008"] * 4))
-    load_pretrained(run_folder / "step-000000008")
-    assert torch.get_num_threads() == 3
-
-
-def test_loading_a_model_does_not_import_the_compiler(run_folder):
-    code = (
-        "import sys; from gpt.checkpoint.folder import load_pretrained as load; load(sys.argv[1]); print(*sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, run_folder], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    loaded = set(done.stdout.split())
-    assert "gpt.checkpoint.folder" in loaded
-    assert not loaded & {"sympy", "torch._dynamo", "torch._inductor", "torch.fx.experimental.symbolic_shapes"}
-
-
 def test_fault_048_a_newer_format_is_refused_with_both_numbers(run):
     rewrite_manifest(run / "step-000000008", format_version=3)
     with pytest.raises(IntegrityError, match="checkpoint format 3, this program reads up to 1"):
@@ -316,46 +229,61 @@ def test_a_manifest_with_entries_of_another_kind_is_an_integrity_error(files, ru
         verify_checkpoint(run / "step-000000008")
 
 
-# ---- the optimizer's state
+# ---- loading
 
 
-def test_the_optimizers_state_comes_back_bit_for_bit_without_the_padding(tmp_path):
-    model = tiny_model()
-    optimizer = optimizer_of(model)
-    tensors, about = optimizer_tensors(model, optimizer), {"dataset": {}}
-    folder = save_checkpoint(tmp_path, 1, model, load_tokenizer("byte"), tensors, {"progress": {}}, {}, about)
-    assert load_file(folder / "training/optimizer.safetensors")["exp_avg.token.weight"].shape == (257, 16)
-    loaded, _, _ = load_pretrained(folder)
-    other = optimizer_of(loaded, seed=9)
-    load_optimizer(other, loaded, verify_checkpoint(folder))
-    for ours, theirs in zip(model.parameters(), loaded.parameters(), strict=True):
-        for key, value in optimizer.state[ours].items():
-            kept = value[:257] if value.shape == (320, 16) else value
-            assert torch.equal(other.state[theirs][key][: len(kept)] if kept.dim() else other.state[theirs][key], kept)
+def test_loading_leaves_torchs_number_of_threads_alone_even_two_at_once(run_folder, one_thread):
+    torch.set_num_threads(3)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(load_pretrained, [run_folder / "step-000000008"] * 4))
+    load_pretrained(run_folder / "step-000000008")
+    assert torch.get_num_threads() == 3
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda v: v.pop("exp_avg.ln_f.bias"), r"exp_avg\.ln_f\.bias is missing"),
-        (lambda v: v.update(extra=torch.zeros(1)), "extra is unknown"),
-        (
-            lambda v: v.update({"exp_avg.ln_f.bias": torch.zeros(15)}),
-            r"exp_avg\.ln_f\.bias is \(15,\), model wants \(16,\)",
-        ),
-        (lambda v: v.update({"step.ln_f.bias": torch.zeros(2)}), r"step\.ln_f\.bias is \(2,\), model wants \(\)"),
-        (lambda v: v.update({"exp_avg.ln_f.bias": torch.tensor(0.0)}), r"exp_avg\.ln_f\.bias is \(\), model wants"),
-    ],
-)
-def test_fault_049_an_optimizer_state_that_does_not_fit_is_refused_by_name(change, message, tmp_path):
-    model = tiny_model()
-    folder = save_step(tmp_path, 1, model)
-    values = load_file(folder / "training/optimizer.safetensors")
-    change(values)
-    save_file(values, folder / "training/optimizer.safetensors")
-    unchecked = checkpoints.Checkpoint(folder, 1, {}, {})
-    with pytest.raises(IntegrityError, match=message):
-        load_optimizer(optimizer_of(model), model, unchecked)
+def test_loading_a_model_does_not_import_the_compiler(run_folder):
+    code = "import sys; from gpt.checkpoint.read import load_pretrained as load; load(sys.argv[1]); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, run_folder], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    assert "gpt.checkpoint.read" in loaded
+    assert not loaded & {"sympy", "torch._dynamo", "torch._inductor", "torch.fx.experimental.symbolic_shapes"}
+
+
+def test_a_vocabulary_padded_beyond_the_tokenizer_is_cropped(byte, tmp_path):
+    theirs = theirs_of(byte, tmp_path, vocab_size=320)
+    ours, tokenizer, _ = load_pretrained(tmp_path)
+    assert ours.vocab_size == tokenizer.vocab_size == 257
+    assert_same_outputs(ours, theirs, 257)
+    again = save(ours, tokenizer, tmp_path / "run")
+    assert load_file(again / "model.safetensors")["transformer.wte.weight"].shape == (257, 32)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(byte, tmp_path):
+    theirs_of(byte, tmp_path, vocab_size=200, bos_token_id=0, eos_token_id=0)
+    with pytest.raises(IntegrityError, match="the tokenizer has 257 ids, the model 200"):
+        load_pretrained(tmp_path)
+
+
+def test_vocab_json_and_merges_txt_do_instead_of_tokenizer_json(tmp_path):
+    tokenizer = train_bpe(["the cat sat on the mat " * 50], 265)
+    theirs_of(tokenizer, tmp_path)
+    model = to_huggingface(tokenizer.vocabulary)[0]["model"]
+    shutil.move(tmp_path / "tokenizer.json", tmp_path / "old")
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *model["merges"], ""]), encoding="utf-8")
+    assert load_pretrained(tmp_path)[1].identity == tokenizer.identity
+
+
+def test_weights_of_gpt2s_vocabulary_without_any_tokenizer_get_gpt2s(bpe_cache, tmp_path, capsys):
+    gpt2 = load_tokenizer("gpt2")
+    theirs_of(gpt2, tmp_path, vocab_size=50304, n_embd=8)
+    for path in tmp_path.glob("tokenizer*"):
+        path.unlink()
+    model, tokenizer, _ = load_pretrained(tmp_path)
+    assert (tokenizer.identity, model.vocab_size) == (gpt2.identity, 50257)
+    assert "assuming gpt2's" in capsys.readouterr().err
 
 
 # ---- hostile files

@@ -1,0 +1,44 @@
+"""Models on the Hugging Face hub, downloaded into its cache."""
+
+import functools
+import os
+import re
+from pathlib import Path
+
+from gpt.checkpoint.weights import INDEX, TOKENIZER_FILES
+from gpt.errors import InputError, ResourceError
+
+NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?\Z")
+FILES = ["*.safetensors", INDEX, "config.json", "generation_config.json", *TOKENIZER_FILES]
+TIMEOUT_SECONDS = 10  # for the hub's first answer
+
+
+def is_hub_name(text: str) -> bool:
+    """Returns whether `text` can name a model on the hub: "gpt2", "org/name". Paths in out/ are run folders."""
+    return bool(NAME.match(text)) and not text.startswith("out/")
+
+
+def fetch_from_hub(name: str) -> Path:
+    """Returns the local folder of a model on the hub. Downloads it over https into Hugging Face's cache; without a
+    connection, uses what the cache holds. Raises InputError for an unknown name, ResourceError if neither works."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+
+    unknown = InputError(f"{name}: neither a folder here nor a model on the hub; check the name")
+    # The hub's `*` matches slashes too: ignore files in subfolders.
+    download = functools.partial(snapshot_download, name, allow_patterns=FILES, ignore_patterns=["*/*"])
+    try:
+        HfApi().model_info(name, timeout=TIMEOUT_SECONDS)  # snapshot_download alone waits forever for a silent hub
+        return Path(download(etag_timeout=TIMEOUT_SECONDS))
+    except HFValidationError:
+        raise unknown from None
+    except (HTTPError, OSError) as error:
+        problem = error
+    try:
+        return Path(download(local_files_only=True))
+    except OSError:
+        if isinstance(problem, RepositoryNotFoundError):
+            raise unknown from None
+        reason = str(problem).split("\n")[0]
+        raise ResourceError(f"{name}: not in the cache, and the hub cannot be reached ({reason}); go online") from None

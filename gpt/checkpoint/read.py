@@ -1,0 +1,226 @@
+"""Finds checkpoints, verifies them against their manifest, and loads model and tokenizer."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from gpt.checkpoint.hub import fetch_from_hub, is_hub_name
+from gpt.checkpoint.weights import TOKENIZER_FILES, load_model
+from gpt.errors import InputError, IntegrityError, ResourceError, note
+from gpt.files import STEP_FOLDER, inside, is_folder, read_json, read_pointer, sha256_of, step_folders, step_number
+from gpt.model import GPT
+from gpt.text.tokenizer import Tokenizer, load_tokenizer
+
+FORMAT_VERSION = 1
+MANIFEST = "training/manifest.json"
+OPTIMIZER = "training/optimizer.safetensors"
+STATE = "training/state.json"
+GPT2_VOCABULARIES = range(50257, 50305)  # GPT-2's size, and that padded to a multiple of 64
+THREADS_LOCK = threading.Lock()
+
+T = TypeVar("T")
+Loaded = tuple[GPT, Tokenizer, dict[str, Any]]
+
+
+# ---- verifying
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified step folder. `state` is the trainer's plain data, empty if the folder holds weights only."""
+
+    path: Path
+    step: int
+    manifest: dict[str, Any]
+    state: dict[str, Any]
+
+
+def verify_checkpoint(folder: Path, training: bool = True) -> Checkpoint:
+    """Checks every file of a step folder against its manifest and returns the Checkpoint. Without `training`, checks
+    only the size of the optimizer's state, which would take longer to hash than the rest. Raises IntegrityError."""
+    manifest = read_manifest(folder)
+    try:
+        for name, entry in manifest["files"].items():
+            check_file(folder, name, entry, hash_it=training or name != OPTIMIZER)
+    except OSError as error:
+        raise ResourceError(f"{error.filename}: {error.strerror}; make it readable") from None
+    resumable = {STATE, OPTIMIZER} <= manifest["files"].keys()
+    return Checkpoint(folder, manifest["step"], manifest, read_json(folder / STATE) or {} if resumable else {})
+
+
+def verify_resumable(folder: Path) -> Checkpoint:
+    """Returns verify_checkpoint(folder). Raises IntegrityError for a checkpoint that holds weights only."""
+    checkpoint = verify_checkpoint(folder)
+    if not checkpoint.state:
+        raise IntegrityError(f"{folder}: holds weights only, no trainer state; start from them with --init {folder}")
+    return checkpoint
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Returns the manifest of a step folder; does not check the files that it names. Raises IntegrityError."""
+    path = folder / MANIFEST
+    manifest = read_json(path)
+    if manifest is None:
+        raise IntegrityError(f"{folder}: no {MANIFEST}; use another checkpoint")
+    version, step, files = (manifest.get(name) for name in ("format_version", "step", "files"))
+    if version != FORMAT_VERSION:
+        raise IntegrityError(
+            f"{folder}: checkpoint format {version}, this program reads up to {FORMAT_VERSION}; update the program"
+        )
+    entries = files.values() if isinstance(files, dict) else [files]
+    if not isinstance(step, int) or not all(isinstance(entry, dict) for entry in entries):
+        raise IntegrityError(f"{path}: not a checkpoint manifest; use another checkpoint")
+    if sealed(manifest) != manifest:
+        raise IntegrityError(f"{path}: sha256 mismatch; use another checkpoint")
+    if STEP_FOLDER.match(folder.name) and step != step_number(folder):
+        raise IntegrityError(f"{folder}: its manifest is of step {step}; use another checkpoint")
+    return manifest
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Returns the manifest with the sha256 of its own content, which reveals a change of the manifest itself."""
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    return content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+
+
+def check_file(folder: Path, name: str, entry: dict[str, Any], hash_it: bool) -> None:
+    """Raises IntegrityError unless a file exists and has the size, and if `hash_it` the sha256, of its entry."""
+    path = inside(folder, name)
+    if not path.is_file():
+        raise IntegrityError(f"{path}: missing; restore it or use another checkpoint")
+    size = path.stat().st_size
+    if size != entry.get("size"):
+        raise IntegrityError(f"{path}: {size} bytes, manifest says {entry.get('size')}; use another checkpoint")
+    if hash_it and sha256_of(path) != entry.get("sha256"):
+        raise IntegrityError(f"{path}: sha256 mismatch; restore it or use another checkpoint")
+
+
+# ---- finding
+
+
+def newest_checkpoint(out: str | Path, resumable: bool = False) -> Checkpoint | None:
+    """Returns the newest valid Checkpoint of a run, or None if the run has no step folders. With `resumable`, passes
+    over checkpoints that hold weights only. Raises IntegrityError if no step folder is valid."""
+    folders = steps_of_run(out)
+    return first_valid(folders, verify_resumable if resumable else verify_checkpoint) if folders else None
+
+
+def find_model_folder(path: str | Path) -> Path:
+    """Returns the folder to load a model from: see candidates. Verifies a folder that has a manifest."""
+    return first_valid(candidates(path), verified)
+
+
+def candidates(path: str | Path) -> list[Path]:
+    """Returns the folders that a user may mean by a path or name, the preferred one first: a model folder itself, the
+    best and then the newest step folders of a run, the cached folder of a model on the hub."""
+    folder = Path(path)
+    if os.path.exists(folder / "config.json"):  # Path.exists raises for a name that is too long
+        return [folder.resolve()]
+    if is_folder(folder):
+        best = read_pointer(folder, "best")
+        steps = sorted(steps_of_run(folder), key=lambda step: step != best)
+        if not steps:
+            raise InputError(f"{path}: no checkpoint here; give a step folder, a run folder or a GPT-2 folder")
+        return steps
+    if os.path.exists(folder) or not is_hub_name(str(path)):
+        raise InputError(f"{path}: no such checkpoint folder; give a step folder, a run folder or a hub name")
+    return [fetch_from_hub(str(path))]
+
+
+def steps_of_run(out: str | Path) -> list[Path]:
+    """Returns the step folders of a run, newest first. Warns if latest.txt names none of them."""
+    folders = step_folders(out)
+    if folders and read_pointer(out, "latest") is None:
+        note("warning", f"{out}/latest.txt names no checkpoint; looking at all of them")
+    return folders
+
+
+def first_valid(folders: list[Path], use: Callable[[Path], T]) -> T:
+    """Returns use(folder) of the first folder for which it raises no IntegrityError, and warns of those before. Raises
+    IntegrityError if it raises for all."""
+    if len(folders) == 1:
+        return use(folders[0])
+    for folder, following in zip_longest(folders, folders[1:]):
+        try:
+            return use(folder)
+        except IntegrityError as error:
+            problem = str(error).split(";")[0]
+            note("warning", f"{problem}; trying {following.name}" if following else problem)
+    raise IntegrityError(
+        f"{folders[0].parent}: none of {len(folders)} checkpoints can be used; restore one, or start anew with another "
+        "--out (--init takes weights alone)"
+    )
+
+
+def verified(folder: Path) -> Path:
+    if (folder / MANIFEST).exists():
+        verify_checkpoint(folder, training=False)
+    return folder
+
+
+# ---- loading
+
+
+def load_pretrained(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", together: bool = False
+) -> Loaded:
+    """Finds, verifies and loads a model: returns (GPT, Tokenizer, content of generation_config.json). `path` is a
+    folder or a hub name, see candidates; the other arguments are those of load_model."""
+    load = functools.partial(load_verified, dtype=dtype, device=device, together=together)
+    return first_valid(candidates(path), load)
+
+
+def load_verified(folder: Path, **options: Any) -> Loaded:
+    """Returns load_folder(folder, **options). Verifies a folder that has a manifest while it is read."""
+    if not (folder / MANIFEST).exists():
+        return load_folder(folder, **options)
+    with ThreadPoolExecutor(1) as pool, one_thread():
+        loaded = pool.submit(load_folder, folder, **options)
+        verify_checkpoint(folder, training=False)  # names a damaged file before the error of reading it
+        return loaded.result()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Within this context torch uses one thread: a second would wait for a core that hashes files. The setting belongs
+    to the process, so one caller at a time has this context."""
+    with THREADS_LOCK:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def load_folder(folder: Path, **options: Any) -> Loaded:
+    """Returns what load_pretrained returns, for a folder that find_model_folder has found and verified."""
+    model = load_model(folder, **options)
+    tokenizer = tokenizer_of(folder, model.vocab_size)
+    if model.vocab_size < tokenizer.vocab_size:
+        raise IntegrityError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}; "
+            "they do not belong together"
+        )
+    model.vocab_size = tokenizer.vocab_size
+    model.token.weight.detach()[tokenizer.vocab_size :] = 0  # padding of the vocabulary that some checkpoints store
+    return model, tokenizer, read_json(folder / "generation_config.json") or {}
+
+
+def tokenizer_of(folder: Path, vocab_size: int) -> Tokenizer:
+    """Returns the Tokenizer in a model folder; GPT-2's if the folder has none and GPT-2's vocabulary size."""
+    if vocab_size not in GPT2_VOCABULARIES or any((folder / name).exists() for name in TOKENIZER_FILES):
+        return load_tokenizer(folder)
+    note("info", f"{folder} holds no tokenizer; assuming gpt2's")
+    return load_tokenizer("gpt2")
