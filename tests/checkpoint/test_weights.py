@@ -302,11 +302,12 @@ def test_fault_107_a_file_cut_in_its_header_is_an_integrity_error(length, tmp_pa
         read_safetensors(tmp_path / "x.safetensors")
 
 
-def test_fault_107_ten_thousand_mutated_headers_are_read_or_refused(tmp_path):
+@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_fault_107_mutated_headers_are_read_or_refused(count, tmp_path):
     choose, path = random.Random(0), tmp_path / "x.safetensors"
     entries = {"__metadata__": {"format": "pt"}, "a": tensor_entry(), "b": tensor_entry(4, 16, (3, 2), "BF16")}
     header, read = json.dumps(entries).encode(), 0
-    for _ in range(10_000):
+    for _ in range(count):
         mutated = bytearray(header)
         for _ in range(choose.randint(1, 3)):
             start = choose.randrange(len(mutated))
@@ -315,4 +316,4 @@ def test_fault_107_ten_thousand_mutated_headers_are_read_or_refused(tmp_path):
         write_safetensors(path, bytes(mutated), b"0" * 16)
         with contextlib.suppress(IntegrityError):
             read += len(read_safetensors(path)) > 0
-    assert 0 < read < 10_000
+    assert 0 < read < count
