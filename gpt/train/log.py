@@ -155,14 +155,14 @@ class Recorder:
             self.recent.append(loss)
 
     def write(self, record: dict) -> None:
-        """Adds speed and time to a record of a step, and logs it."""
+        """Adds the training time, and the speed if a step was made, to a record and logs it."""
         if "loss" in record:
             seconds = self.progress.train_seconds - self.logged_seconds
             speed = (record["tokens"] - self.logged_tokens) / seconds if seconds else 0.0
             mfu = speed * self.flops_per_token / self.peak if self.peak else 0.0
             self.logged_tokens, self.logged_seconds = record["tokens"], self.progress.train_seconds
             record["tok_per_s"], record["mfu"] = round(speed, 1), round(mfu, 4)
-            record["train_seconds"] = round(self.logged_seconds, 3)
+        record["train_seconds"] = round(self.progress.train_seconds, 3)
         if self.log:
             self.log.write(record, self.budget.total_steps(self.progress))
 

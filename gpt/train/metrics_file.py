@@ -3,6 +3,8 @@
 import json
 import math
 import os
+from pathlib import Path
+from typing import Any
 
 from gpt.errors import ResourceError, note
 from gpt.files import no_link, write_durably
@@ -65,21 +67,21 @@ class MetricsFile:
         self.file.close()
 
 
-def logged_evaluation(out, step):
-    """The validation loss that the metrics of a run have for a step, or None."""
+def logged_evaluation(out: Path, step: int) -> float | None:
+    """Returns the validation loss that the metrics of a run have for a step, or None."""
     path = out / METRICS
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    losses = [json.loads(line).get("val_loss") for line in lines if step_of(line) == step]
+    losses = [record.get("val_loss") for record in map(parse_record, lines) if record and record["step"] == step]
     return losses[-1] if losses else None
 
 
-def cut_metrics(path, step):
-    """Drop the lines beyond `step`, and an unfinished last one: an interrupted run may have got further than its last
-    checkpoint. Returns the last line that stays, or ""."""
+def cut_metrics(path: Path, step: int) -> str:
+    """Removes the lines beyond `step`, which an interrupted run may have written after its last checkpoint, and an
+    unfinished last one. Returns the last line that stays, or ""."""
     if not path.exists():
         return ""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # the last is empty, or torn
-    kept = [line for line in lines[:-1] if step_of(line) <= step]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # the last is empty, or unfinished
+    kept = [line for line in lines[:-1] if (record := parse_record(line)) and record["step"] <= step]
     if kept != lines[:-1] or lines[-1]:
         write_durably(path, "".join(line + "\n" for line in kept))
     return kept[-1] if kept else ""
@@ -90,17 +92,11 @@ def finite_or_none(value):
     return value if math.isfinite(value) else None
 
 
-def record_of(line):
-    """The record in a line of metrics.jsonl, or None if there is none: it is damaged, or has no step."""
+def parse_record(line: str) -> dict[str, Any] | None:
+    """Returns the record in a line of metrics.jsonl, or None for a damaged line or one without a step."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
     is_record = isinstance(record, dict) and type(record.get("step")) is int and record["step"] in range(1 << 53)
     return record if is_record else None
-
-
-def step_of(line):
-    """The step of a line of metrics.jsonl; infinity if it is none."""
-    record = record_of(line)
-    return math.inf if record is None else record["step"]

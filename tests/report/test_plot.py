@@ -1,4 +1,4 @@
-"""Curves of runs: what is read from a run folder, the numbers of the table, the picture, drawing while a run trains."""
+"""The command: the table, the picture; and the picture that is drawn while a run trains."""
 
 import errno
 import json
@@ -10,44 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from report_helpers import FAST, SLOW, make_run
 from training_helpers import DRAW, in_process, make_data, train_here
 
-from gpt.config import fields, to_toml
+from gpt.config import fields
 from gpt.report import plot
-from gpt.report.metrics import Point, differing, is_finite, loss_of_all, read_histories
-from gpt.report.plot import PlotConfig, RunPicture, report, running_mean
+from gpt.report.metrics import read_histories
+from gpt.report.plot import PlotConfig, RunPicture, table
 from gpt.train import log
 from gpt.train.log import Log
-from gpt.train.metrics_file import step_of
-
-FAST = [  # evaluated every 20 steps of 100 tokens
-    {"step": 0, "tokens": 0, "val_loss": 5.0},
-    {"step": 10, "tokens": 1000, "loss": 4.0, "train_seconds": 10.0},
-    {"step": 20, "tokens": 2000, "loss": 3.5, "train_seconds": 20.0, "val_loss": 3.6},
-    {"step": 30, "tokens": 3000, "loss": 3.1, "train_seconds": 30.0},
-    {"step": 40, "tokens": 4000, "loss": 3.0, "train_seconds": 41.5, "val_loss": 3.2},
-    {"step": 60, "tokens": 6000, "loss": 2.9, "train_seconds": 1060.0, "val_loss": 3.3},
-]
-SLOW = [
-    {"step": 0, "tokens": 0, "val_loss": 5.1},
-    {"step": 10, "tokens": 2000, "loss": 4.2, "train_seconds": 30.0, "val_loss": 4.1},
-    {"step": 20, "tokens": 4000, "loss": 3.6, "train_seconds": 61.5, "val_loss": 3.4},
-]
-
-
-def make_run(folder, records, **settings):
-    """A run folder with these metrics (records, or the bytes of the file) and these settings; returns its path."""
-    folder.mkdir(parents=True)
-    text = records if isinstance(records, bytes) else "".join(json.dumps(r) + "\n" for r in records).encode()
-    (folder / "metrics.jsonl").write_bytes(text)
-    if settings:
-        (folder / "config.toml").write_text("# a comment\n" + to_toml(settings), encoding="utf-8")
-    return folder
-
-
-def history_of(folder, records):
-    [history] = read_histories([make_run(folder, records)])
-    return history
 
 
 @pytest.fixture
@@ -62,106 +33,16 @@ def plot_here(*args):
     return in_process(plot.main, "plot", *args)
 
 
-# ---- what is read
-
-
-def test_a_point_has_what_its_line_has(tmp_path):
-    assert history_of(tmp_path / "run", FAST).points[:3] == [
-        Point(0, 0, 0.0, None, 5.0),
-        Point(10, 1000, 10.0, 4.0, None),
-        Point(20, 2000, 20.0, 3.5, 3.6),
-    ]
-
-
-def test_an_evaluation_without_a_time_has_it_from_its_neighbours_in_proportion(tmp_path):
-    records = [
-        {"step": 4, "tokens": 40, "val_loss": 5.0},
-        {"step": 10, "tokens": 100, "loss": 4.0, "train_seconds": 20.0},
-        {"step": 12, "tokens": 120, "val_loss": 4.0},
-        {"step": 20, "tokens": 200, "loss": 3.0, "train_seconds": 30.0},
-        {"step": 22, "tokens": 220, "val_loss": 3.0},
-    ]
-    seconds = [point.seconds for point in history_of(tmp_path / "run", records).points]
-    assert seconds == pytest.approx([8.0, 20.0, 22.0, 30.0, 33.0])
-
-
-def test_a_run_that_was_only_evaluated_has_no_times(tmp_path):
-    history = history_of(tmp_path / "run", [{"step": 0, "tokens": 0, "val_loss": 5.0}, {"step": 9, "val_loss": 4.0}])
-    assert history.points == [Point(0, 0, 0.0, None, 5.0), Point(9, None, None, None, 4.0)]
-    assert history.curve("val_loss", "step") == ([0, 9], [5.0, 4.0])
-    assert history.curve("val_loss", "seconds") == ([0.0], [5.0])
-    assert history.curve("loss", "step") == ([], [])
-
-
-def test_where_steps_fall_back_what_was_written_later_holds(tmp_path):
-    def record(step, **more):
-        return {"step": step, "tokens": 10 * step} | more
-
-    records = [
-        record(1, loss=5.0),
-        record(2, loss=4.0),
-        record(3, loss=9.0),
-        record(2, val_loss=4.5),  # the same step, made up for after a restart
-        record(3, loss=3.0),
-    ]
-    points = history_of(tmp_path / "run", records).points
-    assert [(point.step, point.loss, point.val_loss) for point in points] == [(1, 5, None), (2, 4, 4.5), (3, 3, None)]
-
-
-@pytest.mark.parametrize("torn", [b'{"step": 2, "lo', b"\x00\x00\x00", b"\xff"])
-def test_fault_041_an_unfinished_last_line_is_passed_over_in_silence(tmp_path, torn, capsys):
-    history = history_of(tmp_path / "run", b'{"step": 1, "tokens": 5, "loss": 2.5}\n' + torn)
-    assert [point.step for point in history.points] == [1]
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(
-    "bad", [b"7", b"[]", b"{}", b"\xff\xfe", b"\x00", b'{"step": -1}', b'{"step": "2"}', b"[" * 9999]
-)
-def test_damaged_lines_are_passed_over_with_one_warning(tmp_path, bad, capsys):
-    text = b'{"step": 1, "loss": 2.5}\n' + bad + b"\n" + bad + b'\n\n{"step": 3, "loss": 1.5}\n'
-    assert history_of(tmp_path / "run", text).curve("loss", "step") == ([1, 3], [2.5, 1.5])
-    assert re.fullmatch(r"warning: .*metrics\.jsonl: damaged lines passed over: 2\n", capsys.readouterr().err)
-
-
-def test_values_that_are_no_finite_numbers_leave_gaps(tmp_path):
-    text = b'{"step": 1, "loss": 5}\n{"step": 2, "loss": null}\n{"step": 3, "loss": NaN, "val_loss": Infinity}\n'
-    text += (
-        b'{"step": 4, "loss": "2", "val_loss": true}\n{"step": 5, "loss": 1'
-        + b"0" * 400
-        + b'}\n{"step": 6, "loss": 4}\n'
-    )
-    history = history_of(tmp_path / "run", text)
-    assert history.curve("loss", "step") == ([1, 6], [5, 4])
-    assert history.evaluations() == []
-    assert not is_finite(None)
-
-
-def test_the_step_of_a_line_that_is_none_is_beyond_all_others():
-    assert step_of('{"step": 7}') == 7
-    assert step_of('{"step": "7"}') == step_of("") == step_of('{"step": 1e9}') == float("inf")
-
-
-# ---- what is told
-
-
-def test_the_best_loss_is_the_lowest_after_the_first_step_and_the_first_of_equals(tmp_path):
-    def history(name, losses):
-        return history_of(tmp_path / name, [{"step": n, "val_loss": loss} for n, loss in enumerate(losses)])
-
-    assert history("a", [1.0, 3.0, 2.0, 2.0, 4.0]).best().step == 2
-    assert history("b", [1.0]).best() is None
-    assert history("c", []).best() is None
+# ---- the table
 
 
 def test_the_table_has_the_numbers_counted_by_hand(two):
-    fast, slow = report(read_histories(two), 3.4)[1:3]
+    fast, slow = table(read_histories(two), 3.4)[1:3]
     assert fast.split() == ["fast", "60", "6,000", "1,060.0", "3.3000", "3.2000", "40", "41.5", "4,000"]
     assert slow.split() == ["slow", "20", "4,000", "61.5", "3.4000", "3.4000", "20", "61.5", "4,000"]
 
 
 def test_the_loss_to_reach_is_the_worst_of_the_best_ones_unless_given(two):
-    assert loss_of_all(read_histories(two)) == 3.4
     assert "seconds to 3.4000  tokens to 3.4000" in plot_here(*two, "--out", two[0] / "x.png").stdout
     heading, fast, slow = plot_here(*two, "--loss", 3.3, "--out", two[0] / "x.png").stdout.splitlines()[:3]
     assert "seconds to 3.3000" in heading
@@ -171,8 +52,7 @@ def test_the_loss_to_reach_is_the_worst_of_the_best_ones_unless_given(two):
 
 
 def test_the_settings_that_differ_are_told_and_no_others(two):
-    assert differing(read_histories(two)) == {"lr": [1e-3, 6e-4], "max_steps": [60, 20], "optimizer": ["muon", None]}
-    rows = [line.split() for line in report(read_histories(two), 3.4)[4:]]
+    rows = [line.split() for line in table(read_histories(two), 3.4)[4:]]
     assert rows == [
         ["setting", "fast", "slow"],
         ["lr", "0.001", "0.0006"],
@@ -181,25 +61,14 @@ def test_the_settings_that_differ_are_told_and_no_others(two):
     ]
 
 
-def test_a_run_without_readable_settings_differs_in_none(two, capsys):
-    (two[1] / "config.toml").write_bytes(b"lr = \xff")
-    histories = read_histories(two)
-    assert "config.toml" in capsys.readouterr().err
-    assert report(histories, 3.4)[-1] == "no setting differs"
-    (two[1] / "config.toml").unlink()
-    assert differing(read_histories(two)) == {}
-    assert capsys.readouterr().err == ""
-
-
-def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
-    folders = [make_run(tmp_path / name / "run", FAST) for name in ("a", "b")]
-    assert [history.name for history in read_histories(folders)] == [str(folder) for folder in folders]
-    assert read_histories([folders[0] / ".." / "run"])[0].name == "run"
+def test_runs_with_the_same_settings_say_so(two):
+    (two[1] / "config.toml").write_bytes((two[0] / "config.toml").read_bytes())
+    assert table(read_histories(two), 3.4)[-1] == "no setting differs"
 
 
 def test_a_run_without_validation_has_dashes(tmp_path):
     only_trained = make_run(tmp_path / "run", [{"step": 5, "tokens": 50, "loss": 2.0, "train_seconds": 1.0}])
-    assert report(read_histories([only_trained]), None)[1].split() == ["run", "5", "50", "1.0", "-", "-", "-"]
+    assert table(read_histories([only_trained]), None)[1].split() == ["run", "5", "50", "1.0", "-", "-", "-"]
 
 
 # ---- the picture
@@ -298,13 +167,10 @@ def test_a_run_without_numbers_is_refused_alone_and_warned_of_among_others(tmp_p
 def test_a_long_run_is_drawn_behind_its_running_mean_and_from_below_its_first_fall(tmp_path, drawn):
     records = [{"step": n, "loss": 10.0 if n < 4 else 3.0 + n % 2, "tokens": n} for n in range(120)]
     assert plot_here(make_run(tmp_path / "run", records)).code == 0
-    _, mean = lines_of(drawn[0])
+    _, mean = lines_of(drawn[0])  # over three neighbours, at the middle one
+    assert mean[0] == (1, pytest.approx((10.0 * 3) / 3))
     assert mean[50] == (51, pytest.approx(sum(3.0 + n % 2 for n in (50, 51, 52)) / 3))
     assert 4.0 < drawn[0].axes[0].get_ylim()[1] < 4.2
-
-
-def test_the_running_mean_stands_at_the_middle_of_what_it_is_taken_from():
-    assert running_mean([1, 2, 4, 8, 9], [6.0, 0.0, 3.0, 9.0, 0.0], 3) == ([2, 4, 8], [3.0, 4.0, 4.0])
 
 
 def test_fault_041_a_picture_that_cannot_be_written_leaves_the_one_before(two, drawn, monkeypatch):
@@ -327,15 +193,15 @@ def test_fault_041_a_picture_that_cannot_be_written_leaves_the_one_before(two, d
     ("words", "message"),
     [
         ([], "no run is given"),
-        (["nowhere"], "nowhere: no such folder"),
-        (["."], r"metrics\.jsonl: no such file; give the folder of a run"),
+        (["nowhere"], r"nowhere: no metrics\.jsonl there; give the folder of a run"),
+        (["."], r"\.: no metrics\.jsonl there"),
         (["fast", "--out", "x.gif"], r"'x\.gif' must end in \.png, \.svg, \.pdf"),
-        (["fast", "--out", "no/x.png"], "there is no folder no"),
-        (["fast", "--out", "folder.png"], r"folder\.png: a folder"),
+        (["fast", "--out", "no/x.png"], r"no/x\.png: must be a file in an existing folder"),
+        (["fast", "--out", "folder.png"], r"folder\.png: must be a file"),
         (["fast", "--loss", "nan"], "--loss: must be a finite float"),
         (["fast", "--loss", "-1"], "must be 0 or more"),
         (["fast", "--y", "3"], "unknown option --y"),
-        (["x" * 10_000], "no such folder"),
+        (["x" * 10_000], "give the folder of a run"),
     ],
 )
 def test_what_cannot_be_drawn_is_exit_2(two, tmp_path, monkeypatch, words, message):
@@ -427,7 +293,7 @@ def test_a_run_that_ends_before_an_evaluation_is_drawn_too(tmp_path, drawing):
     check_png(tmp_path / "out/loss.png")
 
 
-def test_fault_037_a_picture_that_cannot_be_drawn_is_one_warning(data, tmp_path, drawing, monkeypatch):
+def test_a_picture_that_cannot_be_drawn_is_one_warning(data, tmp_path, drawing, monkeypatch):
     (tmp_path / "out/loss.png").mkdir(parents=True)
     monkeypatch.setattr(log, "SECONDS_BETWEEN_DRAWINGS", 0)
     run = train_here("tiny", "--data", data, "--out", tmp_path / "out", *SHORT, "--max_steps", 6)
