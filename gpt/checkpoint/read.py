@@ -89,7 +89,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Returns the manifest with the sha256 of its own content, which reveals a change of the manifest itself."""
+    """Returns the manifest with a sha256 of its other entries, so that a change of the manifest is noticed too."""
     content = {name: value for name, value in manifest.items() if name != "sha256"}
     return content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
@@ -117,13 +117,14 @@ def newest_checkpoint(out: str | Path, resumable: bool = False) -> Checkpoint | 
 
 
 def find_model_folder(path: str | Path) -> Path:
-    """Returns the folder to load a model from: see candidates. Verifies a folder that has a manifest."""
+    """Returns the folder of the model that a user names, see candidates; verifies it if it has a manifest. Unlike
+    load_pretrained, does not read the model."""
     return first_valid(candidates(path), verified)
 
 
 def candidates(path: str | Path) -> list[Path]:
-    """Returns the folders that a user may mean by a path or name, the preferred one first: a model folder itself, the
-    best and then the newest step folders of a run, the cached folder of a model on the hub."""
+    """Returns the folders to try for a path or name, the best choice first: the model folder itself; of a run folder
+    the best step folder, then the others from the newest; of a hub name the folder in the cache."""
     folder = Path(path)
     if os.path.exists(folder / "config.json"):  # Path.exists raises for a name that is too long
         return [folder.resolve()]
@@ -147,8 +148,8 @@ def steps_of_run(out: str | Path) -> list[Path]:
 
 
 def first_valid(folders: list[Path], use: Callable[[Path], T]) -> T:
-    """Returns use(folder) of the first folder for which it raises no IntegrityError, and warns of those before. Raises
-    IntegrityError if it raises for all."""
+    """Returns use(folder) of the first folder for which `use` raises no IntegrityError; each error before is a warning.
+    Raises IntegrityError if all fail."""
     if len(folders) == 1:
         return use(folders[0])
     for folder, following in zip_longest(folders, folders[1:]):
@@ -164,6 +165,7 @@ def first_valid(folders: list[Path], use: Callable[[Path], T]) -> T:
 
 
 def verified(folder: Path) -> Path:
+    """Returns `folder`; verifies it first if it has a manifest."""
     if (folder / MANIFEST).exists():
         verify_checkpoint(folder, training=False)
     return folder
@@ -205,7 +207,7 @@ def one_thread() -> Iterator[None]:
 
 
 def load_folder(folder: Path, **options: Any) -> Loaded:
-    """Returns what load_pretrained returns, for a folder that find_model_folder has found and verified."""
+    """Returns what load_pretrained returns, but takes a folder from find_model_folder and does not verify it again."""
     model = load_model(folder, **options)
     tokenizer = tokenizer_of(folder, model.vocab_size)
     if model.vocab_size < tokenizer.vocab_size:

@@ -61,7 +61,7 @@ def huggingface_name(name: str) -> str:
 
 
 def as_stored(model: GPT, name: str, parameter: Tensor) -> Tensor:
-    """Returns a view of a parameter in Hugging Face's layout: without padding of the vocabulary, matrices (in, out)."""
+    """Returns a view of parameter `name` in Hugging Face's layout: without padding rows, matrices as (in, out)."""
     if name == "token.weight":
         return parameter[: model.vocab_size]
     return parameter.t() if name.endswith(TRANSPOSED) else parameter
@@ -130,8 +130,8 @@ def weights_hash(folder: Path) -> str:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a file, mapped into memory: values are read at their first use. Raises IntegrityError if
-    the file is missing or malformed, also where safetensors itself is patient: a huge header, a name given twice."""
+    """Returns the tensors of a file, mapped into memory: values are read at their first use. Raises IntegrityError for
+    a missing or malformed file. Unlike safetensors, refuses a huge header and a name that is given twice."""
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -172,7 +172,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, int]:
         raise InputError(f"{folder}: no config.json; give a GPT-2 checkpoint folder, a run folder or a hub name")
     for name, wanted in GPT2_ONLY.items():
         if values.get(name, wanted) not in (wanted, EQUIVALENT.get(name, wanted)):
-            raise other_architecture(folder, name, values[name], repr(wanted))
+            raise InputError(f"{folder}: {name} is {values[name]!r}, GPT-2 has {wanted!r}; use another model")
     try:
         config = ModelConfig(
             n_layer=int(values["n_layer"]),
@@ -185,22 +185,17 @@ def read_config(folder: Path) -> tuple[ModelConfig, int]:
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise IntegrityError(f"{folder}/config.json: not a GPT-2 configuration ({error!r}); restore it") from None
     if values.get("n_inner") not in (None, 4 * config.n_embd):
-        raise other_architecture(folder, "n_inner", values["n_inner"], "4 * n_embd")
+        raise InputError(f"{folder}: n_inner is {values['n_inner']}, GPT-2 has 4 * n_embd; use another model")
     return config, vocab_size
-
-
-def other_architecture(folder: Path, name: str, value: Any, wanted: str) -> InputError:
-    """Returns the error for a setting of config.json that GPT-2 does not have."""
-    return InputError(f"{folder}: {name} is {value!r}, GPT-2 has {wanted}; this model cannot be used here")
 
 
 @torch.no_grad()
 def load_model(
     folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", together: bool = False
 ) -> GPT:
-    """Returns the GPT of a Hugging Face GPT-2 folder, which is not verified; see gpt.checkpoint.read for more. Its
-    weights are of type `dtype` on `device`. On a CPU, `together` puts them into one block of memory, which is faster to
-    read and can be freed only as a whole."""
+    """Returns the GPT of a Hugging Face GPT-2 folder, with weights of type `dtype` on `device`. On a CPU, `together`
+    puts the weights into one block of memory, which is faster to read and can be freed only as a whole. Does not verify
+    the folder: load_pretrained does."""
     config, vocab_size = read_config(folder)
     tensors = stored_weights(folder)
     # Even on the meta device 10^9 layers take hours to build, and torch cannot count the bytes of much larger tensors.
@@ -212,10 +207,9 @@ def load_model(
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     block = empty_together(shapes.values(), dtype) if together and torch.device(device).type == "cpu" else None
     targets = block or (torch.empty(shape, dtype=dtype, device=device) for shape in shapes.values())
-    weights = {}
-    for name, target in zip(shapes, targets, strict=True):
+    weights = dict(zip(shapes, targets, strict=True))
+    for name, target in weights.items():
         fill(target, name, tensors[huggingface_name(name)].float(), folder)
-        weights[name] = target
     model.load_state_dict(weights, assign=True)  # not Module.to_empty: it imports sympy, which takes half a second
     return model.eval()
 

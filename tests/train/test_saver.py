@@ -241,7 +241,7 @@ def test_a_trainer_state_dropped_halfway_is_dropped_at_the_next_save(tmp_path):
 # ---- writing that fails
 
 
-def test_a_full_disk_is_a_warning_twice_and_then_the_end_and_harms_no_checkpoint(tmp_path, capsys):
+def test_fault_037_041_a_full_disk_is_a_warning_twice_and_then_the_end_and_harms_no_checkpoint(tmp_path, capsys):
     saver = saver_of(tmp_path / "run", tiny_model())
     saver.state.progress.step = 1
     saver.save()
@@ -268,7 +268,7 @@ def test_a_full_disk_is_a_warning_twice_and_then_the_end_and_harms_no_checkpoint
 
 
 @pytest.mark.parametrize("name", ["rename", "replace", "fsync", "mkdir"])
-def test_a_save_whose_file_operations_fail_is_reported_and_leaves_the_older_one(name, tmp_path, monkeypatch, capsys):
+def test_fault_054_a_save_whose_file_operations_fail_is_a_warning(name, tmp_path, monkeypatch, capsys):
     saver = saver_of(tmp_path / "run", tiny_model())
     saver.state.progress.step = 1
     saver.save()
