@@ -47,24 +47,19 @@ class Checkpoint:
 
 
 def verify_checkpoint(folder: Path, training: bool = True) -> Checkpoint:
-    """Checks every file of a step folder against its manifest and returns the Checkpoint. Without `training`, checks
-    only the size of the optimizer's state, which would take longer to hash than the rest. Raises IntegrityError."""
+    """Checks every file of a step folder against its manifest and returns the Checkpoint. Without `training`, allows a
+    folder of weights only, and checks the optimizer's tensors by size alone: hashing them takes longer than the rest.
+    Raises IntegrityError."""
     manifest = read_manifest(folder)
     try:
         for name, entry in manifest["files"].items():
             check_file(folder, name, entry, hash_it=training or name != OPTIMIZER)
     except OSError as error:
         raise ResourceError(f"{error.filename}: {error.strerror}; make it readable") from None
-    resumable = {STATE, OPTIMIZER} <= manifest["files"].keys()
-    return Checkpoint(folder, manifest["step"], manifest, read_json(folder / STATE) or {} if resumable else {})
-
-
-def verify_resumable(folder: Path) -> Checkpoint:
-    """Returns verify_checkpoint(folder). Raises IntegrityError for a checkpoint that holds weights only."""
-    checkpoint = verify_checkpoint(folder)
-    if not checkpoint.state:
+    state = read_json(folder / STATE) if {STATE, OPTIMIZER} <= manifest["files"].keys() else None
+    if training and not state:
         raise IntegrityError(f"{folder}: holds weights only, no trainer state; start from them with --init {folder}")
-    return checkpoint
+    return Checkpoint(folder, manifest["step"], manifest, state or {})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -109,11 +104,11 @@ def check_file(folder: Path, name: str, entry: dict[str, Any], hash_it: bool) ->
 # ---- finding
 
 
-def newest_checkpoint(out: str | Path, resumable: bool = False) -> Checkpoint | None:
-    """Returns the newest valid Checkpoint of a run, or None if the run has no step folders. With `resumable`, passes
-    over checkpoints that hold weights only. Raises IntegrityError if no step folder is valid."""
+def newest_checkpoint(out: str | Path) -> Checkpoint | None:
+    """Returns the newest valid Checkpoint of a run that can be resumed, or None if the run has no step folders. Raises
+    IntegrityError if no step folder is valid."""
     folders = steps_of_run(out)
-    return first_valid(folders, verify_resumable if resumable else verify_checkpoint) if folders else None
+    return first_valid(folders, verify_checkpoint) if folders else None
 
 
 def find_model_folder(path: str | Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gpt.checkpoint.read import Checkpoint, find_model_folder, load_folder, newest_checkpoint, verify_resumable
+from gpt.checkpoint.read import Checkpoint, find_model_folder, load_folder, newest_checkpoint, verify_checkpoint
 from gpt.checkpoint.weights import load_model, read_config, weights_hash
 from gpt.config import find_preset, flatten, list_presets, make_config, parse_flags, read_toml, refuse
 from gpt.errors import InputError, IntegrityError, ResourceError, ignore_write_errors, note, say, tell
@@ -79,7 +79,7 @@ def found_or_own(find: Callable[[str], Any], source: str, out: str | None) -> An
     except (InputError, IntegrityError, ResourceError):
         if not out or not step_folders(out) or Path(out).resolve() == run_folder(source).resolve():
             raise
-        return newest_checkpoint(out, resumable=True)
+        return newest_checkpoint(out)
 
 
 def check_architecture(model: ModelConfig, given: set[str], base: dict[str, Any]) -> None:
@@ -177,10 +177,10 @@ def checkpoint_to_resume(out: str, resume: str) -> Checkpoint | None:
             raise InputError(f"{out}: holds checkpoints already and --resume is off; give another --out")
         return None
     if resume == "auto":
-        return newest_checkpoint(out, resumable=True)
+        return newest_checkpoint(out)
     run = run_folder(resume)
     if run.resolve() != Path(out).resolve() and own:
-        return newest_checkpoint(out, resumable=True)  # this branch was begun before
+        return newest_checkpoint(out)  # this branch was begun before
     checkpoint = open_checkpoint(resume)
     if run.resolve() == Path(out).resolve() and own[0].name != checkpoint.path.name:
         newer = newest_checkpoint(out)
@@ -203,13 +203,13 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     path = Path(source)
     missing = InputError(f"{path}: no valid checkpoint; give a run folder or a step folder")
     if not STEP_FOLDER.match(path.resolve().name):
-        checkpoint = newest_checkpoint(path, resumable=True)
+        checkpoint = newest_checkpoint(path)
         if checkpoint is None:
             raise missing
         return checkpoint
     if not is_folder(path):
         raise missing
-    return verify_resumable(path.resolve())
+    return verify_checkpoint(path.resolve())
 
 
 def check_settings(values: dict[str, Any], checkpoint: Checkpoint, accept: bool) -> None:

@@ -51,7 +51,7 @@ def swap(path):
 @pytest.mark.parametrize("name", FILES)
 def test_fault_043_044_a_damaged_checkpoint_is_passed_over_by_name(damage, name, run, capsys):
     damage(run / "step-000000008" / name)
-    found = newest_checkpoint(run, resumable=True)
+    found = newest_checkpoint(run)
     assert found.step == 6
     warning = capsys.readouterr().err.splitlines()[0]
     assert warning.startswith("warning: ")

@@ -160,7 +160,7 @@ def test_fault_058_a_checkpoint_of_weights_alone_cannot_be_resumed(made, tmp_pat
     settings = ("--max_steps", "8", "--save_every", "2", "--keep_last", "3", "--eval_every", "0")
     assert train_here("tiny", "--data", made / "data", "--out", tmp_path / "run", *settings).code == 0
     kept = tmp_path / "run/step-000000004"
-    assert not verify_checkpoint(kept).state
+    assert not verify_checkpoint(kept, training=False).state
     done = train_here("--resume", kept)
     assert done.code == 3
     assert done.last.startswith(f"error: {kept}: holds weights only") and f"--init {kept}" in done.last

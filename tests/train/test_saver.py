@@ -96,7 +96,7 @@ def check_leftovers(out, told):
     """After a kill: the newest complete checkpoint is found and loads. Returns whether anything unfinished was left."""
     unfinished = any(out.rglob("*.tmp"))
     complete = [folder for folder in out.iterdir() if re.fullmatch(r"step-\d{9}", folder.name) and is_complete(folder)]
-    found = newest_checkpoint(out, resumable=True)
+    found = newest_checkpoint(out)
     assert found.path == max(complete) and found.step >= told, (found, complete, told)
     load_pretrained(found.path)
     load_pretrained(out)
@@ -144,7 +144,7 @@ def test_fault_046_retention_keeps_newest_best_and_every_nth_and_trainer_state_i
         saver.state.progress.evaluated(1.0 if step == 2 else 2.0)
         saver.save()
     assert step_names(out) == [f"step-{n:09d}" for n in (2, 4, 8, 9, 10, 11)]
-    with_state = [n for n in (2, 4, 8, 9, 10, 11) if verify_checkpoint(out / f"step-{n:09d}").state]
+    with_state = [n for n in (2, 4, 8, 9, 10, 11) if verify_checkpoint(out / f"step-{n:09d}", training=False).state]
     assert with_state == [10, 11]
     assert [path.parent.parent.name[-2:] for path in sorted(out.glob("step-*/training/optimizer.safetensors"))] == [
         "10",
@@ -161,10 +161,10 @@ def test_fault_046_damaged_newer_folders_do_not_cost_a_valid_checkpoint(tmp_path
         (out / f"step-{step:09d}/training").mkdir(parents=True, exist_ok=True)
         (out / f"step-{step:09d}/training/manifest.json").write_text("damaged")
     apply_retention(out, 2, keep_last=1, keep_every=0)
-    assert newest_checkpoint(out, resumable=True).step == 2
+    assert newest_checkpoint(out).step == 2
     save_step(out, 3)
     apply_retention(out, 3, keep_last=1, keep_every=0)
-    assert newest_checkpoint(out, resumable=True).step == 3
+    assert newest_checkpoint(out).step == 3
 
 
 def test_fault_046_only_step_folders_are_ever_deleted(tmp_path):
@@ -235,7 +235,7 @@ def test_a_trainer_state_dropped_halfway_is_dropped_at_the_next_save(tmp_path):
     rewrite_manifest(tmp_path / "step-000000001", files=weights_only)  # as a kill right after this leaves it
     apply_retention(tmp_path, 3, keep_last=3, keep_every=0)
     assert [path.name for path in (tmp_path / "step-000000001/training").iterdir()] == ["manifest.json"]
-    assert not verify_checkpoint(tmp_path / "step-000000001").state
+    assert not verify_checkpoint(tmp_path / "step-000000001", training=False).state
 
 
 # ---- writing that fails
