@@ -178,7 +178,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, int]:
             n_layer=int(values["n_layer"]),
             n_head=int(values["n_head"]),
             n_embd=int(values["n_embd"]),
-            block_size=int(values.get("n_positions", values.get("n_ctx"))),
+            block_size=int(values["n_positions"] if "n_positions" in values else values["n_ctx"]),
             dropout=float(values.get("resid_pdrop", 0.0)),
         )
         vocab_size = int(values["vocab_size"])

@@ -38,7 +38,7 @@ class PlotConfig:
     loss: float = 0.0
     """the validation loss to which time and tokens are counted; 0 = the lowest that all runs have reached"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = []
         if not self.runs:
             problems.append("no run is given; name the folder of one or more, such as out/demo")

@@ -16,7 +16,7 @@ class MetricsFile:
     """metrics.jsonl, opened to append one record per line. Keeps what a full disk refuses and writes it later. `step`
     is the last one whose line stays, -1 for none. Raises ResourceError if the file cannot be opened."""
 
-    def __init__(self, path, step):
+    def __init__(self, path: Path, step: int):
         self.path, self.unwritten, self.told = path, bytearray(), False
         try:
             self.last_line = cut_metrics(path, step)  # of the file as it was opened
@@ -24,10 +24,11 @@ class MetricsFile:
         except OSError as error:
             raise self.refused(error) from None
 
-    def refused(self, error):
+    def refused(self, error: OSError) -> ResourceError:
         return ResourceError(f"{self.path}: {error.strerror}; free some space or make it writable")
 
-    def write(self, record):
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends a record. What cannot be written now is kept, with a warning."""
         record = {name: finite_or_none(value) for name, value in record.items()}
         try:
             record = self.merged(record)
@@ -38,28 +39,30 @@ class MetricsFile:
                 note("warning", f"{self.path}: {error.strerror}; what it lacks is kept until it can be written")
             self.told = True
 
-    def merged(self, record):
-        """`record`, with the line of its step that an earlier process wrote before its evaluation was cut short; that
-        line is taken back."""
+    def merged(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Returns `record`, joined with the last line if that is of the same step: an earlier process wrote it before
+        its evaluation was cut short. That line is removed from the file."""
         line, self.last_line = self.last_line, ""
         if not line or json.loads(line)["step"] != record["step"]:
             return record
         self.file.truncate(self.file.tell() - len(line) - 1)
         return json.loads(line) | record
 
-    def flush(self):
+    def flush(self) -> None:
         while self.unwritten:
             del self.unwritten[: self.file.write(self.unwritten)]
         self.told = False
 
-    def sync(self):
+    def sync(self) -> None:
+        """Puts all records on the disk. Raises ResourceError."""
         try:
             self.flush()
             os.fsync(self.file.fileno())
         except OSError as error:
             raise self.refused(error) from None
 
-    def close(self):
+    def close(self) -> None:
+        """Closes the file; a warning counts the lines that were never written."""
         try:
             self.flush()
         except OSError as error:
@@ -87,8 +90,8 @@ def cut_metrics(path: Path, step: int) -> str:
     return kept[-1] if kept else ""
 
 
-def finite_or_none(value):
-    """JSON has no nan and no infinity, which an fp16 step that was skipped may show."""
+def finite_or_none(value: float) -> float | None:
+    """Returns the value, or None for NaN and infinity (of a skipped fp16 step), which JSON does not have."""
     return value if math.isfinite(value) else None
 
 

@@ -183,10 +183,10 @@ def checkpoint_to_resume(out: str, resume: str) -> Checkpoint | None:
         return newest_checkpoint(out)  # this branch was begun before
     checkpoint = open_checkpoint(resume)
     if run.resolve() == Path(out).resolve() and own[0].name != checkpoint.path.name:
-        newer = newest_checkpoint(out)
-        if newer.step > checkpoint.step:
+        newest = newest_checkpoint(out)
+        if newest and newest.step > checkpoint.step:
             raise InputError(
-                f"{out}: holds step {newer.step}, newer than {checkpoint.path.name}; give --out NEW to branch off"
+                f"{out}: holds step {newest.step}, newer than {checkpoint.path.name}; give --out NEW to branch off"
             )
     return checkpoint
 
