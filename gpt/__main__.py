@@ -1,9 +1,9 @@
 """The command `gpt NAME …`, also `python -m gpt NAME …`: runs one of the programs below."""
 
+import difflib
 import importlib
 import sys
 
-from gpt.config import suggestion
 from gpt.errors import InputError, run_main, say
 
 # Name -> the module whose `main` it runs, and what that does.
@@ -25,7 +25,9 @@ def main() -> None:
 def run_command(name: str) -> None:
     """Runs the command `name` with the words after it. Raises InputError if it does not exist."""
     if name not in COMMANDS:
-        raise InputError(f"gpt: no command {name!r}; {suggestion(name, COMMANDS)}")
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        advice = f"perhaps you meant {close[0]}" if close else "gpt --help lists the commands"
+        raise InputError(f"gpt: no command {name!r}; {advice}")
     sys.argv = [f"gpt {name}", *sys.argv[2:]]
     importlib.import_module(COMMANDS[name][0]).main()
 

@@ -239,7 +239,7 @@ def suggestion(name: str, known: Iterable[str], dashes: str = "") -> str:
     close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     if close:
         return "perhaps you meant " + " or ".join(f"{dashes}{c}" for c in close)
-    return "--help lists them all"
+    return "--help lists every setting"
 
 
 # ---- TOML
