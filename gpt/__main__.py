@@ -11,7 +11,7 @@ COMMANDS = {
     "prepare": ("gpt.commands.prepare", "text -> token shards"),
     "train": ("gpt.commands.train", "token shards -> a trained model; without a preset it lists them"),
     "sample": ("gpt.commands.sample", "a trained model and prompts -> text"),
-    "plot": ("gpt.plot", "draws and compares the losses of runs"),
+    "plot": ("gpt.report.plot", "draws and compares the losses of runs"),
 }
 
 

@@ -11,6 +11,8 @@ the products, and the forward pass overwrites them with their gradient:
 
 Shapes: N positions, C width, V vocabulary, P its padded size (P >= V)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -71,14 +73,14 @@ class OnePass(torch.autograd.Function):
     """Computes the losses, and keeps the gradient of the logits for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
         logits = F.linear(x, weight)
         losses = losses_of_logits(logits, targets, vocab_size, gradient=True)
         ctx.save_for_backward(x, weight, logits)
         return losses
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, gradient = ctx.saved_tensors
         upstream = upstream[:, None]  # in float32: rounded to bf16, it would scale all gradients by one error
         to_x, scaled = (upstream * (gradient @ weight)).to(x.dtype), (upstream * x).to(x.dtype)
