@@ -113,9 +113,9 @@ def one_round(ways: dict, number: int, params: list, exact: bool) -> tuple[dict,
 def refilled(generator, prompts: list[str], params: list, first_id: int = 1) -> dict[int, list[int]]:
     """Generates with rows that are refilled. Returns the ids of each text by the number of its prompt."""
     texts = {}
-    for sequence, _ in generator.run(prompts, params, range(first_id, first_id + len(prompts))):
+    for sequence, _ in generator.events(prompts, params, range(first_id, first_id + len(prompts))):
         if sequence.finish_reason:
-            texts[first_id + sequence.number] = sequence.completion.ids
+            texts[first_id + sequence.prompt_number] = sequence.completion.ids
     return texts
 
 

@@ -86,10 +86,11 @@ def read(generator, ids, rows):
     logit by more than some forms err."""
     import torch
 
-    from gpt.generate.backend import make_backend, pick_backend
+    from gpt.generate.backend import BACKENDS, pick_backend
     from gpt.generate.step import new_cache
 
-    backend = make_backend(pick_backend(generator.backend, generator.model, 1_000_000, rows=1), generator.model)
+    name = pick_backend(generator.backend, generator.model, 1_000_000, rows=1)
+    backend = BACKENDS[name](generator.model)
     predicted = ids.shape[1] - 1
     logits, nats = torch.empty(len(ids), predicted, generator.model.vocab_size), 0.0
     for batch, batch_logits in zip(ids.to(generator.model.device).split(rows), logits.split(rows), strict=True):

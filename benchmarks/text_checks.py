@@ -12,16 +12,16 @@ from proof import Proof, expect
 from reference import all_logits
 
 import gpt
-from gpt.generate.backend import make_backend
+from gpt.generate.backend import BACKENDS
 from gpt.generate.decode import Decoder
-from gpt.generate.generator import GenerationParams, TextGenerator
+from gpt.generate.generator import TextGenerator
 from gpt.generate.sampling import SamplingParams
-from gpt.generate.sequence import Sequence
+from gpt.generate.sequence import GenerationParams, Sequence
 from gpt.model import GPT, ModelConfig
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp32:int8", "bf16:int8")
-BACKENDS = ("eager", "captured", "compiled")
-EVERY_FORM = [f"{precision}:{backend}" for precision in PRECISIONS for backend in BACKENDS]
+NAMES = ("eager", "captured", "compiled")
+EVERY_FORM = [f"{precision}:{backend}" for precision in PRECISIONS for backend in NAMES]
 PROMPTS = ["def main", "import os\nimport sys\n\n", "class A:\n    " * 10]
 SPEED = {  # flags of decode_speed.py
     "cuda": "--model gpt2 --impl ours:bf16:captured,ours:bf16:eager,bandwidth --batch 1,64 --pairs 3 --minutes 1.5",
@@ -91,7 +91,7 @@ def check_neighbours(proof: Proof) -> str:
 
 def check_same_texts(proof: Proof) -> str:
     """Checks that in fp32 all back ends draw the same texts, except for draws at the border of two tokens."""
-    forms = [f"fp32:{backend}" for backend in (BACKENDS if proof.thorough else BACKENDS[:2])]
+    forms = [f"fp32:{backend}" for backend in (NAMES if proof.thorough else NAMES[:2])]
     prompts = [f"def f{n}(x):\n" for n in range(20)]
     penalized = {"min_p": 0.02, "repetition_penalty": 1.2}
     for settings in ({}, {"top_k": 50}, {"top_p": 0.99, "temperature": 1.5}, penalized):
@@ -114,9 +114,9 @@ def check_undecided(proof: Proof) -> str:
     params = GenerationParams(100, SamplingParams(top_p=0.98, temperature=1.0), seed=1, ignore_eot=True)
     texts = []
     for backend in ("eager", "captured"):
-        decoder = Decoder(make_backend(backend, model), 4, 0)
-        sequences = [Sequence(n, [1, 2, 3 + n], n, 0, params, tokenizer) for n in range(10)]
-        for _ in decoder.run(sequences):
+        decoder = Decoder(BACKENDS[backend](model), 4, 0)
+        sequences = [Sequence(n, n, [1, 2, 3 + n], n, 0, params, tokenizer) for n in range(10)]
+        for _ in decoder.events(sequences):
             pass
         texts.append([sequence.ids for sequence in sequences])
     same = sum(a == b for a, b in zip(*texts, strict=True))
@@ -129,7 +129,7 @@ def check_memory(proof: Proof) -> str:
     generator = gpt.load(proof.model(), device="cuda", dtype="bf16", backend="captured")
     params = generator.params(max_new_tokens=20_000, ignore_eot=True, seed=1)
     reserved = []
-    for number, _ in enumerate(generator.run(["import"], params)):
+    for number, _ in enumerate(generator.events(["import"], [params])):
         if number % 1000 == 999:
             reserved.append(torch.cuda.memory_reserved())
     expect(max(reserved) <= reserved[0] * 1.05, f"memory grew from {reserved[0]} to {max(reserved)} bytes")

@@ -132,26 +132,3 @@ def server():
         threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}", files
         running.shutdown()
-
-
-def replace_decode(monkeypatch, decode):
-    """Makes the eager back end call `decode(ids, cache)` instead of the model."""
-    from gpt.generate.backend import Backend
-
-    monkeypatch.setattr(Backend, "decode", staticmethod(decode))
-
-
-def scripted_decode(ids, eot=256):
-    """Returns a replacement for Backend.decode: for any prompt, exactly these ids are chosen, then end-of-text for
-    ever."""
-    import torch
-
-    choices = iter([*ids, *[eot] * 1000])
-
-    def decode(tokens, cache):
-        cache.lengths += 1
-        logits = torch.zeros(len(tokens), eot + 1)
-        logits[:, next(choices)] = 50.0
-        return logits
-
-    return decode

@@ -11,40 +11,19 @@ import threading
 import time
 
 import pytest
-import torch
-from conftest import ROOT, replace_decode, scripted_decode
+from generation_helpers import replace_decode, scripted_decode, small_generator, start
 
 import sample
-from gpt.errors import ResourceError, run_main
+from gpt.errors import run_main
 from gpt.generate import prompts as prompts_module
-from gpt.generate.answers import Answers, opened
-from gpt.generate.generator import TextGenerator
-from gpt.generate.prompts import Prompt
-from gpt.model import GPT, ModelConfig
-from gpt.text.tokenizer import load_tokenizer
+from gpt.model import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-LOADER = """
-import sys, time, torch
-sys.path.insert(0, {root!r})
-import sample
-from gpt.model import GPT, ModelConfig
-from gpt.text.tokenizer import load_tokenizer
-torch.set_num_threads(1)
-def load(*_):
-    torch.manual_seed(0)
-    return sample.TextGenerator(GPT(ModelConfig(1, 1, 16, 64), 257), load_tokenizer("byte"), backend="eager")
-sample.TextGenerator.load = load
-{before}
-sample.run_main(sample.main)
-"""
 
 
 @pytest.fixture(scope="module")
 def generator():
-    torch.manual_seed(0)
-    return TextGenerator(GPT(ModelConfig(2, 2, 32, 64), 257), load_tokenizer("byte"), backend="eager")
+    return small_generator(ModelConfig(2, 2, 32, 64))
 
 
 @pytest.fixture
@@ -123,6 +102,14 @@ def test_fault_110_control_characters_are_escaped_on_a_terminal(cli, generator, 
     says(monkeypatch, ESCAPES)
     _, out, _ = cli("--prompt", "\x1b]52", "--seed", "1", "--stream", stream)
     assert out == "\\x1b]52ok\\x1b[2J\\x07\\x0d\\u202e\\x9b1mé\n\tend\n"
+
+
+@pytest.mark.parametrize("flags", [[], ["--raw"]])
+def test_fault_110_the_interactive_mode_escapes_control_characters_too(cli, generator, monkeypatch, flags):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    says(monkeypatch, "\x1b[2Jé")
+    shown = "\x1b[2Jé\n" if flags else "\\x1b[2Jé\n"
+    assert cli("--interactive", "--seed", "1", *flags, stdin=b"a\n") == (0, shown, "")
 
 
 @pytest.mark.parametrize("terminal, flags", [(True, ["--raw"]), (False, [])])
@@ -273,7 +260,8 @@ def test_fault_092_a_directory_and_a_file_over_the_cap_are_refused(cli, no_load,
         (["--prompt", "", "--prompts", "b"], ["--prompt and --prompts exclude"]),
         (["--prompts", ""], ["--prompts", "give a readable text or .jsonl file"]),
         (["--prompt", "a", "--logprobs"], ["--logprobs is for JSONL"]),
-        (["--prompts", "a", "--stream", "on"], ["--stream and --raw are for text"]),
+        (["--prompts", "a", "--stream", "on"], ["--stream on is for text"]),
+        (["--prompts", "a", "--raw"], ["--raw is for text"]),
         (["--prompt", "a", "--top_logprobs", "3"], ["--top_logprobs is for JSONL"]),
         (["--interactive", "--prompts", "a", "--out", "b"], ["--interactive and --prompts exclude", "leave out --out"]),
         (["--interactive", "--num_samples", "2"], ["one text at a time; leave out --num_samples"]),
@@ -303,10 +291,12 @@ def test_an_out_that_cannot_be_written_is_refused_before_loading(cli, no_load, t
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_an_output_file_without_space_ends_in_exit_5(cli):
-    code, _, err = cli("--prompt", "a", "--out", "/dev/full", "--seed", "1")
-    assert code == 5
-    assert "error: /dev/full: No space left on device" in err
+def test_an_output_file_without_space_ends_in_exit_5(cli, tmp_path):
+    (tmp_path / "p.txt").write_text("abc")
+    for source in (("--prompt", "a"), ("--prompts", str(tmp_path / "p.txt"))):
+        code, _, err = cli(*source, "--out", "/dev/full", "--seed", "1")
+        assert code == 5
+        assert "error: /dev/full: No space left on device" in err
 
 
 def test_fault_084_a_prompt_longer_than_the_context_ends_in_exit_2_and_truncate_accepts_it(cli):
@@ -351,11 +341,11 @@ def test_wherever_the_file_of_answers_is_cut_off_the_same_command_makes_it_whole
     for cut in sorted({0, 1, *range(40, len(whole), 61), *line_ends, *(end - 1 for end in line_ends)}):
         out.write_bytes(whole[:cut])
         code, _, err = run("--seed", "1")
-        finished = [0, 1, 2, 2, 2, 3, 3, 4, 5][whole[:cut].count(b"\n")]
+        texts = whole[:cut].count(b"\n")
         assert (code, out.read_bytes()) == (0, whole), cut
-        rest = "going on" if finished < 5 else "delete it to make them again"
-        note = f"info: {out}: {finished} of 5 prompts are answered; {rest}\n"
-        assert err == (note if finished else "")
+        rest = "the others follow" if texts < 8 else "delete it to generate them again"
+        note = f"info: {out}: holds {texts} of 8 texts; {rest}\n"
+        assert err == (note if texts else "")
 
 
 def test_finished_answers_stay_although_they_were_made_with_another_seed_or_the_prompts_grew(job, tmp_path):
@@ -392,7 +382,7 @@ def test_with_all_prompts_answered_nothing_is_loaded(job, no_load, generator, mo
         patch.setattr(sample.TextGenerator, "load", lambda *_: generator)
         run()
     before = out.read_bytes()
-    assert run() == (0, "", f"info: {out}: 5 of 5 prompts are answered; delete it to make them again\n")
+    assert run() == (0, "", f"info: {out}: holds 8 of 8 texts; delete it to generate them again\n")
     assert out.read_bytes() == before
 
 
@@ -402,16 +392,18 @@ ANSWER = '{"id": %s, "prompt": "%s", "text": "t", "tokens": [], "logprobs": null
 @pytest.mark.parametrize(
     "content, message",
     [
-        (ANSWER % (2, "other"), "1: holds answers to other prompts"),
-        (ANSWER % (1, "a") + ANSWER % (9, "a"), "2: holds answers to other prompts"),
-        (ANSWER % ("1.0", "a"), "1: holds answers to other prompts"),
-        ('{"prompt": "a", "id": 1}\n', "1: not an answer of this program"),
-        ("my notes\n", "1: not an answer of this program"),
-        ("\n", "1: not an answer of this program"),
-        ("[" * 100_000 + "\n", "1: not an answer of this program"),
-        ("my notes, without a line break", "1: not the beginning of an answer to these prompts"),
-        ('{"id": 1, "prompt": "b', "1: not the beginning of an answer to these prompts"),
-        ((ANSWER % (1, "a")) * 2, " holds 2 texts for prompt 1, not 1; give the --num_samples of before"),
+        (ANSWER % (2, "other"), "1: not an answer to prompt 1"),
+        (ANSWER % (1, "a") + ANSWER % (9, "a"), "2: not an answer to prompt 2"),
+        (ANSWER % ("1.0", "a"), "1: not an answer to prompt 1"),
+        ('{"prompt": "a", "id": 1}\n', "1: not an answer to prompt 1"),
+        ("my notes\n", "1: not an answer to prompt 1"),
+        ("\n", "1: not an answer to prompt 1"),
+        ("[" * 100_000 + "\n", "1: not an answer to prompt 1"),
+        ("my notes, without a line break", "1: not an answer to prompt 1"),
+        ('{"id": 1, "prompt": "b', "1: not an answer to prompt 1"),
+        (ANSWER[:-20] % (1, "a") + "\n", "1: not an answer to prompt 1"),
+        ((ANSWER % (1, "a")) * 2, "2: not an answer to prompt 2; give the prompts and --num_samples of before"),
+        (ANSWER % (1, "a") + ANSWER % (2, "b") * 2, "3: more answers than these prompts have"),
     ],
 )
 def test_a_file_that_holds_anything_else_is_refused_and_left_alone(cli, no_load, tmp_path, content, message):
@@ -421,7 +413,7 @@ def test_a_file_that_holds_anything_else_is_refused_and_left_alone(cli, no_load,
     code, _, err = cli("--prompts", str(tmp_path / "p.txt"), "--out", str(out))
     assert (code, out.read_text()) == (2, content)
     assert err.startswith(f"error: {out}:{message}")
-    assert "give --out another name" in err or "or give --out another name" in err
+    assert err.endswith("; give the prompts and --num_samples of before, or give --out another name\n")
 
 
 def test_more_samples_than_before_are_refused_and_no_answer_is_lost(cli, generator, tmp_path):
@@ -431,56 +423,26 @@ def test_more_samples_than_before_are_refused_and_no_answer_is_lost(cli, generat
     before = (tmp_path / "o.jsonl").read_bytes()
     code, _, err = cli(*flags, "--num_samples", "2")
     assert (code, (tmp_path / "o.jsonl").read_bytes()) == (2, before)
-    assert "holds 1 texts for prompt 1, not 2" in err
-
-
-def test_two_runs_do_not_write_to_one_file_of_answers(cli, tmp_path):
-    (tmp_path / "p.txt").write_text("a\nb\n")
-    out = tmp_path / "o.jsonl"
-    answers = Answers(out, [Prompt(1, "a")], {1: 1})
-    with opened(out, answers) as file:
-        code, _, err = cli("--prompts", str(tmp_path / "p.txt"), "--out", str(out))
-        assert (code, "another program is writing to it" in err) == (5, True)
-        file.write(ANSWER % (1, "a"))
-    with pytest.raises(ResourceError, match="another program has changed it meanwhile"), opened(out, answers):
-        pass
-    assert out.read_text() == ANSWER % (1, "a")
+    assert "o.jsonl:2: not an answer to prompt 1; give the prompts and --num_samples of before" in err
 
 
 # ---- processes of their own
-
-
-def start(*flags, before="", **settings):
-    program = LOADER.format(root=str(ROOT), before=before)
-    command = [sys.executable, "-c", program, "checkpoint", *flags]
-    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL} | settings
-    return subprocess.Popen(command, **settings)
-
-
-def with_small_model(*flags):
-    """What a process that is to be killed runs."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    small = TextGenerator(GPT(ModelConfig(1, 1, 16, 64), 257), load_tokenizer("byte"), backend="eager")
-    sample.TextGenerator.load = lambda *_: small
-    sys.argv = ["sample.py", "checkpoint", *flags]
-    sample.main()
 
 
 def test_killed_again_and_again_the_file_holds_each_text_once_and_the_bytes_of_one_run(processes, tmp_path):
     prompts = [{"id": f"p{n}", "prompt": "x" * (n % 9), "max_new_tokens": 5 + n * 7 % 40} for n in range(60)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     flags = ("--prompts", tmp_path / "p.jsonl", "--num_samples", 2, "--rows", 3, "--seed", 1, "--ignore_eot", "--out")
-    assert processes.run("test_sample.with_small_model", *flags, tmp_path / "whole.jsonl").code == 0
+    assert processes.run("generation_helpers.sample_with_small_model", *flags, tmp_path / "whole.jsonl").code == 0
     whole, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "killed.jsonl"
     for share in (0.2, 0.4, 0.6):
-        process = processes.start("test_sample.with_small_model", *flags, out)
+        process = processes.start("generation_helpers.sample_with_small_model", *flags, out)
         while not out.exists() or out.stat().st_size < share * len(whole):
             time.sleep(0.001)
         os.kill(process[1], signal.SIGKILL)
         assert processes.wait(process).code == -9
     assert len(out.read_bytes()) < len(whole)
-    assert processes.run("test_sample.with_small_model", *flags, out).code == 0
+    assert processes.run("generation_helpers.sample_with_small_model", *flags, out).code == 0
     assert out.read_bytes() == whole
     assert [line["id"] for line in read_lines(out)] == [f"p{n}" for n in range(60) for _ in range(2)]
 

@@ -1,9 +1,12 @@
-"""What runs the model while it generates: plain torch, torch.compile, or C++ of our own. All compute the same."""
+"""What runs the model while it generates: plain torch, torch.compile, CUDA graphs, or C++ of our own. All of them
+compute the same, up to rounding."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,16 +24,14 @@ from gpt.model import GPT, REFERENCE, KVCache, Ops, count_parameters
 if TYPE_CHECKING:
     from gpt.generate.step import Step
 
-NAMES = ("auto", "eager", "compiled", "native", "captured")
-BUILD_PAYS = 4e10  # steps times parameters from which a run waits the seconds that building the kernels takes
-COMPILE_PAYS = 200_000  # steps from which compiling for a GPU, a minute or so, takes less time than it saves
+BUILD_PAYS = 4e10  # steps times parameters from which waiting some seconds for the kernels to be built saves time
+COMPILE_PAYS = 200_000  # steps from which compiling for a GPU, about a minute, takes less time than it saves
 MOST_SHAPES = 64  # for which one process compiles a function: numbers of rows, kinds of settings
 
 
 class Backend:
     """Plain torch on any device, and the interface of the others."""
 
-    name = "eager"
     captures = False  # whether steps are launched as CUDA graphs
     narrow = False  # whether `choose` may leave a row undecided: see sampling.choose
 
@@ -41,7 +42,7 @@ class Backend:
 
     def slots(self, rows: int) -> int:
         """Returns the number of row slots for `rows`. Above 4 it is a multiple of 4: a CPU's matrix products in fp32
-        round differently in the 5th to 7th row than in the others, and a text would depend on its slot."""
+        round differently in the 5th to 7th row than in the others, so a text would depend on its slot."""
         return rows if rows <= 4 else math.ceil(rows / 4) * 4
 
     def prefill(self, ids: torch.Tensor, cache: KVCache) -> None:
@@ -56,7 +57,7 @@ class Backend:
 
     def choose(self, logits: torch.Tensor, step: Step) -> torch.Tensor:
         """Chooses each row's next id from logits (R, V), which it changes. Sets `step.next`, counts `step.turns` and
-        returns the ids (R,), or what stands for none."""
+        returns the ids (R,), or the numbers below 0 that sampling.choose gives instead."""
         # Not -inf, which would look like damaged weights.
         logits[:, step.eot].masked_fill_(step.ignores_eot, torch.finfo(torch.float32).min)
         draws = step.draws.gather(1, step.turns[:, None] % step.draws.shape[1])[:, 0]
@@ -67,56 +68,48 @@ class Backend:
 
 
 class Captured(Backend):
-    """Plain torch on a GPU, its steps launched as CUDA graphs."""
+    """Plain torch and Triton on a GPU, its steps launched as CUDA graphs."""
 
-    name, captures, narrow = "captured", True, True
+    captures = narrow = True
 
     def __init__(self, model: GPT):
         super().__init__(model, gpu_ops(model.device))
 
 
 class Compiled(Backend):
-    """The step compiled; on a GPU its kernels are captured too. On a CPU `choose` is not compiled: it decides on the
-    host how much to sort."""
-
-    name = "compiled"
+    """The step compiled; on a GPU its kernels are captured too. On a CPU `choose` is not compiled: it reads results to
+    decide how much to sort."""
 
     def __init__(self, model: GPT):
         on_gpu = model.device.type == "cuda"
         super().__init__(model, gpu_ops(model.device) if on_gpu else REFERENCE)
         self.captures = self.narrow = on_gpu
-        self.decode = compile_static(self.decode)
+        self.decode = compile_static(self.decode)  # type: ignore[method-assign]
         if on_gpu:
             self.choose_ids = compile_static(choose)
 
 
 class Native(Backend):
-    """C++ on a CPU: the whole forward pass, and the end of a step."""
-
-    name = "native"
+    """C++ on a CPU: the whole forward pass, and the choice."""
 
     def __init__(self, model: GPT):
         super().__init__(model)
         self.reads_beyond = False
         library = build.load_library()
         kernels = NativeModel(model, library)
-        self.prefill, self.decode, self.choose = kernels.prefill, kernels.decode, NativeSampler(library).choose
+        self.prefill, self.decode = kernels.prefill, kernels.decode  # type: ignore[method-assign]
+        self.choose = NativeSampler(library).choose  # type: ignore[method-assign]
 
     def slots(self, rows: int) -> int:
         return rows
 
 
-BACKENDS = {backend.name: backend for backend in (Backend, Captured, Compiled, Native)}
-
-
-def make_backend(name: str, model: GPT) -> Backend:
-    """Returns the Backend of a name that pick_backend gave."""
-    return BACKENDS[name](model)
+BACKENDS = {"eager": Backend, "captured": Captured, "compiled": Compiled, "native": Native}
 
 
 def pick_backend(name: str, model: GPT, steps: int, rows: int) -> str:
-    """Returns the name of the back end that `name` stands for. "auto" goes by device, number of decode steps and, on a
-    CPU, a short measurement. Raises InputError for a back end that cannot run here."""
+    """Returns the key in BACKENDS that `name` stands for. "auto" depends on the device, the number of decode steps and,
+    on a CPU, a short measurement. Raises InputError for a back end that cannot run here."""
     device = model.device.type
     if name == "auto" and device == "cpu":
         work = steps * count_parameters(model.config, model.vocab_size)
@@ -132,15 +125,15 @@ def pick_backend(name: str, model: GPT, steps: int, rows: int) -> str:
 
 
 def library(wait: bool):
-    """Returns the compiled kernels, or None without them. If it does not pay to wait, they are then built in the
+    """Returns the library of compiled kernels, or None. If it is missing, builds it now or, without `wait`, in the
     background for the next program."""
-    found = build.build_now() if wait else build.load_library()
-    if found is None and not wait and build.start_background_build():
+    kernels = build.build_now() if wait else build.load_library()
+    if kernels is None and not wait and build.start_background_build():
         note("info", "the C++ kernels are being built in the background; until then --backend eager runs the model")
-    return found
+    return kernels
 
 
-def compile_static(function):
+def compile_static(function: Callable) -> Callable:
     """Returns `function`, compiled for the shapes of its calls. More than MOST_SHAPES are an error: torch would go on
     uncompiled, at a tenth of the speed, with a warning at most."""
     compiled = torch.compile(function, dynamic=False, fullgraph=True)
@@ -152,8 +145,8 @@ def compile_static(function):
     return call
 
 
-def no_cudnn_attention(device: torch.device):
-    """Returns a context without cuDNN's attention, which builds a plan, for up to a second, at every new length."""
+def no_cudnn_attention(device: torch.device) -> AbstractContextManager:
+    """Returns a context without cuDNN's attention, which takes up to a second to plan each new length."""
     if device.type != "cuda":
         return contextlib.nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -1,126 +1,93 @@
-"""Prompts -> text: the settings of a generation, and TextGenerator, which is a model with its tokenizer."""
+"""Prompts -> text: TextGenerator, a model with its tokenizer."""
 
 import dataclasses
 import secrets
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from gpt.checkpoint.read import load_pretrained
 from gpt.config import fields, make_config, refuse, suggestion
 from gpt.device import free_memory, pick_device, set_precision
 from gpt.errors import InputError
-from gpt.generate.backend import make_backend, pick_backend
+from gpt.generate.backend import BACKENDS, Backend, pick_backend
 from gpt.generate.decode import Decoder
 from gpt.generate.sampling import SamplingParams
-from gpt.generate.score import score_text
-from gpt.generate.sequence import Sequence
-from gpt.generate.step import Report, row_bytes
+from gpt.generate.score import Score, score_text
+from gpt.generate.sequence import Completion, Events, GenerationParams, Sequence, in_order
+from gpt.generate.step import row_bytes
 from gpt.kernels.select import pick_dtype
+from gpt.model import GPT
+from gpt.quantize import to_int8
+from gpt.text.tokenizer import Tokenizer
 
 MOST_ROWS = {"cpu": 8, "mps": 16, "cuda": 64}  # row slots where the user names no number: more gain little
 CACHE_SHARE = 0.5  # of the free memory, that their caches may fill
-
-
-@dataclass(frozen=True)
-class GenerationParams:
-    """Everything that decides what is generated from a prompt, apart from model, device and precision."""
-
-    max_new_tokens: int = 200
-    """tokens to generate after each prompt"""
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    stop: tuple[str, ...] = ()
-    """strings that end the text where they first occur; they are left out of it"""
-    ignore_eot: bool = False
-    """never choose end-of-text, so that every text gets its full length"""
-    num_samples: int = 1
-    """texts for each prompt"""
-    seed: int | None = None
-    """the same seed and settings, --rows, precision and back end among them, give the same text; None draws one"""
-    rows: int = 0
-    """texts generated side by side, each with its own key-value cache; 0 goes by their number, the device and its free
-    memory. Another number may round differently: the same text again needs the same --rows, precision and back end"""
-    truncate: bool = False
-    """drop the beginning of a prompt that is longer than the context, instead of refusing it"""
-    allow_special: bool = False
-    """read <|endoftext|> in a prompt as the token, not as text"""
-    logprobs: bool = False
-    """give the log-probability of each token, in the model's own distribution before any sampling setting"""
-    top_logprobs: int = 0
-    """give, for each token, the log-probabilities of so many likeliest ones there too; 0 is off"""
-
-    def problems(self):
-        """What is wrong with these values, in words; empty if nothing."""
-        rules = [
-            (self.max_new_tokens >= 0, f"max_new_tokens {self.max_new_tokens} must be 0 or more"),
-            (self.num_samples >= 1, f"num_samples {self.num_samples} must be at least 1"),
-            (self.rows >= 0, f"rows {self.rows} must be 0 (automatic) or more"),
-            (self.seed is None or 0 <= self.seed < 1 << 64, f"seed {self.seed} must be from 0 to 2^64 - 1"),
-            (0 <= self.top_logprobs <= 100, f"top_logprobs {self.top_logprobs} must be from 0 (off) to 100"),
-            (all(self.stop) and not isinstance(self.stop, str), "stop must be strings that are not empty"),
-        ]
-        return [text for fine, text in rules if not fine] + self.sampling.problems()
+PromptIds = Iterable[int | str] | None  # None: 1, 2, …
 
 
 class TextGenerator:
-    """A model with its tokenizer. `defaults`, as in generation_config.json, stand in for those of GenerationParams;
-    `backend` is one of backend.NAMES."""
+    """A model with its tokenizer. `defaults`, as in generation_config.json, replace those of SamplingParams; `backend`
+    is a key of BACKENDS or "auto"."""
 
-    def __init__(self, model, tokenizer, defaults=None, backend="auto"):
+    def __init__(self, model: GPT, tokenizer: Tokenizer, defaults: dict[str, Any] | None = None, backend: str = "auto"):
         self.model, self.tokenizer, self.backend = model, tokenizer, backend
         known = fields(SamplingParams)
         usable = {name: value for name, value in (defaults or {}).items() if name in known}
         self.defaults = {name: value for name, value in usable.items() if type(value) in (int, known[name].type)}
-        self.made = {}  # the Backends that were used, by name
-        self.weights = None  # those that `made` and `decoders` are for, as weights_now tells them
-        self.decoders = {}  # the last Decoder, unless it is in use, by its back end's name and number of rows
+        self.backends: dict[str, Backend] = {}  # those in use so far, by name, for the weights of `versions`
+        self.versions: list[tuple] = []
+        self.idle_decoder: Decoder | None = None  # the last one; its cache and its captured steps are used again
 
     @classmethod
     @torch.inference_mode(False)  # weights loaded within that mode could not be trained later
-    def load(cls, path, device="auto", dtype="auto", quantize="none", backend="auto"):
-        """The TextGenerator of a checkpoint folder, run folder or hub name, on a device and in a precision by name;
-        `quantize` is "none" or "int8"."""
-        from gpt.checkpoint.read import load_pretrained  # a model in training is sampled without any of this
-
-        device = pick_device(device)
-        dtype = pick_dtype(dtype, device)
-        set_precision(dtype)
+    def load(
+        cls, path: str | Path, device: str = "auto", dtype: str = "auto", quantize: str = "none", backend: str = "auto"
+    ) -> "TextGenerator":
+        """Returns the TextGenerator of a checkpoint folder, run folder or hub name, on a device and in a precision by
+        name; `quantize` is "none" or "int8"."""
+        on_device = pick_device(device)
+        precision = pick_dtype(dtype, on_device)
+        set_precision(precision)
         if quantize == "int8":
-            from gpt.quantize import to_int8
-
-            model, tokenizer, defaults = load_pretrained(path, device=device)
-            return cls(to_int8(model, dtype), tokenizer, defaults, backend)
-        model, tokenizer, defaults = load_pretrained(path, dtype, device, together=True)
+            model, tokenizer, defaults = load_pretrained(path, device=on_device)
+            to_int8(model, precision)
+        else:
+            model, tokenizer, defaults = load_pretrained(path, precision, on_device, together=True)
         return cls(model, tokenizer, defaults, backend)
 
-    def generate(self, prompts, prompt_ids=None, **settings):
-        """For each prompt (a string or several) a list of `num_samples` Completions.
+    def generate(
+        self, prompts: str | Iterable[str], prompt_ids: PromptIds = None, **settings: Any
+    ) -> list[list[Completion]]:
+        """Returns for each prompt (a string or several) a list of `num_samples` Completions.
 
         `settings` are fields of GenerationParams and SamplingParams: generate(["Once upon"], max_new_tokens=100,
-        top_p=0.95). `prompt_ids` (numbers or strings; else 1, 2, …) tell the prompts' random numbers apart. Raises
+        top_p=0.95). `prompt_ids` (numbers or strings; else 1, 2, …) make the random numbers of prompts differ. Raises
         InputError for bad settings or a prompt longer than the context, NonFiniteError for damaged weights."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         params = self.params(**settings)
-        completions = [[None] * params.num_samples for _ in prompts]
-        for sequence, _ in self.run(prompts, params, prompt_ids):
-            if sequence.finish_reason:
-                completions[sequence.number][sequence.sample] = sequence.completion
-        return completions
+        events = in_order(self.events(prompts, [params] * len(prompts), prompt_ids))
+        completions = [sequence.completion for sequence, _ in events if sequence.finish_reason]
+        return [completions[i : i + params.num_samples] for i in range(0, len(completions), params.num_samples)]
 
-    def stream(self, prompt, prompt_id=1, **settings):
-        """Iterator over the pieces of one completion's text as they become certain; together they are its text."""
+    def stream(self, prompt: str, prompt_id: int | str = 1, **settings: Any) -> Iterator[str]:
+        """Returns an iterator over the pieces of one text as they become certain; joined they are the text."""
         params = self.params(**settings)
         if params.num_samples != 1:
             raise InputError(f"num_samples {params.num_samples}: a stream is one text; use generate")
-        events = self.run([prompt], params, [prompt_id])
+        events = self.events([prompt], [params], [prompt_id])
         return (piece for _, piece in events if piece)
 
-    def score(self, text, stride=0):
-        """How well the model predicts `text`: a Score. See score_text."""
+    def score(self, text: str, stride: int = 0) -> Score:
+        """Returns how well the model predicts `text`: see score_text."""
         return score_text(self.model, self.tokenizer, text, stride)
 
-    def params(self, **settings):
-        """The GenerationParams of these settings over the checkpoint's defaults, with a seed. Raises InputError."""
+    def params(self, **settings: Any) -> GenerationParams:
+        """Returns the GenerationParams of these settings over the checkpoint's defaults, with a seed. Raises
+        InputError."""
         known = fields(GenerationParams)
         for name in settings.keys() - known.keys():
             raise InputError(f"unknown setting {name}; {suggestion(name, known)}")
@@ -130,78 +97,89 @@ class TextGenerator:
         refuse(params.problems())
         return params if params.seed is not None else dataclasses.replace(params, seed=secrets.randbelow(1 << 32))
 
-    def run(self, prompts, params, prompt_ids=None):
-        """Returns an iterator over (Sequence, piece of text) in the order in which tokens come: the one loop behind
-        generate, stream and sample.py. `params` is for all prompts, or a list with one for each; of these, the first
-        gives `rows`. Sequence.number is the place of its prompt. Errors in settings, and notes about the back end, come
-        from this call, not from the iterator: a caller can print the prompt in between."""
-        prompt_ids = range(1, len(prompts) + 1) if prompt_ids is None else list(prompt_ids)
-        params = [params] * len(prompts) if isinstance(params, GenerationParams) else list(params)
-        for name, values in (("prompt_ids", prompt_ids), ("params", params)):
-            if len(values) != len(prompts):
-                raise InputError(f"{name}: {len(values)} for {len(prompts)} prompts; give one for each")
-        names = [f"prompt {prompt_id}" if len(prompts) > 1 else "prompt" for prompt_id in prompt_ids]
-        encoded = [self.encode(*each) for each in zip(prompts, names, params, strict=True)]
-        report = Report(any(p.logprobs for p in params), max((p.top_logprobs for p in params), default=0))
-        backend, rows = self.pick(params)
-        return self.decoded(self.sequences(encoded, prompt_ids, params), backend, rows, report)
+    def events(
+        self, prompts: list[str], params: list[GenerationParams], prompt_ids: PromptIds = None, skip: int = 0
+    ) -> Events:
+        """Returns an iterator over events (Sequence, piece of text) in the order in which tokens come: the one loop
+        behind generate, stream and sample.py. `params` are those of each prompt; the first one gives `rows`. The first
+        `skip` texts are left out. Errors in settings, and notes about the back end, come from this call, not from the
+        iterator: a caller can print the prompt in between."""
+        ids = list(range(1, len(prompts) + 1) if prompt_ids is None else prompt_ids)
+        if len(ids) != len(prompts):
+            raise InputError(f"prompt_ids: {len(ids)} for {len(prompts)} prompts; give one for each")
+        names = [f"prompt {prompt_id}" if len(prompts) > 1 else "prompt" for prompt_id in ids]
+        encoded = [self.encode(*arguments) for arguments in zip(prompts, names, params, strict=True)]
+        report = max((own.top_logprobs for own in params if own.logprobs or own.top_logprobs), default=None)
+        return self.decode(self.sequences(encoded, ids, params, skip), *self.pick(params), report)
 
-    def pick(self, params):
-        """Returns the name of the back end and the number of row slots for these GenerationParams, one for each prompt.
-        Raises InputError for a back end that cannot run here."""
-        texts = sum(each.num_samples for each in params)
-        rows = (params[0].rows if params else 0) or self.fitting_rows(texts)
-        steps = sum(each.num_samples * each.max_new_tokens for each in params) // rows
-        return pick_backend(self.backend, self.model, steps, rows), rows
-
-    def decoded(self, sequences, backend, rows, report):
-        """Runs the Sequences in the Decoder that exists if it suits, else in a new one."""
-        decoder = self.decoder(backend, rows)
-        try:
-            yield from decoder.run(sequences, report)
-        finally:
-            self.decoders[backend, rows] = decoder
-
-    @torch.inference_mode(False)  # what is made now is also for callers who are not in that mode
-    def decoder(self, name, rows):
-        """A Decoder that is not in use: the last one, or a new one."""
-        if weights_now(self.model) != self.weights:  # what was made keeps addresses and copies of the weights before
-            self.made.clear()
-            self.decoders.clear()
-        if name not in self.made:
-            self.made[name] = make_backend(name, self.model)
-            self.weights = weights_now(self.model)
-        decoder = self.decoders.pop((name, rows), None)
-        self.decoders.clear()  # the cache of another would take memory from the new one's
-        return decoder or Decoder(self.made[name], rows, self.tokenizer.eot, self.unused_ids())
-
-    def fitting_rows(self, texts):
-        """Row slots for so many texts: as many as are of use on this device, and as their caches may take memory."""
-        fitting = int(free_memory(self.model.device) * CACHE_SHARE) // row_bytes(self.model)
-        return max(1, min(texts, MOST_ROWS[self.model.device.type], fitting))
-
-    def sequences(self, prompts, prompt_ids, params):
-        for number, (prompt, prompt_id, each) in enumerate(zip(prompts, prompt_ids, params, strict=True)):
-            ids = prompt.tolist()
-            for sample in range(each.num_samples):
-                yield Sequence(number, ids, prompt_id, sample, each, self.tokenizer)
-
-    def encode(self, prompt, name, params):
-        """The ids of a prompt, int32 (T,); end-of-text for an empty one. InputError for more than the context."""
+    def encode(self, prompt: str, name: str, params: GenerationParams) -> np.ndarray:
+        """Returns the ids of a prompt, int32 (T,); end-of-text for an empty one. Raises InputError for more than the
+        context."""
         ids = self.tokenizer.encode(prompt, params.allow_special) or [self.tokenizer.eot]
         context = self.model.config.block_size
         if len(ids) > context and not params.truncate:
             raise InputError(f"{name} has {len(ids)} tokens, context is {context}; use --truncate")
         return np.array(ids[-context:], dtype=np.int32)
 
-    def unused_ids(self):
-        """Ids that stand for no text and must never be chosen."""
+    def sequences(
+        self, prompts: list[np.ndarray], prompt_ids: list[int | str], params: list[GenerationParams], skip: int
+    ) -> Iterator[Sequence]:
+        """Yields the Sequences of all samples of all prompts, without the first `skip`."""
+        place = -skip
+        for number, (prompt, prompt_id, own) in enumerate(zip(prompts, prompt_ids, params, strict=True)):
+            ids = prompt.tolist()
+            for sample in range(own.num_samples):
+                if place >= 0:
+                    yield Sequence(place, number, ids, prompt_id, sample, own, self.tokenizer)
+                place += 1
+
+    # ---- back end, rows and memory
+
+    def pick(self, params: list[GenerationParams]) -> tuple[str, int]:
+        """Returns the name of the back end and the number of rows for prompts with these GenerationParams. Raises
+        InputError for a back end that cannot run here."""
+        texts = sum(own.num_samples for own in params)
+        rows = (params[0].rows if params else 0) or self.fitting_rows(texts)
+        steps = sum(own.num_samples * own.max_new_tokens for own in params) // rows
+        return pick_backend(self.backend, self.model, steps, rows), rows
+
+    def fitting_rows(self, texts: int) -> int:
+        """Returns the number of rows for this many texts: no more than gain speed on this device, or than have room in
+        memory."""
+        fitting = int(free_memory(self.model.device) * CACHE_SHARE) // row_bytes(self.model)
+        return max(1, min(texts, MOST_ROWS[self.model.device.type], fitting))
+
+    def decode(self, sequences: Iterable[Sequence], backend: str, rows: int, report: int | None) -> Events:
+        """Generates the sequences. The Decoder is nobody else's meanwhile, and idle afterwards."""
+        decoder = self.take_decoder(backend, rows)
+        try:
+            yield from decoder.events(sequences, report)
+        finally:
+            self.idle_decoder = decoder
+
+    @torch.inference_mode(False)  # these tensors outlive the call, so they must not be inference tensors
+    def take_decoder(self, name: str, rows: int) -> Decoder:
+        """Returns a Decoder that is not in use: the idle one if it fits, else a new one."""
+        if weight_versions(self.model) != self.versions:  # back ends keep addresses and copies of the weights
+            self.backends.clear()
+        if name not in self.backends:
+            self.backends[name] = BACKENDS[name](self.model)  # may move the weights
+            self.versions = weight_versions(self.model)
+        backend, decoder = self.backends[name], self.idle_decoder
+        self.idle_decoder = None
+        if decoder and decoder.step.backend is backend and len(decoder.step) == backend.slots(rows):
+            return decoder
+        del decoder  # its cache would take memory from the new one's
+        return Decoder(backend, rows, self.tokenizer.eot, self.unused_ids())
+
+    def unused_ids(self) -> list[int]:
+        """Returns the ids that stand for no text and must never be chosen."""
         special = set(self.tokenizer.encoding._special_tokens.values())
         return [i for i in np.flatnonzero(self.tokenizer.byte_lengths() == 0).tolist() if i not in special]
 
 
-def weights_now(model):
-    """Returns what tells a model's weights from later ones: their addresses and how often they were changed in place.
-    Tensors made in inference mode count no changes."""
+def weight_versions(model: GPT) -> list[tuple]:
+    """Returns a value that differs after every change of the weights: addresses, types, and how often each was changed
+    in place. Tensors made in inference mode count no changes."""
     tensors = [*model.parameters(), *model.buffers()]
     return [(t.data_ptr(), t.dtype, None if t.is_inference() else t._version) for t in tensors]

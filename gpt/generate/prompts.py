@@ -1,41 +1,43 @@
 """Where prompts come from: a flag, stdin, a text file (a prompt a line) or JSONL ({"id"?, "prompt", settings} a line).
 
-Also how a setting that was read as JSON, there or at the prompt of the interactive mode, is checked."""
+Also how a setting that was read as JSON, there or in the interactive mode, is checked."""
 
 import json
 import sys
-import typing
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from gpt.config import fields, make_config, suggestion
+from gpt.config import fields, in_type, make_config, suggestion
 from gpt.errors import InputError
 from gpt.files import json_object
-from gpt.generate.generator import GenerationParams
+from gpt.generate.sampling import SamplingParams
+from gpt.generate.sequence import GenerationParams
 
 MOST_BYTES = 64 << 20
 MOST = (1 << 64) - 1  # the largest whole number of a setting
+TYPES = {name: field.type for name, field in fields(GenerationParams).items()} | {"seed": int}  # null is no seed
 # The settings that a prompt of a JSONL file may have of its own.
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-SETTINGS = ("max_new_tokens", *SAMPLING, "stop", "seed", "num_samples", "ignore_eot")
+SETTINGS = ("max_new_tokens", *fields(SamplingParams), "stop", "seed", "num_samples", "ignore_eot")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    id: int | str
-    """tells this prompt's random numbers apart; a line's number, from 1, unless JSONL gives an id"""
+    id: int | str  # gives the prompt random numbers of its own; the line's number, from 1, unless JSONL has an id
     text: str
-    settings: dict = field(default_factory=dict)
-    """of SETTINGS, what holds for this prompt alone"""
+    settings: dict[str, Any] = field(default_factory=dict)  # those of SETTINGS that this prompt alone has
 
 
-def read_prompts(path):
-    """The Prompts of a file, in its order, each with an id of its own. Raises InputError naming file and line."""
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Returns the Prompts of a file, in its order, each with an id of its own. Raises InputError naming file and
+    line."""
     try:
         with open(path, "rb") as file:
             data = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise InputError(f"{path or '--prompts'}: {error.strerror}; give a readable text or .jsonl file") from None
-    lines = decoded(data, path).split("\n")
+    lines = decoded(data, str(path)).split("\n")
     if not lines[-1]:
         lines.pop()  # the file's last line break begins no further prompt
     numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1)]
@@ -48,14 +50,15 @@ def read_prompts(path):
     return prompts
 
 
-def from_jsonl(numbered, path):
-    """The Prompts of (number, line) pairs; empty lines hold none."""
-    prompts, found_at = [], {}
+def from_jsonl(numbered: list[tuple[int, str]], path: str | Path) -> list[Prompt]:
+    """Returns the Prompts of (number, line) pairs; empty lines hold none."""
+    prompts: list[Prompt] = []
+    line_of: dict[int | str, int] = {}
     for number, line in numbered:
         if not line.strip():
             continue
         prompt = from_json(line, f"{path}:{number}", number)
-        first = found_at.setdefault(prompt.id, number)
+        first = line_of.setdefault(prompt.id, number)
         if first != number:
             known = f'id {json.dumps(prompt.id)} is that of line {first} too (without "id" it is the line\'s number)'
             raise InputError(f"{path}:{number}: {known}; give every prompt its own")
@@ -63,67 +66,56 @@ def from_jsonl(numbered, path):
     return prompts
 
 
-def from_json(line, where, number):
-    value = json_object(line, "prompt", where)
-    prompt_id = value.get("id", number)
+def from_json(line: str, where: str, number: int) -> Prompt:
+    """Returns the Prompt of a line of JSON."""
+    values = json_object(line, "prompt", where)
+    text, prompt_id = values.pop("prompt"), values.pop("id", number)
     if type(prompt_id) not in (int, str):
         raise InputError(f'{where}: field "id" must be a whole number or a string; correct the line')
-    settings, problems = {}, []
-    for name in value.keys() - {"id", "prompt"}:
-        if name in SETTINGS:
-            settings[name], found = checked(name, value[name])
-            problems += found
-        else:
-            problems.append(f"unknown field {json.dumps(name)}; {suggestion(name, ('id', 'prompt', *SETTINGS))}")
+    settings, problems = checked(values, SETTINGS)
     if problems:
-        raise InputError(f"{where}: {'; '.join(sorted(problems))}; correct the line")
-    return Prompt(prompt_id, value["prompt"], settings)
+        raise InputError(f"{where}: {'; '.join(problems)}; correct the line")
+    return Prompt(prompt_id, text, settings)
 
 
-def checked(name, value):
-    """(value, problems) of a setting of GenerationParams: the value as its field has it, and what is wrong with it, in
-    words."""
-    value, wanted = as_wanted(value, fields(GenerationParams)[name].type)
-    if wanted:
-        return value, [f"{name} {json.dumps(value)} must be {wanted}"]
-    return value, make_config(GenerationParams, {name: value}).problems()
+def checked(values: dict[str, Any], known: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """Returns settings that were read as JSON, with the types of their fields in GenerationParams, and their problems
+    in words. Only names in `known` are allowed. A string may stand for a list of one."""
+    settings: dict[str, Any] = {}
+    problems = []
+    for name, value in values.items():
+        if name not in known:
+            problems.append(f"unknown setting {name}; {suggestion(name, known)}")
+            continue
+        try:
+            settings[name] = in_type([value] if name == "stop" and isinstance(value, str) else value, TYPES[name])
+        except (ValueError, OverflowError) as error:
+            problems.append(f"{name} {json.dumps(value)}: {error}")
+    large = [name for name, value in settings.items() if type(value) is int and value > MOST]
+    problems += [f"{name} {settings[name]} must be below 2^64" for name in large]
+    return settings, problems + make_config(GenerationParams, settings).problems()
 
 
-def as_wanted(value, wanted):
-    """(value, "") for a value of JSON as a field of type `wanted` has it, (value, what it must be) if it cannot."""
-    kinds = typing.get_args(wanted) or (wanted,)
-    if tuple in (wanted, typing.get_origin(wanted)):
-        items = [value] if isinstance(value, str) else value
-        fine = isinstance(items, list) and all(isinstance(item, str) and item for item in items)
-        return (tuple(items), "") if fine else (value, "a string or a list of strings, none of them empty")
-    if bool in kinds:
-        return value, "" if isinstance(value, bool) else "true or false"
-    if float in kinds:
-        fine = type(value) in (int, float) and abs(value) <= sys.float_info.max
-        return (float(value), "") if fine else (value, "a finite number")
-    fine = type(value) is int and abs(value) <= MOST
-    return value, "" if fine else "a whole number below 2^64"
-
-
-def read_stdin():
-    """What is piped into stdin, less one line break at its end; "" where stdin is a terminal or closed."""
+def read_stdin() -> str:
+    """Returns the text that is piped into stdin, without one line break at its end; "" if stdin is a terminal or
+    closed."""
     if sys.stdin is None or sys.stdin.isatty():
         return ""
     text = decoded(sys.stdin.buffer.read(MOST_BYTES + 1), "stdin")
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def from_flag(text, where="--prompt"):
-    """A prompt from the command line. What the locale could not decode (LANG=C) is read as UTF-8."""
+def from_flag(text: str, where: str = "--prompt") -> str:
+    """Returns a prompt from the command line. Bytes that the locale could not decode (LANG=C) are read as UTF-8."""
     undecoded = any("\udc80" <= character <= "\udcff" for character in text)
     return decoded(text.encode("utf-8", "surrogateescape"), where) if undecoded else text
 
 
-def decoded(data, where):
+def decoded(data: bytes, where: str) -> str:
     if len(data) > MOST_BYTES:
         raise InputError(f"{where}: more than {MOST_BYTES >> 20} MiB of prompts; split them")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        place = error.start + len(data) - len(error.object)  # a byte order mark had been taken away
+        place = error.start + len(data) - len(error.object)  # in `data`, which may begin with a byte order mark
         raise InputError(f"{where}: invalid UTF-8 at byte {place} (0x{data[place]:02x}); convert it to UTF-8") from None

@@ -1,7 +1,17 @@
 """Logits -> next ids: penalty, temperature, top-k, top-p, min-p, and one reproducible draw per row and position.
 
-Shapes: B rows, V vocabulary, W candidates (W <= V), likeliest first. Every number that a choice hangs on is a tensor: a
-step with `choose` in it can be compiled, or captured in a CUDA graph, and its rows' settings be changed afterwards."""
+torch.multinomial works with floats, whose sums depend on the order of addition: on device, threads and batch. Here a
+probability is a weight, a whole number of units of 2^-32, so that sums are exact in any order. The random number is a
+whole number below 2^30, which Philox computes from seed, prompt, sample and position alone. So equal weights give the
+same token on every device. A draw is the inverse of the cumulative distribution; with 10 units instead of 2^32, and the
+random number 6 of 8 instead of 2^30:
+
+    token         0   1   2   3
+    weight        5   3   0   2     token 2 is left out by top-k, top-p or min-p
+    running sum   5   8   8  10     target = 10 * 6 // 8 = 7: the first running sum above 7 is that of token 1
+
+Shapes: B rows, V vocabulary, W candidates (W <= V), likeliest first. Every value that a choice depends on is a tensor,
+so that a step with `choose` in it can be compiled, or captured in a CUDA graph, and its settings changed afterwards."""
 
 import hashlib
 import math
@@ -12,10 +22,10 @@ import torch
 CANDIDATES = 768  # likeliest tokens looked at before all of V is sorted; above V / 64 torch.topk is three times slower
 NOT_FINITE, UNDECIDED = -1, -2  # in place of an id
 TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-WORD = 0xFFFFFFFF
+WORD = 0xFFFFFFFF  # the largest 32-bit number
 LAST_PLACE = (1 << 63) - 1
-UNITS = 1 << 32  # what probability 1 is in whole numbers, and how many values a draw may have: their product, with the
-DRAWS = 1 << 30  # softmax's rounding, stays below 2^63
+UNITS = 1 << 32  # the weight of probability 1
+DRAWS = 1 << 30  # random numbers are below it; UNITS * DRAWS, with the rounding of softmax, is below 2^63
 
 
 @dataclass(frozen=True)
@@ -32,45 +42,44 @@ class SamplingParams:
     """above 1 makes tokens already in the window less likely; 1 is off"""
 
     @property
-    def filtering(self):
+    def filtering(self) -> bool:
         """Whether some tokens are left out: greedy leaves out all but one."""
         return self.temperature == 0 or self.top_k > 0 or round(self.top_p * DRAWS) < DRAWS or self.min_p > 0
 
-    def problems(self):
-        """What is wrong with these values, in words; empty if nothing."""
+    def problems(self) -> list[str]:
+        """Returns what is wrong with these values, in words."""
+        penalty = self.repetition_penalty
         rules = [
             (0 <= self.temperature < math.inf, f"temperature {self.temperature} must be finite and 0 (greedy) or more"),
             (self.top_k >= 0, f"top_k {self.top_k} must be 0 (off) or more"),
             (0 < self.top_p <= 1, f"top_p {self.top_p} must be above 0 and at most 1 (off)"),
             (0 <= self.min_p <= 1, f"min_p {self.min_p} must be at least 0 (off) and at most 1"),
-            (
-                0 < self.repetition_penalty < math.inf,
-                f"repetition_penalty {self.repetition_penalty} must be above 0 and finite",
-            ),
+            (0 < penalty < math.inf, f"repetition_penalty {penalty} must be above 0 and finite"),
         ]
-        return [text for fine, text in rules if not fine]
+        return [text for is_fine, text in rules if not is_fine]
 
 
 class Filters:
-    """SamplingParams of B rows, as tensors (B,) that a compiled or captured step reads anew each time. What the host
-    remembers of them (`kind`) only saves work; a step captured under one kind is right for that kind alone."""
+    """The SamplingParams of B rows as tensors (B,), which a compiled or captured step reads anew each time. `kind` only
+    saves work; a step that was captured under one kind is right for that kind alone."""
 
-    def __init__(self, rows, device=None):
+    def __init__(self, rows: int, device: torch.device | None = None):
         self.temperature = torch.zeros(rows, device=device)
         self.top_k = torch.zeros(rows, dtype=torch.int64, device=device)  # 0 is off
         self.top_p = torch.zeros(rows, dtype=torch.int64, device=device)  # in units of 1 / DRAWS; DRAWS is off
         self.min_p = torch.full((rows,), -math.inf, device=device)  # its logarithm; -inf is off
         self.penalty = torch.ones(rows, device=device)
-        self.busy = {}  # row -> its SamplingParams
+        self.params: dict[int, SamplingParams] = {}  # of the rows that are not idle
         self.update_kind()
 
-    def set(self, row, params):
-        """Give `row` these SamplingParams; None makes it idle, which is greedy. Does not wait for the device."""
-        self.busy[row] = params
+    def set(self, row: int, params: SamplingParams | None) -> None:
+        """Gives a row these SamplingParams; None makes it idle, which is greedy. Does not wait for the device."""
         if params is None:
-            del self.busy[row]
+            self.params.pop(row, None)
             params = SamplingParams(temperature=0)
-        if params.temperature == 0:  # as a filter: a nucleus of nothing, of which the likeliest token stays
+        else:
+            self.params[row] = params
+        if params.temperature == 0:  # as a filter: a top-p of 0 keeps the likeliest token
             params = replace(params, top_k=0, top_p=0, min_p=0)
         self.temperature[row].fill_(within_float32(params.temperature) if params.temperature else 0)
         self.top_k[row].fill_(min(params.top_k, WORD))
@@ -79,28 +88,35 @@ class Filters:
         self.penalty[row].fill_(within_float32(params.repetition_penalty))
         self.update_kind()
 
-    def update_kind(self):
-        rows = self.busy.values()
+    def update_kind(self) -> None:
+        rows = self.params.values()
         self.greedy = all(params.temperature == 0 for params in rows)
         self.filtering = any(params.filtering for params in rows)
         self.penalizes = any(params.repetition_penalty != 1 for params in rows)
 
     @property
-    def kind(self):
-        """Whether all rows are greedy, whether some leave tokens out, whether some have a repetition penalty."""
+    def kind(self) -> tuple[bool, bool, bool]:
+        """Whether all rows are greedy, whether any leaves tokens out, whether any has a repetition penalty."""
         return self.greedy, self.filtering, self.penalizes
 
 
-def within_float32(value):
+def within_float32(value: float) -> float:
     return min(max(value, TINY), HUGE)
 
 
-def choose(logits, filters, draws, seen=None, banned=None, narrow=False):
-    """Logits (B, V) float32 and draws (B,) below DRAWS -> next ids (B,); NOT_FINITE for a row whose logits are not all
-    finite. Each row is a pure function of its own logits, settings and draw.
+def choose(
+    logits: torch.Tensor,
+    filters: Filters,
+    draws: torch.Tensor,
+    seen: torch.Tensor | None = None,
+    banned: torch.Tensor | None = None,
+    narrow: bool = False,
+) -> torch.Tensor:
+    """Returns the next ids (B,) for logits (B, V) float32 and random numbers `draws` (B,); NOT_FINITE for a row whose
+    logits are not all finite. Each row is a pure function of its own logits, settings and random number.
 
-    `seen` (B, V) marks the tokens that the repetition penalty is for; `banned` are ids (N,) that are never chosen.
-    `narrow` looks at the CANDIDATES likeliest tokens only and gives UNDECIDED for a row that they do not decide."""
+    `seen` (B, V) marks the tokens that the repetition penalty applies to; `banned` (N,) are ids that are never chosen.
+    `narrow` looks only at the CANDIDATES likeliest tokens, and gives UNDECIDED for a row that they do not decide."""
     finite = logits.abs().amax(-1) < math.inf
     if filters.penalizes:
         logits = penalize(logits, seen, filters.penalty[:, None])
@@ -112,50 +128,52 @@ def choose(logits, filters, draws, seen=None, banned=None, narrow=False):
     return draw(weights, draws).masked_fill(~decided, UNDECIDED).masked_fill(~finite, NOT_FINITE)
 
 
-def penalize(logits, seen, penalty):
-    """Logits (B, V) with those of `seen` tokens divided by the penalty (B, 1), or multiplied where negative; always
-    finite. Source: Keskar et al. 2019, arXiv:1909.05858, as in transformers."""
+def penalize(logits: torch.Tensor, seen: torch.Tensor | None, penalty: torch.Tensor) -> torch.Tensor:
+    """Returns logits (B, V) with those of `seen` tokens divided by the penalty (B, 1), or multiplied where negative;
+    always finite. Source: Keskar et al. 2019, arXiv:1909.05858, as in transformers."""
+    assert seen is not None
     penalized = torch.where(logits < 0, logits * penalty, logits / penalty).clamp(-HUGE, HUGE)
     return torch.where(seen, penalized, logits)
 
 
-def draw(weights, draws):
-    """Ids (B,) by inverse cumulative distribution over weights (B, V), in the order of the ids; none of weight 0.
-
-    In whole numbers: sums are exact in any order and on any device, and `target` stays below the last of them."""
-    mass = weights.cumsum(-1)
-    target = mass[:, -1:] * draws[:, None] // DRAWS
-    ids = torch.searchsorted(mass, target, right=True)[:, 0]
+def draw(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Returns ids (B,), drawn from weights (B, V) by random numbers (B,) as at the top of this file."""
+    sums = weights.cumsum(-1)
+    target = sums[:, -1:] * draws[:, None] // DRAWS
+    ids = torch.searchsorted(sums, target, right=True)[:, 0]
     return ids.clamp(max=weights.shape[-1] - 1)  # only nan logits get past the end
 
 
-def kept_weights(logits, filters, narrow=False):
-    """Probabilities at each row's temperature in units of 1 / UNITS, int64 (B, V), 0 for tokens that top-k, top-p or
-    min-p leave out; and which rows are decided (B,): all, unless `narrow`."""
+def kept_weights(logits: torch.Tensor, filters: Filters, narrow: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the weights int64 (B, V) at each row's temperature, 0 for tokens that top-k, top-p or min-p leave out;
+    and which rows are decided (B,): all, unless `narrow`."""
     # The maximum becomes 0 first: no temperature, however low, makes an infinity or a nan.
     scaled = (logits - logits.amax(-1, keepdim=True)) / filters.temperature[:, None].clamp(min=TINY)
     weights = (scaled.softmax(-1) * UNITS).round().long()
     if not filters.filtering:
         return weights, torch.ones_like(weights[:, 0], dtype=torch.bool)
     places = ranking(scaled)
-    # Only on a CPU does it cost nothing to wait for a result and go on by it; a compiled step cannot.
-    may_ask = logits.device.type == "cpu" and not torch.compiler.is_compiling()
-    last, decided = last_kept(scaled, weights, places, filters, CANDIDATES if narrow or may_ask else None)
-    if not narrow and may_ask and not decided.all():
+    # Reading a result to decide what to do next is free only on a CPU, and impossible in a compiled step.
+    can_read = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    last, decided = last_kept(scaled, weights, places, filters, CANDIDATES if narrow or can_read else None)
+    if not narrow and can_read and not decided.all():
         last, decided = last_kept(scaled, weights, places, filters)
     return weights * (places <= last), decided
 
 
-def ranking(values):
-    """Whole numbers that rise from the likeliest token to the least likely, ties by id; int64 (B, V) of values <= 0.
-    Their high halves are the values' bits, which rise as negative values fall; their low halves are the ids."""
+def ranking(values: torch.Tensor) -> torch.Tensor:
+    """Returns whole numbers that rise from the likeliest token to the least likely, ties by id: int64 (B, V) for values
+    <= 0. Their upper halves are the bits of the values, which rise as negative values fall; their lower halves are the
+    ids."""
     ids = torch.arange(values.shape[-1], device=values.device)
     return (values.view(torch.int32) & 0x7FFFFFFF).long() << 32 | ids
 
 
-def last_kept(scaled, weights, places, filters, candidates=None):
-    """The place (B, 1) of the last token that each row's filters keep, as far as its likeliest `candidates` (None: all
-    tokens) show, and whether they decide it (B,). `scaled` (B, V) are logits over the temperature, 0 for the likeliest.
+def last_kept(
+    scaled: torch.Tensor, weights: torch.Tensor, places: torch.Tensor, filters: Filters, candidates: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the place (B, 1) of the last token that each row's filters keep, judged by its likeliest `candidates`
+    (None: all tokens), and whether these decide it (B,). `scaled` (B, V) are logits over temperature, at most 0.
     Sources: Holtzman et al. 2020, arXiv:1904.09751 (top-p); Nguyen et al. 2024, arXiv:2407.01082 (min-p)."""
     vocabulary = places.shape[-1]
     width = min(candidates or vocabulary, vocabulary)
@@ -165,42 +183,38 @@ def last_kept(scaled, weights, places, filters, candidates=None):
     limited = (top_k > 0) & (top_k < vocabulary)
     border = values.gather(1, top_k.masked_fill(~limited, width).clamp(max=width) - 1)
     keep = values >= border  # with ties, as transformers
-    mass = (weights * keep).cumsum(-1)
-    keep &= (mass - weights) * DRAWS < mass[:, -1:].where(limited, total) * top_p
+    sums = (weights * keep).cumsum(-1)
+    keep &= (sums - weights) * DRAWS < sums[:, -1:].where(limited, total) * top_p
     keep &= values >= min_p
-    end = keep.sum(-1, keepdim=True).clamp(1, width) - 1  # what is kept is a beginning of the row
+    end = keep.sum(-1, keepdim=True).clamp(1, width) - 1  # the kept tokens are the first ones of `best`
     unfiltered = ~limited & (top_p == DRAWS) & min_p.isneginf()
-    # Enough if the next token is among the candidates too, and top-k's last one with its ties.
+    # Decided if the token after the last kept one is a candidate too, and if top-k's border has no ties beyond.
     decided = unfiltered | (width == vocabulary) | (end < width - 1) & (~limited | (border > values[:, -1:]))
     return best.gather(1, end).masked_fill(unfiltered, LAST_PLACE), decided[:, 0]
 
 
-def top_logprobs(logits, count):
-    """Of logits (B, V) the ids and log-probabilities in nats, (B, count) each, of the likeliest tokens, ties by id."""
-    logprobs = logits.log_softmax(-1)
-    ids = ranking(logprobs).topk(count, largest=False).values & WORD
-    return ids, logprobs.gather(1, ids)
+def likeliest(logprobs: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns the ids (B, count) of the likeliest tokens by log-probabilities (B, V), ties by id."""
+    return ranking(logprobs).topk(count, largest=False).values & WORD
 
 
-def stream_words(prompt_id):
-    """The two 32-bit words that stand for a prompt's id in the counter: an integer modulo 2^64, or a string's hash."""
+def random_draws(
+    seed: int, prompt_id: int | str, sample: int, start: int, count: int, device: torch.device | None = None
+) -> torch.Tensor:
+    """Returns uniform whole numbers below DRAWS, int64 (count,), for positions start, start + 1, …: a pure function of
+    its arguments. 0 <= seed < 2^64."""
     if isinstance(prompt_id, str):
         digest = hashlib.blake2b(prompt_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         prompt_id = int.from_bytes(digest, "little")
-    return prompt_id & WORD, (prompt_id >> 32) & WORD
-
-
-def random_draws(seed, prompt_id, sample, start, count, device=None):
-    """Uniform whole numbers below DRAWS, int64 (count,), for positions start, start + 1, …: a pure function of its
-    arguments, so that none depends on what else is generated. 0 <= seed < 2^64."""
     positions = torch.arange(start, start + count, device=device)
-    words = [positions] + [torch.full_like(positions, word) for word in (sample, *stream_words(prompt_id))]
-    return philox(words, seed)[0] >> 2
+    constants = (sample, prompt_id & WORD, prompt_id >> 32 & WORD)
+    return philox([positions, *[torch.full_like(positions, word) for word in constants]], seed)[0] >> 2
 
 
-def philox(words, key):
-    """Philox4x32-10: four int64 tensors of 32-bit words and a 64-bit key -> four more. Source: Salmon et al. 2011,
-    "Parallel random numbers: as easy as 1, 2, 3". int64 products wrap, which leaves their low and high words right."""
+def philox(words: list[torch.Tensor], key: int) -> tuple[torch.Tensor, ...]:
+    """Returns the four words of Philox4x32-10 for four words and a 64-bit key; words are 32 bits, in int64 tensors.
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". int64 products wrap, which leaves their
+    low and high words right."""
     a, b, c, d = words
     low, high = key & WORD, key >> 32
     for _ in range(10):

@@ -6,46 +6,46 @@ from dataclasses import dataclass
 import torch
 
 from gpt.errors import InputError
+from gpt.model import GPT
+from gpt.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Score:
-    nats: float
-    """minus the log-probability of the whole text"""
+    nats: float  # minus the log-probability of the whole text
     tokens: int
     bytes: int
     ids: list[int]
-    logprobs: list[float]
-    """of each id given all before it in its window, in nats"""
+    logprobs: list[float]  # of each id given all ids before it in its window, in nats
 
     @property
-    def perplexity(self):
+    def perplexity(self) -> float:
         return math.exp(self.nats / self.tokens)
 
     @property
-    def bits_per_byte(self):
+    def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / self.bytes
 
 
 @torch.inference_mode()
-def score_text(model, tokenizer, text, stride=0):
-    """The Score of `text`, read after an end-of-text. Windows of block_size tokens begin every `stride` (0: half a
-    window), so each token but those of the first window is predicted from at least block_size - stride before it; one
-    stride of block_size is fastest. Raises InputError for an empty text or a stride that is no part of the window."""
+def score_text(model: GPT, tokenizer: Tokenizer, text: str, stride: int = 0) -> Score:
+    """Returns the Score of `text` after an end-of-text. Windows of block_size tokens begin every `stride` (0: half a
+    window), so each token but those of the first window is predicted from at least block_size - stride before it; a
+    stride of block_size is fastest. Raises InputError for an empty text, or a stride that is longer than a window."""
     ids, size = tokenizer.encode(text), model.config.block_size
     stride = stride or max(1, size // 2)
     if not ids:
         raise InputError("text is empty: nothing to score; give some")
     if not 1 <= stride <= size:
         raise InputError(f"stride {stride}: must be from 1 to the context, {size}")
-    device, training = model.token.weight.device, model.training
     tokens = torch.tensor([tokenizer.eot, *ids])
-    losses = []
+    losses: list[float] = []
+    training = model.training
     model.eval()
     try:
         for start in range(0, len(ids), stride):
-            window = tokens[start : start + size + 1].to(device)[None]
-            scored = len(losses) - start  # of this window, by earlier ones
+            window = tokens[start : start + size + 1].to(model.device)[None]
+            scored = len(losses) - start  # tokens of this window that earlier windows have scored
             losses += model.forward(window[:, :-1], window[:, 1:])[0, scored:].tolist()
             if len(losses) == len(ids):
                 break

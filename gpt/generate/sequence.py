@@ -1,38 +1,88 @@
-"""One text under way: its prompt, the tokens chosen so far, the text they make, and where it ends."""
+"""One text: the settings that it is generated with, its prompt, the ids chosen so far, and where it ends."""
 
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, field
 
+from gpt.generate.sampling import SamplingParams
 from gpt.generate.stream import TextStream
+from gpt.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class GenerationParams:
+    """Everything that decides what is generated from a prompt, apart from model, device and precision."""
+
+    max_new_tokens: int = 200
+    """tokens to generate after each prompt"""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    """strings that end the text where they first occur; they are left out of it"""
+    ignore_eot: bool = False
+    """never choose end-of-text, so that every text gets its full length"""
+    num_samples: int = 1
+    """texts for each prompt"""
+    seed: int | None = None
+    """the same seed and settings, --rows, precision and back end among them, give the same text; None draws one"""
+    rows: int = 0
+    """texts generated side by side, each with its own key-value cache; 0 goes by their number, the device and its free
+    memory. Another number may round differently: the same text again needs the same --rows, precision and back end"""
+    truncate: bool = False
+    """drop the beginning of a prompt that is longer than the context, instead of refusing it"""
+    allow_special: bool = False
+    """read <|endoftext|> in a prompt as the token, not as text"""
+    logprobs: bool = False
+    """give the log-probability of each token, in the model's own distribution before any sampling setting"""
+    top_logprobs: int = 0
+    """give, for each token, the log-probabilities of this many likeliest tokens at its position; 0 is off"""
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong with these values, in words."""
+        stops_fit = not isinstance(self.stop, str) and all(isinstance(stop, str) and stop for stop in self.stop)
+        rules = [
+            (self.max_new_tokens >= 0, f"max_new_tokens {self.max_new_tokens} must be 0 or more"),
+            (self.num_samples >= 1, f"num_samples {self.num_samples} must be at least 1"),
+            (self.rows >= 0, f"rows {self.rows} must be 0 (automatic) or more"),
+            (self.seed is None or 0 <= self.seed < 1 << 64, f"seed {self.seed} must be from 0 to 2^64 - 1"),
+            (0 <= self.top_logprobs <= 100, f"top_logprobs {self.top_logprobs} must be from 0 (off) to 100"),
+            (stops_fit, "stop must be strings that are not empty"),
+        ]
+        return [text for is_fine, text in rules if not is_fine] + self.sampling.problems()
 
 
 @dataclass(frozen=True)
 class Completion:
-    text: str
-    """without the prompt, the stop string and end-of-text"""
-    ids: list[int]
-    """all ids chosen but end-of-text, those of a stop string too"""
-    finish_reason: str
-    """why the text ends: "length", or "stop" for end-of-text and stop strings"""
-    logprobs: list[float] | None
-    """of `ids`, in nats; None unless asked for"""
+    text: str  # without the prompt, the stop string and end-of-text
+    ids: list[int]  # all chosen ids except end-of-text; those of a stop string are included
+    finish_reason: str  # why the text ends: "length", or "stop" for end-of-text and stop strings
+    logprobs: list[float] | None  # of `ids`, in nats; None unless asked for
     top_logprobs: list[list[tuple[int, float]]] | None = None
-    """for each of `ids` the likeliest ids there with their log-probabilities; None unless asked for"""
+    """for each of `ids` the likeliest ids at its position, with their log-probabilities; None unless asked for"""
 
 
+@dataclass(eq=False)
 class Sequence:
-    """Sample `sample` of prompt number `number`, whose ids are `prompt`. What is drawn goes by the seed of `params`,
-    `prompt_id`, sample and position."""
+    """A text in progress. Its random numbers depend on the seed of `params`, `prompt_id`, `sample` and the position of
+    a token alone."""
 
-    def __init__(self, number, prompt, prompt_id, sample, params, tokenizer):
-        self.number, self.prompt, self.prompt_id, self.sample = number, prompt, prompt_id, sample
-        self.params, self.tokenizer, self.stream = params, tokenizer, TextStream(params.stop)
-        self.ids, self.pieces = [], []
-        self.logprobs = [] if params.logprobs else None
-        self.top_logprobs = [] if params.top_logprobs else None
-        self.finish_reason = None
+    place: int  # number of this text among all texts of a call, from 0
+    prompt_number: int  # number of its prompt among the prompts, from 0
+    prompt: list[int]  # ids; the samples of a prompt share this list
+    prompt_id: int | str
+    sample: int  # number of this text among the samples of its prompt, from 0
+    params: GenerationParams
+    tokenizer: Tokenizer
+    ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)  # of the text; "" where a token completes no character
+    finish_reason: str | None = None  # as in Completion; None until the text ends
 
-    def take(self, chosen, logprob=None, likeliest=None):
-        """Append the id `chosen`; the piece of text that has become certain. `likeliest` are (id, log-probability)."""
+    def __post_init__(self) -> None:
+        self.stream = TextStream(self.params.stop)
+        self.logprobs: list[float] | None = [] if self.params.logprobs else None
+        self.top_logprobs: list[list[tuple[int, float]]] | None = [] if self.params.top_logprobs else None
+
+    def take(self, chosen: int, logprob: float, likeliest: list[tuple[int, float]]) -> str:
+        """Appends the id `chosen`. Returns the piece of text that has become certain. `logprob` and `likeliest`, of
+        (id, log-probability), are read only if `params` asks for them."""
         if chosen == self.tokenizer.eot:
             return self.finish("stop")
         self.ids.append(chosen)
@@ -48,18 +98,37 @@ class Sequence:
             piece += self.finish("length")
         return piece
 
-    def finish(self, reason):
-        """End the text; the piece that was held back."""
+    def finish(self, reason: str) -> str:
+        """Ends the text. Returns the piece that was held back."""
         piece = self.stream.push(b"", final=True)
         self.pieces.append(piece)
         self.finish_reason = "stop" if self.stream.stopped else reason
         return piece
 
-    def window(self, length):
-        """The last `length` ids of prompt and text."""
+    def window(self, length: int) -> list[int]:
+        """Returns the last `length` ids of prompt and text."""
         missing = length - len(self.ids)
         return self.prompt[-missing:] + self.ids if missing > 0 else self.ids[-length:]
 
     @property
-    def completion(self):
-        return Completion("".join(self.pieces), self.ids, self.finish_reason, self.logprobs, self.top_logprobs)
+    def completion(self) -> Completion:
+        """The text so far."""
+        reason = self.finish_reason or ""
+        return Completion("".join(self.pieces), self.ids, reason, self.logprobs, self.top_logprobs)
+
+
+Event = tuple[Sequence, str]  # after each token: its Sequence, and the piece of text that has become certain
+Events = Generator[Event, None, None]
+
+
+def in_order(events: Iterable[Event]) -> Events:
+    """Yields the events of one text after another, in the order of their places. Pieces of a later text wait, and come
+    joined as one event."""
+    waiting: dict[int, tuple[Sequence, list[str]]] = {}
+    place = 0
+    for sequence, piece in events:
+        waiting.setdefault(sequence.place, (sequence, []))[1].append(piece)
+        while place in waiting:
+            sequence, pieces = waiting.pop(place)
+            yield sequence, "".join(pieces)
+            place += sequence.finish_reason is not None

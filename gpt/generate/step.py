@@ -1,9 +1,12 @@
-"""One token for every row: the step that generation repeats, on the device alone, and the same step as CUDA graphs.
+"""One token for every row: the step that generation repeats, on the device alone; and the same step as CUDA graphs.
 
-Shapes: R rows, S cache positions (block_size), V vocabulary, N likeliest tokens reported."""
+Shapes: R rows, V vocabulary, T tokens of one text, N likeliest tokens that are reported."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import contextlib
+import math
+import re
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,135 +14,120 @@ import torch
 from gpt.device import GIB, free_memory, pinned_copy
 from gpt.errors import ResourceError
 from gpt.generate.backend import Backend
-from gpt.generate.sampling import Filters, random_draws, top_logprobs
+from gpt.generate.sampling import Filters, likeliest, random_draws
+from gpt.generate.sequence import GenerationParams
 from gpt.kernels.cuda_graph import CudaGraph
-from gpt.model import KVCache
+from gpt.model import GPT, KVCache
 
 DRAWS_AHEAD = 512  # positions whose random numbers are made at once: their 120 small operations cost as much as a step
-WARM_UPS = 2  # steps before a capture: compilers and libraries set themselves up in them
+WARM_UPS = 2  # steps before a capture: compilers and libraries initialise themselves in them
 TOKENS_PER_LAUNCH = 16  # of a CUDA graph, over all rows: with fewer the GPU waits, more are lost at the end of a text
-
-
-class Report(NamedTuple):
-    """What a step gives beside ids."""
-
-    logprobs: bool = False
-    top_logprobs: int = 0
-    """the number N of likeliest tokens"""
+NO_MEMORY = "out of memory|can't allocate memory|not enough memory"  # torch's words, on GPUs and on CPUs
 
 
 class Chosen(NamedTuple):
-    """What a step chose, on the device; None for what was not asked for."""
+    """What a step chose, on the device; log-probabilities only if they are asked for."""
 
-    ids: torch.Tensor
-    """(R,); below 0 for a row without a choice: see sampling.choose"""
-    logprobs: torch.Tensor | None
-    """(R,)"""
-    top_ids: torch.Tensor | None
-    """(R, N)"""
-    top_logprobs: torch.Tensor | None
-    """(R, N)"""
+    ids: torch.Tensor  # (R,); below 0 for a row without a choice: see sampling.choose
+    logprobs: torch.Tensor | None = None  # (R,)
+    top_ids: torch.Tensor | None = None  # (R, N)
+    top_logprobs: torch.Tensor | None = None  # (R, N)
+
+    def apply(self, function: Callable[[torch.Tensor], Any]) -> list:
+        """Returns the results of `function` for the tensors, None for None."""
+        return [None if tensor is None else function(tensor) for tensor in self]
 
 
 Results = list[tuple[list, list, list]]  # of each step: ids, log-probabilities, [(id, log-probability)], by row
 
 
 class Step:
-    """The tensors of R rows, and the step that changes them: each row's cache, next id, random numbers and settings.
-    All are filled in place, so that a captured step finds them where it left them."""
+    """The tensors of R rows and the step that changes them: each row's cache, next id, random numbers and settings.
+    They are changed in place, so that a captured step finds them at the same addresses."""
 
-    most, lag = 1, 0  # steps in one launch; launches that may be under way when the results of one are read
+    most, lag = 1, 0  # steps in one launch; launches that may be in flight when the results of one are read
 
-    def __init__(self, backend: Backend, rows: int, eot: int, banned=()):
+    def __init__(self, backend: Backend, rows: int, eot: int, banned: Collection[int] = ()):
         model, device = backend.model, backend.model.device
         assert 0 <= eot < model.vocab_size
         self.backend, self.device, self.eot, self.vocab_size = backend, device, eot, model.vocab_size
         self.cache = new_cache(model, rows)
         self.next = torch.full((rows,), eot, device=device)  # (R,) chosen, not yet in the cache
-        self.turns = torch.zeros_like(self.next)  # (R,) tokens chosen since the row's start
-        self.draws = torch.zeros(rows, 2 * DRAWS_AHEAD, dtype=torch.int64, device=device)  # two blocks, used in turns
-        self.drawn = np.zeros(rows, dtype=np.int64)  # draws made since each row's start
-        self.launched = np.zeros(rows, dtype=np.int64)  # `turns` on the host, with all steps that are under way
+        self.turns = torch.zeros_like(self.next)  # (R,) tokens chosen since the start of each row's text
+        self.launched = np.zeros(rows, dtype=np.int64)  # `turns` after all steps in flight, on the host
+        self.draws = torch.zeros(rows, 2 * DRAWS_AHEAD, dtype=torch.int64, device=device)  # two blocks, used in turn
         self.filters = Filters(rows, device)
         self.ignores_eot = torch.zeros(rows, dtype=torch.bool, device=device)  # (R,) rows that never choose `eot`
         self.banned = torch.tensor(banned, dtype=torch.int64, device=device) if len(banned) else None
         self.seen: torch.Tensor | None = None  # (R, V) tokens in each row's window, if a row has a repetition penalty
-        self.report = Report()
+        self.report: int | None = None  # the number N; None for ids alone
         self.narrow = backend.narrow  # whether `choose` looks at few candidates and may leave a row undecided
 
-    def __len__(self):
-        return len(self.drawn)
+    def __len__(self) -> int:
+        return len(self.launched)
 
-    def run(self) -> Chosen:
-        """Appends `next` to every row's cache and chooses the token after it."""
+    def choose_next(self) -> Chosen:
+        """Appends `next` to each row's cache and chooses the id after it."""
         logits = self.backend.decode(self.next, self.cache)  # (R, V)
-        top = top_logprobs(logits, self.report.top_logprobs) if self.report.top_logprobs else (None, None)
-        logprobs = logits.log_softmax(-1) if self.report.logprobs else None
+        logprobs = None if self.report is None else logits.log_softmax(-1)
         if self.seen is not None:
             self.seen.scatter_(1, self.next[:, None], True)
         ids = self.backend.choose(logits, self)  # sets `next` and counts `turns`; may change the logits
-        chosen = None if logprobs is None else logprobs.gather(1, self.next[:, None])[:, 0]
-        return Chosen(ids, chosen, *top)
+        if logprobs is None:
+            return Chosen(ids)
+        logprobs_of_ids = logprobs.gather(1, self.next[:, None])[:, 0]
+        if not self.report:
+            return Chosen(ids, logprobs_of_ids)
+        top_ids = likeliest(logprobs, self.report)
+        return Chosen(ids, logprobs_of_ids, top_ids, logprobs.gather(1, top_ids))
 
     @torch.inference_mode()
     def launch(self, count: int) -> Callable[[], Results]:
         """Starts `count` steps. Returns a function that waits for them and returns their results."""
-        chosen = [self.run() for _ in range(count)]
+        chosen = [self.choose_next() for _ in range(count)]
         return lambda: [on_host(each) for each in chosen]
 
     # ---- rows
 
-    def start(self, row: int, ids: torch.Tensor, sampling, ignore_eot: bool) -> None:
-        """Begins a text in a row whose cache holds all of its prompt's `ids` (T,) but the last."""
-        self.next[row] = ids[-1]
-        self.filters.set(row, sampling)
-        self.ignores_eot[row] = ignore_eot
-        if self.filters.penalizes and self.seen is None:
-            self.seen = torch.zeros(len(self), self.vocab_size, dtype=torch.bool, device=self.device)
-        self.mark_seen(row, ids)
-        self.set_turn(row, 0)
+    def reset(self, report: int | None) -> None:
+        """Empties all rows and makes them idle."""
+        self.report, self.narrow = report, self.backend.narrow
+        self.cache.lengths.zero_()
+        for row in range(len(self)):
+            self.filters.set(row, None)
 
     def prefill(self, row: int, ids: torch.Tensor) -> None:
         """Empties a row and reads `ids` (T,) into its cache."""
         cache = self.cache.empty_row(row)
-        if self.backend.reads_beyond:
-            self.cache.clear_beyond(row, 0)
         if len(ids):
             self.backend.prefill(ids[None], cache)
 
-    def copy_prompt(self, source: int, target: int, tokens: int) -> None:
-        """Fills a row's cache with the first `tokens` positions of another row, or of its own."""
-        if source != target:
-            self.cache.copy_row(source, target)
-        self.cache.set_length(target, tokens)
+    def set_params(self, row: int, params: GenerationParams) -> None:
+        self.filters.set(row, params.sampling)
+        self.ignores_eot[row] = params.ignore_eot
+        if self.filters.penalizes and self.seen is None:
+            self.seen = torch.zeros(len(self), self.vocab_size, dtype=torch.bool, device=self.device)
+
+    def set_window(self, row: int, ids: torch.Tensor, turn: int) -> None:
+        """Makes `ids` (T,) a row's window after `turn` chosen tokens. The row's cache holds all of them but the last,
+        which the next step reads."""
+        self.cache.set_length(row, len(ids) - 1)
         if self.backend.reads_beyond:
-            self.cache.clear_beyond(target, tokens)
-
-    def take_back(self, row: int, window: torch.Tensor, turn: int) -> None:
-        """Takes a row back to before an earlier step, which had `window` (T,), its last id included, as its text."""
-        self.cache.set_length(row, len(window) - 1)
-        self.next[row] = window[-1]
-        self.set_turn(row, turn)
-        self.mark_seen(row, window)
-
-    def mark_seen(self, row: int, ids: torch.Tensor) -> None:
-        """Sets the tokens that the repetition penalty of a row is for to `ids` (T,)."""
+            self.cache.clear_beyond(row, len(ids) - 1)
+        self.next[row] = ids[-1]
+        self.turns[row] = turn
+        self.launched[row] = turn
         if self.seen is not None:
             self.seen[row] = False
             self.seen[row, ids] = True
 
-    def set_turn(self, row: int, turn: int) -> None:
-        self.turns[row] = turn
-        self.launched[row] = turn
-        self.drawn[row] = turn // DRAWS_AHEAD * DRAWS_AHEAD
-
-    def draw_ahead(self, row: int, key: tuple, steps: int) -> None:
-        """Makes the random numbers of a row's next `steps`; `key` is (seed, prompt id, sample)."""
-        while self.drawn[row] < self.launched[row] + steps:
-            start = int(self.drawn[row])
+    def draw_ahead(self, row: int, key: tuple[int, int | str, int], steps: int) -> None:
+        """Makes a row's next block of random numbers if one of its next `steps` begins it; `key` is (seed, prompt id,
+        sample)."""
+        start = math.ceil(self.launched[row] / DRAWS_AHEAD) * DRAWS_AHEAD
+        if start < self.launched[row] + steps:
             place = start % self.draws.shape[1]
             self.draws[row, place : place + DRAWS_AHEAD] = random_draws(*key, start, DRAWS_AHEAD, self.device)
-            self.drawn[row] += DRAWS_AHEAD
 
 
 class CapturedStep:
@@ -164,71 +152,72 @@ class CapturedStep:
                 self.graphs[kind] = self.capture(count)
             graph, chosen = self.graphs[kind]
             graph.replay()
-            copies = [Chosen(*[None if t is None else pinned_copy(t) for t in each]) for each in chosen]
+            copies = [Chosen(*each.apply(pinned_copy)) for each in chosen]
             done = torch.cuda.Event()
             done.record()
 
-        def wait():
+        def wait() -> Results:
             done.synchronize()
             return [on_host(each) for each in copies]
 
         return wait
 
     def capture(self, count: int) -> tuple[CudaGraph, list[Chosen]]:
+        """Returns a graph of `count` steps and the tensors that it fills."""
         graph = CudaGraph(self.step.device, self.stream, self.pool)
-        with Unchanged(self.step):
+        with unchanged(self.step):
             for _ in range(WARM_UPS):
-                self.step.cache.lengths.zero_()  # the first position: there is room, wherever the rows are
-                graph.warm_up(self.step.run)
-        return graph, graph.capture(lambda: [self.step.run() for _ in range(count)])
+                self.step.cache.lengths.zero_()  # a full row has no room for a step
+                graph.warm_up(self.step.choose_next)
+        return graph, graph.capture(lambda: [self.step.choose_next() for _ in range(count)])
 
 
-class Unchanged:
-    """A context for steps at the first position whose results nobody reads: afterwards the rows are as before."""
-
-    def __init__(self, step: Step):
-        cache = step.cache
-        self.changed = [cache.lengths, step.next, step.turns]
-        self.changed += [buffer[:, :, :1] for buffer in (*cache.keys, *cache.values)]
-        self.changed += [] if step.seen is None else [step.seen]
-
-    def __enter__(self):
-        self.kept = [tensor.clone() for tensor in self.changed]
-
-    def __exit__(self, *_):
-        for tensor, kept in zip(self.changed, self.kept, strict=True):
-            tensor.copy_(kept)
+@contextlib.contextmanager
+def unchanged(step: Step) -> Iterator[None]:
+    """A context for steps at position 0 whose results nobody reads: restores all that they change."""
+    cache = step.cache
+    first = [buffer[:, :, :1] for buffer in (*cache.keys, *cache.values)]
+    tensors = [cache.lengths, step.next, step.turns, *first, *([] if step.seen is None else [step.seen])]
+    copies = [tensor.clone() for tensor in tensors]
+    yield
+    for tensor, copy in zip(tensors, copies, strict=True):
+        tensor.copy_(copy)
 
 
 def on_host(chosen: Chosen) -> tuple[list, list, list]:
     """Returns a step's results as lists by row; the likeliest tokens as (id, log-probability)."""
-    ids, logprobs, top_ids, top_values = [None if tensor is None else tensor.tolist() for tensor in chosen]
+    ids, logprobs, top_ids, top_logprobs = chosen.apply(torch.Tensor.tolist)
     nothing = [None] * len(ids)
     if top_ids is None:
         return ids, logprobs or nothing, nothing
-    return ids, logprobs or nothing, [list(zip(*row, strict=True)) for row in zip(top_ids, top_values, strict=True)]
+    return ids, logprobs, [list(zip(*row, strict=True)) for row in zip(top_ids, top_logprobs, strict=True)]
 
 
 # ---- memory
 
 
-def new_cache(model, rows: int) -> KVCache:
-    """Returns an empty KVCache. Raises ResourceError where memory does not suffice."""
-    needed, free = rows * row_bytes(model), free_memory(model.device)
-    if needed > free:
-        raise out_of_memory(model, rows, f": their cache needs {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free")
-    try:
+def new_cache(model: GPT, rows: int) -> KVCache:
+    """Returns an empty KVCache. Raises ResourceError if memory does not suffice."""
+    with memory_errors(model, rows):
+        if rows * row_bytes(model) > free_memory(model.device):
+            raise MemoryError
         return KVCache(model.config, rows, model.dtype, model.device)
-    except (RuntimeError, MemoryError):  # what torch.zeros raises without memory
-        raise out_of_memory(model, rows) from None
 
 
-def out_of_memory(model, rows: int, detail: str = "") -> ResourceError:
-    context = model.config.block_size
-    return ResourceError(f"out of memory: {rows} rows, context of {context} tokens{detail}; lower --rows")
+@contextlib.contextmanager
+def memory_errors(model: GPT, rows: int) -> Iterator[None]:
+    """Turns errors for a lack of memory into ResourceError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+            raise
+        shape = f"{rows} rows, context of {model.config.block_size} tokens"
+        needs = f"their cache needs {rows * row_bytes(model) / GIB:.1f} GiB"
+        raise ResourceError(f"out of memory: {shape}: {needs}; lower --rows") from None
 
 
-def row_bytes(model) -> int:
+def row_bytes(model: GPT) -> int:
     """Returns the bytes of one row's keys and values."""
     config = model.config
     return 2 * config.n_layer * config.block_size * config.n_embd * model.dtype.itemsize
