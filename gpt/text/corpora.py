@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 
 from gpt.errors import ResourceError
-from gpt.text.download import download
 from gpt.text.sources import Source
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -38,9 +37,11 @@ def standard_library(folder=None):
 
 def shakespeare(url, spool_folder):
     """tinyshakespeare, downloaded to an unnamed temporary file; one document."""
+    from gpt.text.download import fetch
+
     try:
         file = tempfile.TemporaryFile(dir=spool_folder)
-        download(url, file, SHAKESPEARE_SHA256, SHAKESPEARE_BYTES)
+        fetch(url, file, SHAKESPEARE_SHA256, SHAKESPEARE_BYTES)
     except OSError as error:
         raise ResourceError(f"storing the download failed: {spool_folder}: {error.strerror}; free some space") from None
     return [Source(url, "text", spool=file)], {"corpus": "shakespeare", "url": url, "sha256": SHAKESPEARE_SHA256}

@@ -1,16 +1,27 @@
-"""Tables between a byte-level BPE as tiktoken has it (bytes -> rank, a pattern) and as Hugging Face stores it
-(`tokenizer.json`, or `vocab.json` + `merges.txt`). Plain data in both directions; no Hugging Face code is run."""
+"""A byte-level BPE between tiktoken's form (bytes -> rank, and a pattern) and Hugging Face's (`tokenizer.json`, or
+`vocab.json` + `merges.txt`). Plain data in both directions; no Hugging Face code runs.
+
+Byte-pair encoding begins with single bytes and joins, again and again, the neighbours whose union has the lowest rank.
+tiktoken stores the ranks; Hugging Face stores the merges, which are the pairs in the order of the ranks:
+
+    ranks     a: 0   b: 1   c: 2   ab: 3   abc: 4
+    encoding  "abc" = a b c -> ab c -> abc
+    merges    [(a, b), (ab, c)]     each token is the union of the pair that the lower ranks leave of it
+
+A table that leaves more than two parts of some token (above with abc: 3 and ab: 4, three of abc) has no such list. Then
+every way to split every token in two is a merge, and `ignore_merges` makes Hugging Face look up whole pieces first,
+which together is what tiktoken does."""
 
 import itertools
-import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from gpt.errors import InputError, IntegrityError
+from gpt.errors import InputError, IntegrityError, ResourceError
+from gpt.files import JSON_LIMIT, read_json
 
 END_OF_TEXT = "<|endoftext|>"
-LIMIT_BYTES = 1 << 28  # a vocabulary of 200,000 takes 15 MB
-
 # The spellings of each known pattern: tiktoken's (possessive, hence fast), Hugging Face's, others met in files.
 # Hugging Face's engine reads `{1,3}+` as a repeated group and `$` as the end of any line: it must get its own spelling.
 GPT2_PATTERNS = (
@@ -32,26 +43,28 @@ O200K_PATTERNS = (
 ) * 2
 PATTERNS = {"gpt2": GPT2_PATTERNS, "cl100k": CL100K_PATTERNS, "o200k": O200K_PATTERNS}
 
+Pair = tuple[bytes, ...]
+
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What makes a byte-level BPE: `ranks` (bytes -> id, which is also the order of merging), the split pattern in
-    tiktoken's spelling, the special tokens (text -> id) and which of them ends a text."""
+    """What defines a byte-level BPE: `ranks` (bytes -> id, which is also the order of merging), the split pattern in
+    tiktoken's spelling, the special tokens (text -> id) and the one that ends a text."""
 
     name: str
-    ranks: dict
+    ranks: dict[bytes, int]
     pattern: str
-    special_tokens: dict
+    special_tokens: dict[str, int]
     end_of_text: str = END_OF_TEXT
 
 
-def pattern_name(pattern):
-    """The name in PATTERNS of a pattern in any known spelling, or None."""
+def pattern_name(pattern: str | None) -> str | None:
+    """Returns the name in PATTERNS of a pattern in any known spelling, or None."""
     return next((name for name, spellings in PATTERNS.items() if pattern in spellings), None)
 
 
-def byte_alphabet():
-    """Byte -> the printable character that spells it in Hugging Face's vocabularies, in the order of GPT-2's ids."""
+def byte_alphabet() -> dict[int, str]:
+    """Returns the printable character that spells each byte in Hugging Face's vocabularies, in GPT-2's order of ids."""
     plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in plain]
     return {b: chr(b) for b in plain} | {b: chr(256 + n) for n, b in enumerate(others)}
@@ -61,12 +74,12 @@ CHARACTER_OF = byte_alphabet()
 BYTE_OF = {character: byte for byte, character in CHARACTER_OF.items()}
 
 
-def spelled(token):
+def spelled(token: bytes) -> str:
     """spelled(b" the") -> "Ġthe" """
     return "".join(map(CHARACTER_OF.__getitem__, token))
 
 
-def unspelled(text):
+def unspelled(text: str) -> bytes:
     """unspelled("Ġthe") -> b" the". Raises KeyError for a character that spells no byte."""
     return bytes(map(BYTE_OF.__getitem__, text))
 
@@ -74,8 +87,8 @@ def unspelled(text):
 # ---- writing
 
 
-def to_huggingface(vocabulary):
-    """The contents of `tokenizer.json` and `tokenizer_config.json`, as two dictionaries."""
+def to_huggingface(vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the contents of `tokenizer.json` and of `tokenizer_config.json`."""
     merges, pure = merges_of(vocabulary.ranks)
     vocab = {spelled(token): rank for token, rank in vocabulary.ranks.items()} | vocabulary.special_tokens
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
@@ -104,10 +117,11 @@ def to_huggingface(vocabulary):
     return stored, config_of(vocabulary)
 
 
-def config_of(vocabulary):
-    """`tokenizer_config.json`. Another class than PreTrainedTokenizerFast would drop the pattern; CTranslate2 needs an
-    unknown token; `split_special_tokens` keeps end-of-text in a user's text ordinary. The last two keys are ours."""
-    roles = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), vocabulary.end_of_text)
+def config_of(vocabulary: Vocabulary) -> dict[str, Any]:
+    """Returns the content of `tokenizer_config.json`. Another class than PreTrainedTokenizerFast would drop the
+    pattern; CTranslate2 needs an unknown token; `split_special_tokens` keeps end-of-text in a user's text ordinary. The
+    last two keys are this program's own."""
+    roles: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), vocabulary.end_of_text)
     return roles | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": False,
@@ -118,17 +132,17 @@ def config_of(vocabulary):
     }
 
 
-def by_id(ids):
-    """The (token, id) pairs of a dictionary, in the order of their ids."""
+def by_id(ids: dict[Any, int]) -> list[tuple[Any, int]]:
+    """Returns the (token, id) pairs of a dictionary in the order of their ids."""
     return sorted(ids.items(), key=lambda entry: entry[1])
 
 
-def added_token(text, rank):
+def added_token(text: str, rank: int) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": rank, "content": text} | flags | {"special": True}
 
 
-def pre_tokenizer_of(pattern, byte_level):
+def pre_tokenizer_of(pattern: str, byte_level: dict[str, Any]) -> dict[str, Any]:
     known = pattern_name(pattern)
     if known == "gpt2":
         return byte_level | {"use_regex": True}
@@ -137,12 +151,8 @@ def pre_tokenizer_of(pattern, byte_level):
     return {"type": "Sequence", "pretokenizers": [split, byte_level | {"use_regex": False}]}
 
 
-def merges_of(ranks):
-    """The merges behind a rank table, in order, and whether it is a pure merge history.
-
-    A token's merge is the pair that byte-pair encoding with the lower ranks alone leaves of it. Where it leaves more
-    than two parts for some token, the table is not pure: then every split of every token is a merge, in the order of
-    the ranks, and whole pieces must be looked up first (`ignore_merges`), which together is what tiktoken does."""
+def merges_of(ranks: dict[bytes, int]) -> tuple[list[Pair], bool]:
+    """Returns the merges of a rank table in order, and whether each token has exactly one (see above)."""
     tokens = [token for token, _ in by_id(ranks) if len(token) > 1]
     merges = [merge_below(ranks, token) for token in tokens]
     if all(len(parts) == 2 for parts in merges):
@@ -150,8 +160,9 @@ def merges_of(ranks):
     return [split for token in tokens for split in splits_of(ranks, token)], False
 
 
-def merge_below(ranks, token):
-    """The parts that byte-pair encoding leaves of `token` with the ranks below its own; leftmost first among equals."""
+def merge_below(ranks: dict[bytes, int], token: bytes) -> Pair:
+    """Returns the parts that byte-pair encoding leaves of `token` with the ranks below its own; among equal ranks the
+    leftmost pair merges first."""
     limit = ranks[token]
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
@@ -164,8 +175,8 @@ def merge_below(ranks, token):
     return tuple(parts)
 
 
-def splits_of(ranks, token):
-    """Every way to make `token` of two tokens."""
+def splits_of(ranks: dict[bytes, int], token: bytes) -> list[Pair]:
+    """Returns every pair of tokens whose union is `token`."""
     pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
     known = [(left, right) for left, right in pairs if left in ranks and right in ranks]
     return sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
@@ -174,16 +185,16 @@ def splits_of(ranks, token):
 # ---- reading
 
 
-def read_folder(folder):
-    """The Vocabulary of a data folder, a checkpoint or a Hugging Face folder.
+def read_folder(folder: Path) -> Vocabulary:
+    """Returns the Vocabulary of a data folder, a checkpoint or a Hugging Face folder.
 
     Raises InputError, naming the component, for what is not a byte-level BPE with a known pattern; IntegrityError for a
-    file that is malformed."""
-    folder = Path(folder)
-    stored, config = folder / "tokenizer.json", read_json(folder / "tokenizer_config.json", missing={})
+    malformed file."""
+    path, config = folder / "tokenizer.json", read_json(folder / "tokenizer_config.json") or {}
+    stored = read_json(path)
     try:
-        if stored.exists():
-            return from_tokenizer_json(stored, read_json(stored), config)
+        if stored is not None:
+            return from_tokenizer_json(path, stored, config)
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
             return from_vocab_and_merges(folder, config)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -191,28 +202,7 @@ def read_folder(folder):
     raise InputError(f"{folder}: no tokenizer in it; needs tokenizer.json, or vocab.json and merges.txt")
 
 
-def read_bytes(path):
-    try:
-        if path.stat().st_size > LIMIT_BYTES:
-            raise IntegrityError(f"{path}: {path.stat().st_size} bytes is no tokenizer; at most {LIMIT_BYTES} are read")
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; make it readable") from None
-
-
-def read_json(path, missing=None):
-    if missing is not None and not path.exists():
-        return missing
-    try:
-        found = json.loads(read_bytes(path).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{path}: not JSON ({error}); restore it") from None
-    if not isinstance(found, dict):
-        raise IntegrityError(f"{path}: not a JSON object; restore it")
-    return found
-
-
-def from_tokenizer_json(path, stored, config):
+def from_tokenizer_json(path: Path, stored: dict[str, Any], config: dict[str, Any]) -> Vocabulary:
     model = stored["model"]
     check_components(path, stored, model)
     special_tokens = {entry["content"]: entry["id"] for entry in stored["added_tokens"]}
@@ -225,28 +215,41 @@ def from_tokenizer_json(path, stored, config):
     return Vocabulary(name, ranks, pattern, special_tokens, end_of_text(path, special_tokens, config))
 
 
-def from_vocab_and_merges(folder, config):
+def from_vocab_and_merges(folder: Path, config: dict[str, Any]) -> Vocabulary:
     path = folder / "vocab.json"
-    vocab = read_json(path) | read_json(folder / "added_tokens.json", missing={})
+    vocab = (read_json(path) or {}) | (read_json(folder / "added_tokens.json") or {})
     if config.get("add_prefix_space"):
         raise refused(folder / "tokenizer_config.json", "add_prefix_space")
     name = eos_token(config)
     special_tokens = {name: vocab[name]} if name in vocab else {}
     ranks = ranks_of(path, vocab, special_tokens)
-    merges = read_bytes(folder / "merges.txt").decode("utf-8").splitlines()
-    merges = [line for line in merges if line and not line.startswith("#version")]
+    lines = read_limited(folder / "merges.txt").decode("utf-8").splitlines()
+    merges = [line for line in lines if line and not line.startswith("#version")]
     check_merges(folder / "merges.txt", ranks, merges, ignore_merges=False)
     return Vocabulary(folder.name, ranks, GPT2_PATTERNS[0], special_tokens, end_of_text(path, special_tokens, config))
 
 
-def refused(path, component):
+def read_limited(path: Path) -> bytes:
+    """Returns the content of a file. Raises IntegrityError if it is longer than JSON_LIMIT, ResourceError if it cannot
+    be read."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(JSON_LIMIT + 1)
+    except OSError as error:
+        raise ResourceError(f"{path}: {error.strerror}; make it readable") from None
+    if len(data) > JSON_LIMIT:
+        raise IntegrityError(f"{path}: more than {JSON_LIMIT} bytes, no tokenizer's file; restore it")
+    return data
+
+
+def refused(path: Path, component: str) -> InputError:
     return InputError(
         f"{path}: {component} is not supported; needs a byte-level BPE with the pattern of {', '.join(PATTERNS)}"
     )
 
 
-def check_components(path, stored, model):
-    """Raises InputError naming the first component that would make other ids than byte-level BPE alone."""
+def check_components(path: Path, stored: dict[str, Any], model: dict[str, Any]) -> None:
+    """Raises InputError naming the first component that would give other ids than byte-level BPE alone."""
     if model.get("type", "BPE") != "BPE":
         raise refused(path, f"model {model['type']}")
     if stored.get("normalizer"):
@@ -259,10 +262,12 @@ def check_components(path, stored, model):
         raise refused(path, f"added token {ordinary[0]!r}")
 
 
-def known_pattern(path, pre_tokenizer, config):
-    """The pattern, in tiktoken's spelling, of a `pre_tokenizer` entry."""
-    steps = [pre_tokenizer] if (pre_tokenizer or {}).get("type") != "Sequence" else pre_tokenizer["pretokenizers"]
-    kinds = [(step or {}).get("type") for step in steps]
+def known_pattern(path: Path, pre_tokenizer: dict[str, Any] | None, config: dict[str, Any]) -> str:
+    """Returns the pattern of a `pre_tokenizer` entry in tiktoken's spelling. Raises InputError for an unknown one."""
+    steps = [pre_tokenizer or {}]
+    if steps[0].get("type") == "Sequence":
+        steps = steps[0]["pretokenizers"]
+    kinds = [step.get("type") for step in steps]
     if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
         raise refused(path, f"pre_tokenizer {' + '.join(map(str, kinds))}")
     if steps[-1].get("add_prefix_space") or config.get("add_prefix_space"):
@@ -272,42 +277,43 @@ def known_pattern(path, pre_tokenizer, config):
         return GPT2_PATTERNS[0]
     split = steps[0] if not use_regex else {}
     pattern = split.get("pattern", {}).get("Regex")
-    if pattern_name(pattern) is None or split["behavior"] != "Isolated" or split["invert"]:
+    name = pattern_name(pattern)
+    if name is None or split["behavior"] != "Isolated" or split["invert"]:
         raise refused(path, f"pre_tokenizer pattern {pattern!r}")
-    return PATTERNS[pattern_name(pattern)][0]
+    return PATTERNS[name][0]
 
 
-def ranks_of(path, vocab, special_tokens):
-    """bytes -> id of the ordinary tokens of a Hugging Face vocabulary."""
+def ranks_of(path: Path, vocab: dict[str, int], special_tokens: dict[str, int]) -> dict[bytes, int]:
+    """Returns the ordinary tokens of a Hugging Face vocabulary as bytes -> id."""
     ordinary = {text: rank for text, rank in vocab.items() if text not in special_tokens}
     try:
-        tokens = unspelled("".join(ordinary))  # all at once: token by token takes four times as long
+        joined = unspelled("".join(ordinary))  # all at once: token by token takes four times as long
     except KeyError:
         strange = next(text for text in ordinary if not BYTE_OF.keys() >= set(text))
         raise refused(path, f"vocabulary entry {strange!r}, which is not spelled in bytes,") from None
-    places = itertools.pairwise(itertools.accumulate(map(len, ordinary), initial=0))
-    return {tokens[start:end]: rank for (start, end), rank in zip(places, ordinary.values(), strict=True)}
+    borders = itertools.pairwise(itertools.accumulate(map(len, ordinary), initial=0))
+    return {joined[start:end]: rank for (start, end), rank in zip(borders, ordinary.values(), strict=True)}
 
 
-def check_merges(path, ranks, merges, ignore_merges):
+def check_merges(path: Path, ranks: dict[bytes, int], merges: Iterable[Any], ignore_merges: bool) -> None:
     """Raises InputError unless the merges mean what the ids as ranks mean, in tiktoken's way of merging."""
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
-    wanted, pure = merges_of(ranks)
-    wanted = [(spelled(left), spelled(right)) for left, right in wanted]
-    if pairs == wanted and (pure or ignore_merges):
+    expected, pure = merges_of(ranks)
+    spellings = [(spelled(left), spelled(right)) for left, right in expected]
+    if pairs == spellings and (pure or ignore_merges):
         return
     order = [ranks.get(bytes(BYTE_OF.get(c, 0) for c in "".join(pair)), -1) for pair in pairs]
-    if not (ignore_merges and not pure and order == sorted(order) and set(pairs) == set(wanted)):
+    if not (ignore_merges and not pure and order == sorted(order) and set(pairs) == set(spellings)):
         raise refused(path, "model with merges in another order than its ids")
 
 
-def eos_token(config):
+def eos_token(config: dict[str, Any]) -> str:
     token = config.get("eos_token") or END_OF_TEXT
     return token["content"] if isinstance(token, dict) else token
 
 
-def end_of_text(path, special_tokens, config):
-    """The special token that separates documents: <|endoftext|>, else the one named as `eos_token`."""
+def end_of_text(path: Path, special_tokens: dict[str, int], config: dict[str, Any]) -> str:
+    """Returns the special token that separates documents: <|endoftext|>, else the one named as `eos_token`."""
     name = END_OF_TEXT if END_OF_TEXT in special_tokens else eos_token(config)
     if name not in special_tokens:
         raise InputError(f"{path}: no end-of-text token; needs {END_OF_TEXT}, or an eos_token in tokenizer_config.json")

@@ -1,27 +1,43 @@
-"""Rank files: tiktoken's own, by name, from a cache or the network; and a user's `x.tiktoken` with its `x.json`."""
+"""Rank files (lines of a token's bytes and its rank): tiktoken's own, by name, and a user's `x.tiktoken`."""
 
 import base64
 import binascii
-import contextlib
-import functools
 import hashlib
 import io
 import os
+import uuid
 from pathlib import Path
 
 import tiktoken
-import tiktoken.load
 
 from gpt.errors import InputError, IntegrityError, ResourceError
-from gpt.files import cache_folder, make_private
-from gpt.text.download import download
-from gpt.text.huggingface import Vocabulary, read_bytes, read_json
+from gpt.files import cache_folder, make_private, read_json
+from gpt.text.huggingface import Vocabulary, read_limited
 
-LIMIT_BYTES = 1 << 26  # of a download; the largest has 3.6 MB
+LIMIT_BYTES = 1 << 26  # of a download; the largest file has 3.6 MB
+HOST = "https://openaipublic.blob.core.windows.net/"
+P50K = {"encodings/p50k_base.tiktoken": "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069"}
+O200K = {"encodings/o200k_base.tiktoken": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"}
+# Name of an encoding -> the files at HOST that tiktoken reads for it, with their sha256.
+RANK_FILES = {
+    "gpt2": {
+        "gpt-2/encodings/main/vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        "gpt-2/encodings/main/encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    },
+    "r50k_base": {"encodings/r50k_base.tiktoken": "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"},
+    "p50k_base": P50K,
+    "p50k_edit": P50K,
+    "cl100k_base": {
+        "encodings/cl100k_base.tiktoken": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
+    },
+    "o200k_base": O200K,
+    "o200k_harmony": O200K,
+}
 
 
-def read_rank_file(path):
-    """The Vocabulary of `x.tiktoken` (lines of base64 bytes and rank) and `x.json` {"pattern", "special_tokens"}."""
+def read_rank_file(path: Path) -> Vocabulary:
+    """Returns the Vocabulary of `x.tiktoken` (lines of base64 bytes and rank) and `x.json` {"pattern",
+    "special_tokens"}. Raises InputError if one of them is missing or malformed."""
     settings = path.with_suffix(".json")
     for needed in (path, settings):
         if not needed.is_file():
@@ -29,77 +45,69 @@ def read_rank_file(path):
                 f'{needed}: no such file; a rank file x.tiktoken needs x.json {{"pattern", "special_tokens"}}'
             )
     ranks = {}
-    for number, line in enumerate(read_bytes(path).splitlines(), 1):
+    for number, line in enumerate(read_limited(path).splitlines(), 1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise InputError(f"{path}:{number}: expected base64 bytes and a rank; restore the file") from None
-    found = read_json(settings)
-    pattern, special_tokens = found.get("pattern"), found.get("special_tokens")
+    values = read_json(settings) or {}
+    pattern, special_tokens = values.get("pattern"), values.get("special_tokens")
     if not isinstance(pattern, str) or not isinstance(special_tokens, dict):
         raise InputError(f'{settings}: expected {{"pattern": text, "special_tokens": {{text: id}}}}; correct it')
     return Vocabulary(path.stem, ranks, pattern, special_tokens)
 
 
-def named_encoding(name):
-    """tiktoken's Encoding of that name."""
-    with own_cache(name):
+def named_encoding(name: str) -> tiktoken.Encoding:
+    """Returns tiktoken's encoding `name`, whose files it downloads if the cache folder lacks them.
+
+    tiktoken itself downloads without a time limit and deletes a damaged file first, so the files of RANK_FILES are put
+    in its cache folder before it looks for them. Encodings of plug-ins and newer versions are left to tiktoken.
+    Raises InputError if a file cannot be had, IntegrityError if the one in the cache is damaged."""
+    folder = tiktoken_cache()
+    for path, sha256 in RANK_FILES.get(name, {}).items():
+        ensure_cached(name, HOST + path, sha256, folder)
+    try:
         return tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:  # the errors of requests are OSErrors
+        raise InputError(f"tokenizer {name}: {error}; go online, or put its files into {folder}") from None
 
 
-@contextlib.contextmanager
-def own_cache(name):
-    """Meanwhile tiktoken reads its rank files through us: its own step deletes a damaged file, waits without limit for
-    the network and trusts a shared folder in /tmp."""
-    original = tiktoken.load.read_file_cached
-    tiktoken.load.read_file_cached = functools.partial(rank_file, name)
+def tiktoken_cache() -> Path:
+    """Returns tiktoken's cache folder. Sets TIKTOKEN_CACHE_DIR to a private folder if the user has not set it: tiktoken
+    would take one in /tmp where others can write. Raises InputError if there is no home folder."""
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        cache = cache_folder()
+        if cache is None:
+            raise InputError("tokenizer files: no home folder to keep them in; set TIKTOKEN_CACHE_DIR to a folder")
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(cache / "tiktoken")
+    return Path(os.environ["TIKTOKEN_CACHE_DIR"])
+
+
+def ensure_cached(name: str, url: str, sha256: str, folder: Path) -> None:
+    """Downloads `url` into tiktoken's cache folder unless it is there. A damaged file stays until a good one replaces
+    it. Raises IntegrityError for a damaged file, InputError for a missing one, if the download fails."""
+    path = folder / hashlib.sha1(url.encode()).hexdigest()  # tiktoken's name for it
+    damaged = path.exists()
+    if damaged and hashlib.sha256(read_limited(path)).hexdigest() == sha256:
+        return
+    from gpt.text.download import fetch
+
+    data = io.BytesIO()
     try:
-        yield
-    finally:
-        tiktoken.load.read_file_cached = original
-
-
-def download_folder() -> Path | None:
-    """Returns the folder for downloaded rank files: TIKTOKEN_CACHE_DIR (tiktoken's own variable), else one in the cache
-    folder. Returns None if the variable is empty or there is no cache folder."""
-    if "TIKTOKEN_CACHE_DIR" in os.environ:
-        return Path(os.environ["TIKTOKEN_CACHE_DIR"]) if os.environ["TIKTOKEN_CACHE_DIR"] else None
-    cache = cache_folder()
-    return cache / "tiktoken" if cache else None
-
-
-def rank_file(name, url, expected_hash=None):
-    """The bytes of a rank file from the cache, else from the network. Never those of a damaged file."""
-    folder = download_folder()
-    path = folder / hashlib.sha1(url.encode()).hexdigest() if folder else None
-    damaged = False
-    if path and path.exists():
-        data = read_bytes(path)
-        if expected_hash is None or hashlib.sha256(data).hexdigest() == expected_hash:
-            return data
-        damaged = True
-    file = io.BytesIO()
-    try:
-        download(url, file, expected_hash, LIMIT_BYTES)
+        fetch(url, data, sha256, LIMIT_BYTES)
     except ResourceError as error:
         if damaged:
             raise IntegrityError(
-                f"tokenizer file {path}: sha256 mismatch (expected {expected_hash}); restore it or go online"
+                f"tokenizer file {path}: sha256 mismatch (expected {sha256}); restore it or go online"
             ) from None
-        raise InputError(
-            f"tokenizer {name} needs a file: {error}, to {path or 'a folder named by TIKTOKEN_CACHE_DIR'}"
-        ) from None
-    store(path, file.getvalue())
-    return file.getvalue()
-
-
-def store(path, data):
-    """Keep a download for the next time, where that is possible."""
-    if path is None:
-        return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):
-        make_private(path.parent)
-        temporary.write_bytes(data)
+        raise InputError(f"tokenizer {name} needs a file: {error}, to {path}") from None
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4()}.tmp")  # several processes may be here at once
+    try:
+        make_private(folder)
+        temporary.write_bytes(data.getvalue())
         os.replace(temporary, path)
+    except OSError as error:
+        raise ResourceError(
+            f"keeping a tokenizer file failed: {folder}: {error.strerror}; set TIKTOKEN_CACHE_DIR to another folder"
+        ) from None

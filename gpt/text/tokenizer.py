@@ -4,8 +4,10 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -25,7 +27,7 @@ from gpt.text.huggingface import (
 )
 from gpt.text.rank_files import named_encoding, read_rank_file
 
-# What patterns treat differently: letters, digits, contractions, every white space, marks, and how a text ends.
+# Texts that patterns treat differently: letters, digits, contractions, every white space, marks, and how a text ends.
 PROBES = (
     "The quick brown fox's dog didn't; WE'LL we've I'm you'd they're IT'S naïve Straße ſ's DŽungla",
     "1 12 123 1234 12345678901234567890 3.14 0x1F ²³ ½ Ⅻ ٣٤٥ x2y 1st",
@@ -48,12 +50,12 @@ class Tokenizer:
     eot: int
 
     @property
-    def vocab_size(self):
+    def vocab_size(self) -> int:
         """Number of ids, end-of-text and unused ones included."""
         return self.encoding.n_vocab
 
     @functools.cached_property
-    def identity(self):
+    def identity(self) -> str:
         """sha256 (hex) of the behaviour: the (bytes, id) list, the special tokens, the ids of the probe texts. The
         pattern's spelling does not count: tiktoken has changed gpt2's twice."""
         parts = [f"{rank} {token.hex()}" for token, rank in by_id(self.encoding._mergeable_ranks)]
@@ -62,23 +64,29 @@ class Tokenizer:
         return hashlib.sha256("\n".join(parts).encode("utf-8")).hexdigest()
 
     @property
-    def record(self):
-        """What shards and checkpoints store of the tokenizer."""
+    def record(self) -> dict[str, Any]:
+        """The entry for the tokenizer in the manifests of shards and checkpoints."""
         return {"name": self.name, "identity": self.identity, "vocab_size": self.vocab_size, "eot": self.eot}
 
     @property
-    def pattern(self):
+    def pattern(self) -> str:
         return self.encoding._pat_str
 
-    def encode(self, text, allow_special=False):
-        """The ids of `text`, in which `<|endoftext|>` is ordinary text unless `allow_special`; lone surrogates count as
-        U+FFFD. Raises InputError for a text that the tokenizer cannot split."""
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Returns the ids of `text`, in which `<|endoftext|>` is ordinary text unless `allow_special`; lone surrogates
+        count as U+FFFD. Raises InputError for a text that the tokenizer cannot split."""
+        return self.encode_to_numpy(text, allow_special).tolist()
+
+    def encode_to_numpy(self, text: str, allow_special: bool = False) -> np.ndarray:
+        """Returns the ids as `encode` does, uint32 (tokens,). Several threads can encode side by side."""
+        allowed = self.encoding.special_tokens_set if allow_special else frozenset()
         try:
-            if allow_special:
-                return self.encoding.encode(text, allowed_special="all")
-            return self.encoding.encode_ordinary(text)
-        except BaseException as error:  # tiktoken's own PanicException derives from BaseException
-            if type(error).__name__ != "PanicException":
+            return self.encoding.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
+        except UnicodeEncodeError:
+            repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return self.encode_to_numpy(repaired, allow_special)
+        except BaseException as error:  # ValueError, or tiktoken's PanicException, which derives from BaseException
+            if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
                 raise
             reason = str(error).splitlines()[0][-80:]
             raise InputError(
@@ -86,56 +94,53 @@ class Tokenizer:
                 "break its longest run of white space"
             ) from None
 
-    def decode_bytes(self, ids):
-        """The bytes of `ids`. Raises InputError for an id that the vocabulary lacks."""
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """Returns the bytes of `ids`. Raises InputError for an id that the vocabulary lacks."""
         try:
             return self.encoding.decode_bytes(ids)
         except (KeyError, OverflowError) as error:
             raise InputError(f"tokenizer {self.name}: {error} is not in its vocabulary of {self.vocab_size}") from None
 
-    def decode(self, ids):
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+    def decode(self, ids: list[int]) -> str:
+        """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def byte_lengths(self):
-        """Bytes of text that each id stands for, int64 (vocab_size,); 0 for special and unused ids."""
+    def byte_lengths(self) -> np.ndarray:
+        """Returns the bytes of text that each id stands for, int64 (vocab_size,); 0 for special and unused ids."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         ranks = self.encoding._mergeable_ranks
         lengths[list(ranks.values())] = list(map(len, ranks))
         return lengths
 
-    @property
-    def vocabulary(self):
-        ranks, special_tokens = self.encoding._mergeable_ranks, self.encoding._special_tokens
-        end_of_text = next(text for text, rank in special_tokens.items() if rank == self.eot)
-        return Vocabulary(self.name, ranks, self.pattern, special_tokens, end_of_text)
-
     @functools.cached_property
-    def huggingface(self):
+    def huggingface_files(self) -> tuple[str, dict[str, Any]]:
         """The text of `tokenizer.json` and the settings for `tokenizer_config.json`."""
-        stored, config = to_huggingface(self.vocabulary)
+        ranks, special_tokens = self.encoding._mergeable_ranks, self.encoding._special_tokens
+        [end_of_text] = [text for text, rank in special_tokens.items() if rank == self.eot]
+        stored, config = to_huggingface(Vocabulary(self.name, ranks, self.pattern, special_tokens, end_of_text))
         return json.dumps(stored, ensure_ascii=False, indent=1), config
 
 
 # ---- loading
 
 
-def load_tokenizer(source, training_text=None):
-    """The Tokenizer that `source` names: a tiktoken name, "byte", "bpe:N" (trained on the iterable `training_text`), a
+def load_tokenizer(source: str | Path, training_text: Iterable[str] | None = None) -> Tokenizer:
+    """Returns the Tokenizer that `source` names: a tiktoken name, "byte", "bpe:N" (trained on `training_text`), a
     `.tiktoken` rank file with its JSON beside it, or a data, run, checkpoint or Hugging Face folder.
 
-    Raises InputError for what is none of these, or cannot be had; IntegrityError for a damaged file."""
+    Raises InputError for another name and for a tokenizer that cannot be had; IntegrityError for a damaged file."""
     source = str(source)
     if source == "byte":
-        return byte_tokenizer()
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return tokenizer_from(Vocabulary("byte", ranks, GPT2_PATTERNS[0], {END_OF_TEXT: 256}), source)
     if source in tiktoken.list_encoding_names():
         return named_tokenizer(source)
     if source.startswith("bpe:"):
         return trained_tokenizer(source, training_text)
     if source.endswith(".tiktoken"):
-        return build(read_rank_file(Path(source)), source)
+        return tokenizer_from(read_rank_file(Path(source)), source)
     if Path(source).is_dir():
-        return build(read_folder(step_folder(Path(source))), source)
+        return tokenizer_from(read_folder(step_folder(Path(source))), source)
     raise InputError(f"no tokenizer named {source}; choices: {', '.join(choices())}, x.tiktoken, or a folder with one")
 
 
@@ -144,12 +149,12 @@ def step_folder(folder: Path) -> Path:
     return read_pointer(folder, "best") or next(iter(step_folders(folder)), folder)
 
 
-def choices():
+def choices() -> list[str]:
     return ["byte", "bpe:N", *tiktoken.list_encoding_names()]
 
 
-def build(vocabulary, source):
-    """The Tokenizer of a Vocabulary that a user supplied. Raises InputError for one that tiktoken would panic on."""
+def tokenizer_from(vocabulary: Vocabulary, source: str) -> Tokenizer:
+    """Returns the Tokenizer of a Vocabulary. Raises InputError naming `source` if tiktoken would panic on it."""
     check_vocabulary(vocabulary, source)
     try:
         encoding = tiktoken.Encoding(
@@ -163,7 +168,7 @@ def build(vocabulary, source):
     return Tokenizer(vocabulary.name, encoding, vocabulary.special_tokens[vocabulary.end_of_text])
 
 
-def check_vocabulary(vocabulary, source):
+def check_vocabulary(vocabulary: Vocabulary, source: str) -> None:
     ids = [*vocabulary.ranks.values(), *vocabulary.special_tokens.values()]
     if not all(type(rank) is int and 0 <= rank < 1 << 31 for rank in ids):
         raise InputError(f"{source}: an id is not a whole number from 0 to 2^31 - 1; correct it")
@@ -176,12 +181,7 @@ def check_vocabulary(vocabulary, source):
         raise InputError(f"{source}: no special token {END_OF_TEXT}; add it")
 
 
-def byte_tokenizer():
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    return build(Vocabulary("byte", ranks, GPT2_PATTERNS[0], {END_OF_TEXT: 256}), "byte")
-
-
-def named_tokenizer(name):
+def named_tokenizer(name: str) -> Tokenizer:
     encoding = named_encoding(name)
     if END_OF_TEXT not in encoding._special_tokens:
         raise InputError(f"tokenizer {name}: no special token {END_OF_TEXT}; choices: {', '.join(choices())}")
@@ -191,7 +191,7 @@ def named_tokenizer(name):
 # ---- training and storing
 
 
-def trained_tokenizer(source, training_text):
+def trained_tokenizer(source: str, training_text: Iterable[str] | None) -> Tokenizer:
     size = source.removeprefix("bpe:")
     if not re.fullmatch(r"[1-9][0-9]{0,6}", size) or int(size) < 257:
         raise InputError(f"tokenizer {source}: N in bpe:N is a number of ids from 257 to 9999999; try bpe:2048")
@@ -200,30 +200,29 @@ def trained_tokenizer(source, training_text):
     return train_bpe(training_text, int(size))
 
 
-def train_bpe(texts, size):
-    """A byte-level BPE with GPT-2's pattern and `size` ids before end-of-text, trained on the iterable `texts`."""
+def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
+    """Returns a byte-level BPE with GPT-2's pattern and `size` ids before end-of-text, trained on `texts`."""
     try:
-        from tokenizers import Tokenizer as Trained
-        from tokenizers import models, pre_tokenizers, trainers
+        import tokenizers
     except ImportError:
         raise InputError(f"tokenizer bpe:{size}: training needs tokenizers; pip install tokenizers") from None
-    trained = Trained(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size, initial_alphabet=sorted(BYTE_OF), show_progress=False, special_tokens=[]
     )
     trained.train_from_iterator(texts, trainer)
     ranks = {unspelled(text): rank for text, rank in trained.get_vocab().items()}
     if len(ranks) < size:
         raise InputError(f"tokenizer bpe:{size}: the text yields only {len(ranks)} ids; use bpe:{len(ranks)} or fewer")
-    return build(Vocabulary(f"bpe:{size}", ranks, GPT2_PATTERNS[0], {END_OF_TEXT: size}), f"bpe:{size}")
+    return tokenizer_from(Vocabulary(f"bpe:{size}", ranks, GPT2_PATTERNS[0], {END_OF_TEXT: size}), f"bpe:{size}")
 
 
-def save_tokenizer(tokenizer, folder, model_max_length=None):
-    """Write `tokenizer.json` and `tokenizer_config.json`, which Hugging Face and `load_tokenizer` both read, and check
-    that they read back as the same tokenizer."""
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int | None = None) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json`, which Hugging Face and `load_tokenizer` both read. Raises
+    IntegrityError unless they read back as the same tokenizer."""
     folder = Path(folder)
-    text, config = tokenizer.huggingface
+    text, config = tokenizer.huggingface_files
     if model_max_length is not None:
         config = config | {"model_max_length": model_max_length}
     if pattern_name(tokenizer.pattern) is None:
@@ -235,14 +234,14 @@ def save_tokenizer(tokenizer, folder, model_max_length=None):
         raise IntegrityError(f"{folder}: tokenizer {tokenizer.name} does not read back as it was written; report it")
 
 
-def check_engine(tokenizer, text):
-    """Raises InputError for a pattern, not one of the known, that means something else in Hugging Face's engine; where
-    `tokenizers` is not installed this goes unchecked."""
+def check_engine(tokenizer: Tokenizer, text: str) -> None:
+    """Raises InputError if an unknown pattern means something else in Hugging Face's engine. Without `tokenizers`
+    installed nothing is checked."""
     try:
-        from tokenizers import Tokenizer as Stored
+        import tokenizers
     except ImportError:
         return
-    stored = Stored.from_str(text)
+    stored = tokenizers.Tokenizer.from_str(text)
     stored.encode_special_tokens = True
     for probe in PROBES:
         if stored.encode(probe).ids != tokenizer.encode(probe):

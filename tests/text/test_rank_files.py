@@ -1,20 +1,19 @@
-"""tiktoken's own files: from the cache or the network, never damaged, never without limit."""
+"""tiktoken's own files: from the cache or the network, never damaged, never without limit; and a user's rank files."""
 
 import hashlib
 import os
 import stat
-import subprocess
-import sys
 import threading
 
 import pytest
-import tiktoken.load
-from conftest import ROOT
+import tiktoken.registry
+from tokenizer_helpers import GPT2_FILES, byte_ranks, write_rank_file
 
-from gpt.errors import InputError, IntegrityError
+from gpt.errors import InputError, IntegrityError, ResourceError
+from gpt.text.rank_files import HOST, RANK_FILES
 from gpt.text.tokenizer import load_tokenizer
 
-GPT2_FILES = ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")  # merges, vocab
+# ---- tiktoken's files
 
 
 @pytest.fixture
@@ -43,17 +42,27 @@ def test_fault_008_a_damaged_tokenizer_file_is_never_used_nor_deleted(bpe_cache,
 
 def test_fault_009_no_cache_and_no_network_names_the_file_and_its_place(tmp_path, monkeypatch, no_network):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    original = tiktoken.load.read_file_cached
     with pytest.raises(InputError) as failure:
         load_tokenizer("gpt2")
     assert "vocab.bpe" in str(failure.value)
     assert str(tmp_path / GPT2_FILES[0]) in str(failure.value)
-    assert tiktoken.load.read_file_cached is original
 
 
-def test_named_encodings_need_nothing_imported_before():
-    code = "from gpt.text.rank_files import own_cache\nwith own_cache('gpt2'): pass"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+@pytest.mark.parametrize("name", RANK_FILES)
+def test_the_table_names_the_files_that_tiktoken_reads(monkeypatch, name):
+    """tiktoken's own download has no time limit (fault 9), so every file must be in its cache before it looks."""
+    files = {}
+
+    def read_file_cached(url, expected_hash):
+        files[url.removeprefix(HOST)] = expected_hash
+        raise EOFError
+
+    monkeypatch.setattr("tiktoken.load.read_file_cached", read_file_cached)
+    tiktoken.list_encoding_names()  # finds the constructors
+    with pytest.raises(EOFError):
+        tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
+    assert files.items() <= RANK_FILES[name].items()
+    assert set(RANK_FILES) == set(tiktoken.list_encoding_names())
 
 
 def test_a_name_look_up_that_hangs_is_given_up(tmp_path, monkeypatch, no_network):
@@ -79,7 +88,7 @@ def downloads(bpe_cache, monkeypatch, no_network):
     def answer(url, file, sha256, limit):
         file.write(files[hashlib.sha1(url.encode()).hexdigest()])
 
-    monkeypatch.setattr("gpt.text.rank_files.download", answer)
+    monkeypatch.setattr("gpt.text.download.fetch", answer)
     return files
 
 
@@ -90,7 +99,7 @@ def test_a_downloaded_file_is_kept_for_the_next_time(downloads, tmp_path, monkey
 
 
 def test_downloads_are_kept_in_the_programs_cache_folder_which_stays_private(downloads, tmp_path, monkeypatch):
-    monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     mask = os.umask(0o002)  # the default of many systems: others of the same group may write
     try:
@@ -100,3 +109,65 @@ def test_downloads_are_kept_in_the_programs_cache_folder_which_stays_private(dow
     folder = tmp_path / "gpt-text-generator"
     assert {path.name: path.read_bytes() for path in (folder / "tiktoken").iterdir()} == downloads
     assert os.name == "nt" or stat.S_IMODE(folder.stat().st_mode) == 0o700  # else no C++ would be built there
+
+
+def test_a_cached_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, no_network):
+    (tmp_path / GPT2_FILES[0]).mkdir()
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    with pytest.raises(ResourceError, match=f"{GPT2_FILES[0]}: Is a directory; make it readable"):
+        load_tokenizer("gpt2")
+
+
+def test_a_cache_that_cannot_be_written_is_named(downloads, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ResourceError, match=r"file/cache: .*; set TIKTOKEN_CACHE_DIR to another folder"):
+        load_tokenizer("gpt2")
+
+
+def test_without_a_home_folder_a_cache_must_be_named(monkeypatch, no_network):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    monkeypatch.setattr("gpt.text.rank_files.cache_folder", lambda: None)
+    with pytest.raises(InputError, match="set TIKTOKEN_CACHE_DIR"):
+        load_tokenizer("gpt2")
+
+
+def test_what_only_a_newer_tiktoken_knows_is_left_to_it(monkeypatch, no_network, tmp_path):
+    def constructor():
+        raise OSError("the network is down")
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setitem(tiktoken.registry.ENCODING_CONSTRUCTORS, "new", constructor)
+    with pytest.raises(InputError, match="tokenizer new: the network is down; go online"):
+        load_tokenizer("new")
+
+
+# ---- a user's files
+
+
+def test_rank_files_with_mistakes_are_refused(tmp_path):
+    for ranks, changes, message in (
+        (byte_ranks() | {b"ab": 5}, {}, "two tokens"),
+        (byte_ranks() | {b"ab": 1 << 40}, {}, "whole number"),
+        (byte_ranks(), {"pattern": "("}, "pattern"),
+        (byte_ranks(), {"special_tokens": {}}, "no special token"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_tokenizer(write_rank_file(tmp_path, ranks, **changes))
+    (tmp_path / "x.tiktoken").write_text("YQ== 1\n???\n")
+    with pytest.raises(InputError, match="tiktoken:2"):
+        load_tokenizer(tmp_path / "x.tiktoken")
+    (tmp_path / "x.json").unlink()
+    with pytest.raises(InputError, match=r"x\.json"):
+        load_tokenizer(tmp_path / "x.tiktoken")
+
+
+def test_a_rank_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    path = write_rank_file(tmp_path, byte_ranks())
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("gpt.text.huggingface.open", refuse, raising=False)
+    with pytest.raises(ResourceError, match=r"x\.tiktoken: Permission denied; make it readable"):
+        load_tokenizer(path)
