@@ -25,7 +25,7 @@ from gpt.config import make_config, parse_flags, positional, refuse
 from gpt.errors import InputError, printable, run_main, say
 from gpt.text.encode import batches, encoded, units
 from gpt.text.gather import gather, training_sample
-from gpt.text.shards import MANIFEST, ShardWriter, write_manifest, writing_failed
+from gpt.text.shards import MANIFEST, ShardWriter, write_manifest, writing
 from gpt.text.sources import Reading
 from gpt.text.tokenizer import load_tokenizer, save_tokenizer
 
@@ -171,12 +171,10 @@ def staging(out):
 
 
 def make_empty(folder):
-    try:
+    with writing(folder):
         if os.path.lexists(folder):
             remove(folder)
         folder.mkdir(parents=True)
-    except OSError as error:
-        raise writing_failed(folder, error) from None
 
 
 def remove(path):
@@ -188,10 +186,8 @@ def remove(path):
 
 def write_shards(config, corpus, tokenizer, dtype, folder):
     """Write tokenizer and shards to `folder`; returns split -> the manifest's entries."""
-    try:
+    with writing(folder / "tokenizer.json"):
         save_tokenizer(tokenizer, folder)
-    except OSError as error:
-        raise writing_failed(folder / "tokenizer.json", error) from None
     names = ("train",) if corpus.split.rule == "none" else ("train", "val")
     writers = {split: ShardWriter(folder, split, dtype, config.shard_tokens) for split in names}
     work = batches(units(corpus.all_parts(), tokenizer.pattern))
@@ -236,14 +232,12 @@ def tally(entries, key):
 def publish(folder, out):
     """Put what is in the staging folder, complete by now, in the place of an earlier dataset, whose manifest goes first
     as the new one comes last: no mixture of the two ever looks valid."""
-    try:
+    with writing(out / MANIFEST):
         for path in sorted(out.iterdir(), key=lambda path: path.name != MANIFEST):
             if path != folder and OURS.fullmatch(path.name):
                 remove(path)
         for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
             os.replace(path, out / path.name)
-    except OSError as error:
-        raise writing_failed(out / MANIFEST, error) from None
 
 
 def source_of(config, corpus):

@@ -2,91 +2,104 @@
 
 The shards of a split are one stream of ids. Epoch e cuts it, from an offset drawn from (seed, e), into windows of
 block_size + 1 ids that overlap by one, and visits them in an order drawn from (seed, e). Window n of the run is window
-n % N of epoch n // N, so the number of windows seen so far is all there is to resume."""
+n % N of epoch n // N, where N is the windows of an epoch; the number of windows seen is all that resuming needs.
 
-from concurrent.futures import ThreadPoolExecutor
+16 ids, block_size 4, seed 1: there are 4 possible offsets, and N = (16 - 4) // 4 = 3 windows in each epoch.
+
+    epoch 0, offset 3:  windows begin at 3, 7 and 11     order 0 2 1     so n = 0, 1, 2 begin at 3, 11, 7
+    epoch 1, offset 1:  windows begin at 1, 5 and 9      order 2 0 1     so n = 3, 4, 5 begin at 9, 1, 5
+
+Window 0 holds ids 3 to 7 of the stream: 3 to 6 are the input and 4 to 7 their targets."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
 from gpt.errors import InputError
 from gpt.loss import IGNORED
+from gpt.text.reader import TokenReader
 
 FEISTEL_ROUNDS = 6
 
 
 class Windows:
-    """The infinite training stream of one split, read through `reader` (a TokenReader)."""
+    """The infinite training stream of one split."""
 
-    def __init__(self, reader, block_size, seed):
+    def __init__(self, reader: TokenReader, block_size: int, seed: int):
         require_tokens("train", reader, block_size)
         self.reader, self.block_size, self.seed = reader, block_size, seed
-        self.offsets = min(block_size, len(reader) - block_size)  # how many different starts an epoch may have
+        self.offsets = min(block_size, len(reader) - block_size)  # how many offsets an epoch may have
         self.per_epoch = (len(reader) - self.offsets) // block_size
 
-    def start(self, n):
-        """First id of each window in `n`, an int64 array."""
-        epoch, index = np.divmod(n, self.per_epoch)
+    def start(self, n: np.ndarray) -> np.ndarray:
+        """Returns the first id of each window in `n`, int64 arrays."""
+        epochs, indices = np.divmod(n, self.per_epoch)
         starts = np.empty_like(n)
-        for e in np.unique(epoch):
-            here = epoch == e
-            offset = int(mix(self.seed, int(e), 0)[0]) % self.offsets
-            starts[here] = offset + permute(index[here], self.per_epoch, (self.seed, int(e))) * self.block_size
+        for epoch in map(int, np.unique(epochs)):
+            chosen = epochs == epoch
+            offset = int(mix(self.seed, epoch, 0)[0]) % self.offsets
+            starts[chosen] = offset + permute(indices[chosen], self.per_epoch, (self.seed, epoch)) * self.block_size
         return starts
 
-    def place(self, n):
-        """Where window `n` begins, for messages: "train_000003.bin offset 812"."""
+    def place(self, n: int) -> str:
+        """Returns where window `n` begins, for messages: "train_000003.bin offset 812"."""
         index, offset = self.reader.place(int(self.start(np.array([n], dtype=np.int64))[0]))
         return f"{self.reader.shards[index].path.name} offset {offset}"
 
-    def take(self, first, count):
-        """Windows `first` to `first + count` of the run: ids (count, block_size + 1), int64."""
+    def take(self, first: int, count: int) -> np.ndarray:
+        """Returns windows `first` to `first + count` of the run: ids (count, block_size + 1), int64."""
         starts = self.start(np.arange(first, first + count, dtype=np.int64))
         return np.stack([self.reader.read(int(start), self.block_size + 1) for start in starts])
 
 
 class Prefetch:
-    """Takes batches of windows, of each the share of rank `rank` of `ranks`, with the next one read in the background
-    meanwhile. `ready` is applied there too: it turns the array into what a step needs (a tensor, in pinned memory for a
-    GPU)."""
+    """Takes batches of windows, and reads the next one in the background meanwhile: of each batch, the share of rank
+    `rank` of `ranks`. The background also applies `ready`, which turns the array into what a step needs (a tensor, in
+    pinned memory for a GPU)."""
 
-    def __init__(self, windows, ready, rank=0, ranks=1):
+    def __init__(self, windows: Windows, ready: Callable[[np.ndarray], Any], rank: int = 0, ranks: int = 1):
         self.windows, self.ready, self.rank, self.ranks = windows, ready, rank, ranks
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self.coming = {}  # (first, count) -> future
+        self.next: dict[tuple[int, int], Future[Any]] = {}  # (first, count) -> the batch that is being read
 
-    def take(self, first, count):
-        """This rank's part of windows `first` to `first + count`: of equal parts in the order of the ranks."""
-        wanted = self.coming.pop((first, count), None) or self.submit(first, count)
-        batch = wanted.result()
-        self.coming = {(first + count, count): self.submit(first + count, count)}
+    def take(self, first: int, count: int) -> Any:
+        """Returns this rank's part of windows `first` to `first + count`, of equal parts in the order of the ranks."""
+        current = self.next.pop((first, count), None) or self.submit(first, count)
+        batch = current.result()
+        self.next = {(first + count, count): self.submit(first + count, count)}
         return batch
 
-    def submit(self, first, count):
+    def submit(self, first: int, count: int) -> Future[Any]:
         share = count // self.ranks
         return self.pool.submit(lambda: self.ready(self.windows.take(first + self.rank * share, share)))
 
-    def close(self):
+    def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 
-def validation_batches(reader, block_size, batch_size, eval_tokens, rank=0, ranks=1):
-    """The first `eval_tokens` targets (0 = all) of a split in order, as ids (B, T) and targets (B, T) with B =
-    batch_size and T = block_size always: what the last window and the last batch lack is padding with target IGNORED.
-    The ranks take them in turns, and each gets as many as the others, the last of which may be all padding."""
-    targets = len(reader) - 1 if eval_tokens == 0 else min(eval_tokens, len(reader) - 1)
+def validation_batches(
+    reader: TokenReader, block_size: int, batch_size: int, eval_tokens: int, rank: int = 0, ranks: int = 1
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the first `eval_tokens` targets (0 = all) of a split in order, as ids (B, T) and targets (B, T), B =
+    batch_size and T = block_size. Padding, with target IGNORED, fills the last window and the last batch. The ranks
+    take turns, and each gets equally many batches; its last one may be all padding."""
+    total = len(reader) - 1 if eval_tokens == 0 else min(eval_tokens, len(reader) - 1)
     size = block_size * batch_size
-    for turn in range(0, targets, size * ranks):
+    for turn in range(0, total, size * ranks):
         first = turn + rank * size
-        count = max(0, min(size, targets - first))
+        count = max(0, min(size, total - first))
         ids = np.zeros(size, dtype=np.int64)
-        wanted = np.full(size, IGNORED, dtype=np.int64)
+        targets = np.full(size, IGNORED, dtype=np.int64)
         if count:
             stream = reader.read(first, count + 1)
-            ids[:count], wanted[:count] = stream[:-1], stream[1:]
-        yield ids.reshape(batch_size, block_size), wanted.reshape(batch_size, block_size)
+            ids[:count], targets[:count] = stream[:-1], stream[1:]
+        yield ids.reshape(batch_size, block_size), targets.reshape(batch_size, block_size)
 
 
-def require_tokens(split, reader, block_size):
+def require_tokens(split: str, reader: TokenReader, block_size: int) -> None:
+    """Raises InputError if a split is too short for one window."""
     if len(reader) < block_size + 1:
         raise InputError(
             f"{split} has {len(reader)} tokens; needs at least {block_size + 1} (block_size+1); "
@@ -94,9 +107,9 @@ def require_tokens(split, reader, block_size):
         )
 
 
-def permute(index, size, key):
-    """Image of each `index` (int64 array) under a permutation of range(size) that `key`, two ints, picks: a Feistel
-    network on the next even number of bits, walked until the value falls inside (Black and Rogaway 2002)."""
+def permute(index: np.ndarray, size: int, key: tuple[int, int]) -> np.ndarray:
+    """Returns the image of each `index` (int64) under a permutation of range(size) that `key` picks: a Feistel network
+    on the next even number of bits, repeated until the value is below `size` (Black and Rogaway 2002)."""
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half_bits) - 1)
     shift = np.uint64(half_bits)
@@ -111,9 +124,9 @@ def permute(index, size, key):
     return value.astype(np.int64)
 
 
-def mix(*words):
-    """A 64-bit hash of the words (ints or uint64 arrays of one shape), uint64 array. Source of the mixing step:
-    splitmix64 (Steele et al. 2014)."""
+def mix(*words: int | np.ndarray) -> np.ndarray:
+    """Returns a 64-bit hash of the words (ints, or uint64 arrays of one shape) as a uint64 array. Source of the mixing
+    step: splitmix64 (Steele et al. 2014)."""
     state = np.zeros(1, dtype=np.uint64)
     for word in words:
         word = word if isinstance(word, np.ndarray) else np.array([word & (2**64 - 1)], dtype=np.uint64)

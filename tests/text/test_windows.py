@@ -106,6 +106,13 @@ def test_a_permutation_mixes_near_and_far():
     assert 3000 < np.abs(np.diff(image)).mean() < 3700  # a third of the size for an order by chance
 
 
+def test_the_example_of_three_windows_in_an_epoch():
+    windows = Windows(Stream(16), 4, 1)
+    assert (windows.offsets, windows.per_epoch) == (4, 3)
+    assert windows.start(np.arange(6)).tolist() == [3, 11, 7, 9, 1, 5]
+    assert windows.take(0, 1).tolist() == [[3, 4, 5, 6, 7]]
+
+
 # ---- windows
 
 
