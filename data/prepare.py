@@ -11,9 +11,10 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -23,15 +24,16 @@ if "gpt" not in sys.modules:  # this script works also where `gpt` is not instal
 
 from gpt.config import make_config, parse_flags, positional, refuse
 from gpt.errors import InputError, printable, run_main, say
-from gpt.text.encode import batches, encoded, units
-from gpt.text.gather import gather, training_sample
+from gpt.files import remove_tree
+from gpt.text.encode import batches_of, encode_batches, units_of
+from gpt.text.gather import GatheredInput, gather_input, training_sample
 from gpt.text.shards import MANIFEST, ShardWriter, write_manifest, writing
 from gpt.text.sources import Reading
-from gpt.text.tokenizer import load_tokenizer, save_tokenizer
+from gpt.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 STAGING = "prepare.tmp"  # inside the output folder until everything in it is complete
 OURS = re.compile(r"prepare\.tmp|dataset\.json|tokenizer(_config)?\.json|(train|val)_\d{6}\.bin")
-SMALL_BYTES = 5_000_000  # of text, for which a vocabulary of 50,000 is too large
+SMALL_MEGABYTES = 5  # of text, for which a vocabulary of 50,000 is too large
 
 
 @dataclass(frozen=True)
@@ -60,69 +62,68 @@ class PrepareConfig:
     errors: Literal["strict", "replace", "skip"] = "strict"
     """text that is not in that encoding: stop, replace it by U+FFFD, or skip the document"""
     workers: int = 0
-    """processes; 0 = one per core; Windows takes at most 61"""
+    """threads; 0 = one per core"""
     shard_tokens: int = 100_000_000
     """ids per shard file"""
     dtype: Literal["auto", "uint16", "uint32"] = "auto"
     """how ids are stored; auto: uint16 where they fit"""
 
-    def __post_init__(self):
-        problems = []
-        if not self.inputs and not self.corpus:
-            problems.append("no input: give files or folders, or a built-in text with --corpus stdlib|shakespeare")
-        if [*self.inputs, *self.val].count("-") > 1:
-            problems.append("- (stdin) can be read only once")
-        if self.url and self.corpus != "shakespeare":
-            problems.append("--url has an effect only with --corpus shakespeare")
-        if self.val and self.val_split != "auto":
-            problems.append("--val names the validation text, so --val_split has no effect; give one of them")
-        if not 0 <= self.val_fraction < 1:
-            problems.append(f"--val_fraction {self.val_fraction:g} must be at least 0 and below 1")
-        if not 0 <= self.workers <= 1024:
-            problems.append(f"--workers {self.workers} must be from 0 (all cores) to 1024")
-        if not 1 <= self.shard_tokens < 1 << 31:
-            problems.append(f"--shard_tokens {self.shard_tokens} must be from 1 to 2147483647")
-        try:
-            " ".encode(self.encoding)
-            codecs.getincrementaldecoder(self.encoding)
-        except (LookupError, ValueError):
-            problems.append(f"--encoding {self.encoding} is not known to Python; utf-8 and latin-1 are common")
-        refuse(problems)
+    def __post_init__(self) -> None:
+        checks = [
+            (self.inputs or self.corpus, "no input: give files or folders, or --corpus stdlib|shakespeare"),
+            ([*self.inputs, *self.val].count("-") <= 1, "- (stdin) can be read only once"),
+            (not self.url or self.corpus == "shakespeare", "--url has an effect only with --corpus shakespeare"),
+            (not self.val or self.val_split == "auto", "--val_split has no effect with --val; give one of them"),
+            (0 <= self.val_fraction < 1, f"--val_fraction {self.val_fraction:g} must be at least 0 and below 1"),
+            (0 <= self.workers <= 1024, f"--workers {self.workers} must be from 0 (all cores) to 1024"),
+            (1 <= self.shard_tokens < 1 << 31, f"--shard_tokens {self.shard_tokens} must be from 1 to 2147483647"),
+            (is_encoding(self.encoding), f"--encoding {self.encoding} is not known to Python; try utf-8 or latin-1"),
+        ]
+        refuse([problem for fine, problem in checks if not fine])
 
     @property
-    def reading(self):
+    def reading(self) -> Reading:
         return Reading(self.encoding, self.errors, self.field)
 
 
-def main():
-    os.umask(os.umask(0o022) | 0o022)  # nothing we write is for others to change
+def is_encoding(name: str) -> bool:
+    try:
+        " ".encode(name)
+        codecs.getincrementaldecoder(name)
+    except (LookupError, ValueError):
+        return False
+    return True
+
+
+def main() -> None:
+    os.umask(os.umask(0o022) | 0o022)  # others must not write to the new files
     prepare(make_config(PrepareConfig, parse_flags(PrepareConfig, sys.argv[1:], __doc__)))
 
 
-def prepare(config):
-    """Make the data folder `config.out`. Nothing is created before all of the input has been read and found good."""
+def prepare(config: PrepareConfig) -> None:
+    """Makes the data folder `config.out`. Creates nothing before all of the input has been read and found good."""
     began = time.monotonic()
     out = check_out(Path(config.out))
-    tokenizer = None if config.tokenizer.startswith("bpe:") else load_tokenizer(config.tokenizer)
+    trained = config.tokenizer.startswith("bpe:")  # on the input, which must be read first
+    tokenizer = None if trained else load_tokenizer(config.tokenizer)
     if tokenizer:
         choose_dtype(config.dtype, tokenizer)
-    corpus = gather(config, spool_folder=existing_parent(out))
-    if tokenizer is None:
-        tokenizer = load_tokenizer(config.tokenizer, training_sample(corpus))
+    data = gather_input(config, spool_folder=existing_parent(out))
+    tokenizer = tokenizer or load_tokenizer(config.tokenizer, training_sample(data))
     dtype = choose_dtype(config.dtype, tokenizer)
-    say(f"validation: {corpus.split.reason}")
+    say(f"validation: {data.split.reason}")
     with staging(out) as folder:
-        splits = write_shards(config, corpus, tokenizer, dtype, folder)
-        write_manifest(folder, tokenizer.record, dtype, splits, source_of(config, corpus))
+        splits = write_shards(config, data, tokenizer, dtype, folder)
+        write_manifest(folder, tokenizer.record, dtype, splits, source_of(config, data))
         publish(folder, out)
-    summarise(config, corpus, tokenizer, splits, time.monotonic() - began)
+    summarise(config, data, tokenizer, splits, time.monotonic() - began)
 
 
 # ---- before anything is created
 
 
-def check_out(out):
-    """`out`, if shards can go there: a new or empty folder, or one with an earlier dataset. Raises InputError else."""
+def check_out(out: Path) -> Path:
+    """Returns `out`. Raises InputError unless shards can go there: a new or empty folder, or an earlier dataset's."""
     if not out.exists():
         return out
     if not out.is_dir():
@@ -135,17 +136,18 @@ def check_out(out):
     return out
 
 
-def existing_parent(path):
-    """The nearest folder above `path` that exists: temporary files lie there, beside the result."""
+def existing_parent(path: Path) -> Path:
+    """Returns the nearest folder above `path` that exists: temporary files lie there, beside the result."""
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
-def choose_dtype(asked, tokenizer):
+def choose_dtype(asked: str, tokenizer: Tokenizer) -> str:
     largest = tokenizer.vocab_size - 1
-    if asked == "uint16" and largest > np.iinfo(np.uint16).max:
+    fits = largest <= np.iinfo(np.uint16).max
+    if asked == "uint16" and not fits:
         raise InputError(f"token id {largest} does not fit uint16: tokenizer {tokenizer.name}; use --dtype uint32")
     if asked == "auto":
-        return "uint16" if largest <= np.iinfo(np.uint16).max else "uint32"
+        return "uint16" if fits else "uint32"
     return asked
 
 
@@ -153,123 +155,103 @@ def choose_dtype(asked, tokenizer):
 
 
 @contextlib.contextmanager
-def staging(out):
-    """An empty folder inside `out` to write in. Removed at the end, together with the folders that were made for it and
-    have stayed empty; where publishing was cut short it stays, as the sign that `out` is unfinished."""
+def staging(out: Path) -> Iterator[Path]:
+    """Yields an empty folder inside `out`. Removes it at the end, and the folders created for it that have stayed
+    empty; but it stays if publishing was cut short, as the sign that `out` is unfinished."""
     folder = out / STAGING
-    made = [path for path in (out, *out.parents) if not path.exists()]
+    created = [path for path in (out, *out.parents) if not path.exists()]
     try:
-        make_empty(folder)
+        with writing(folder):
+            remove_tree(folder)
+            folder.mkdir(parents=True)
         yield folder
     finally:
-        others = {path.name for path in out.glob("*") if OURS.fullmatch(path.name)} - {STAGING}
-        if MANIFEST in others or not others:
+        published = {path.name for path in out.glob("*") if OURS.fullmatch(path.name)} - {STAGING}
+        if MANIFEST in published or not published:
             shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # of the first that is not empty
-            for path in made:
+            for path in created:
                 path.rmdir()
 
 
-def make_empty(folder):
-    with writing(folder):
-        if os.path.lexists(folder):
-            remove(folder)
-        folder.mkdir(parents=True)
-
-
-def remove(path):
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def write_shards(config, corpus, tokenizer, dtype, folder):
-    """Write tokenizer and shards to `folder`; returns split -> the manifest's entries."""
+def write_shards(
+    config: PrepareConfig, data: GatheredInput, tokenizer: Tokenizer, dtype: str, folder: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """Writes tokenizer and shards to `folder`; returns split -> the manifest's entries."""
     with writing(folder / "tokenizer.json"):
         save_tokenizer(tokenizer, folder)
-    names = ("train",) if corpus.split.rule == "none" else ("train", "val")
+    names = ("train",) if data.split.rule == "none" else ("train", "val")
     writers = {split: ShardWriter(folder, split, dtype, config.shard_tokens) for split in names}
-    work = batches(units(corpus.all_parts(), tokenizer.pattern))
-    results = encoded(work, tokenizer, folder, worker_count(config.workers, corpus))
-    total = corpus.survey.bytes + corpus.val_survey.bytes
+    units = (unit for parts in (data.parts(), data.val_parts()) for unit in units_of(parts, tokenizer.pattern))
+    results = encode_batches(batches_of(units), tokenizer, config.workers or cores())
     try:
-        with contextlib.closing(results), tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
-            for result in results:
-                for split, (ids, documents, source_bytes) in result.items():
-                    writers[split].write(ids, documents, source_bytes)
-                    bar.update(source_bytes)
+        with tqdm(total=data.count("bytes"), unit="B", unit_scale=True, disable=None) as bar:
+            for split, ids, documents, source_bytes in results:
+                writers[split].write(ids, documents, source_bytes)
+                bar.update(source_bytes)
         splits = {split: writer.close() for split, writer in writers.items()}
     finally:
         for writer in writers.values():
             writer.discard()
-    check_complete(splits, corpus, total)
+    entries = [entry for shards in splits.values() for entry in shards]
+    written = total(entries, "documents"), total(entries, "source_bytes")
+    if written != (data.count("documents"), data.count("bytes")):
+        raise InputError("the input changed while it was being read; run again")
     return splits
 
 
-def worker_count(asked, corpus):
-    """How many processes: those asked for, else as many as are worth their start, one per core and per 4 MiB of text;
-    on Windows, which cannot wait for more, at most 61."""
-    count = asked or max(1, min(cores(), (corpus.survey.bytes + corpus.val_survey.bytes) >> 22))
-    return min(count, 61) if sys.platform == "win32" else count
-
-
-def cores():
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_complete(splits, corpus, total):
-    entries = [entry for shards in splits.values() for entry in shards]
-    documents = sum(entry["documents"] for entry in entries)
-    if documents != corpus.survey.documents + corpus.val_survey.documents or total != tally(entries, "source_bytes"):
-        raise InputError("the input changed while it was being read; run again")
-
-
-def tally(entries, key):
+def total(entries: list[dict[str, Any]], key: str) -> int:
     return sum(entry[key] for entry in entries)
 
 
-def publish(folder, out):
-    """Put what is in the staging folder, complete by now, in the place of an earlier dataset, whose manifest goes first
-    as the new one comes last: no mixture of the two ever looks valid."""
+def publish(folder: Path, out: Path) -> None:
+    """Moves the complete staging folder's files to `out`, in place of an earlier dataset. The old manifest goes first
+    and the new one comes last: no mixture of the two ever looks valid."""
     with writing(out / MANIFEST):
         for path in sorted(out.iterdir(), key=lambda path: path.name != MANIFEST):
             if path != folder and OURS.fullmatch(path.name):
-                remove(path)
+                path.unlink()
         for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
             os.replace(path, out / path.name)
 
 
-def source_of(config, corpus):
-    """What the manifest says of the text's origin: names, counts and the options that shape the result."""
-    counts = {
-        key: getattr(corpus.survey, key) + getattr(corpus.val_survey, key)
-        for key in ("documents", "characters", "bytes", "empty_docs", "undecodable", "replaced")
+def source_of(config: PrepareConfig, data: GatheredInput) -> dict[str, Any]:
+    """Returns the manifest's entry on the text's origin: names, counts and the options that shape the result."""
+    counts = ("documents", "characters", "bytes", "empty_docs", "undecodable", "replaced")
+    return {
+        "inputs": list(map(printable, config.inputs)),
+        "val": list(map(printable, config.val)),
+        **data.origin,
+        **{name: data.count(name) for name in counts},
+        "split": {"rule": data.split.rule, "fraction": data.split.fraction, "cut": data.split.cut},
+        "overlap": {"files": data.survey.repeated, "hash": 0}.get(data.split.rule),  # documents in both splits
+        "options": {"field": config.field, "encoding": config.encoding, "errors": config.errors},
     }
-    split = {"rule": corpus.split.rule, "fraction": corpus.split.fraction, "cut": corpus.split.cut}
-    overlap = {"files": corpus.survey.repeated, "hash": 0}.get(corpus.split.rule)  # documents in both splits
-    options = {"field": config.field, "encoding": config.encoding, "errors": config.errors}
-    names = {"inputs": list(map(printable, config.inputs)), "val": list(map(printable, config.val))}
-    return names | corpus.said | counts | {"split": split, "overlap": overlap, "options": options}
 
 
-def summarise(config, corpus, tokenizer, splits, seconds):
-    counts, out = source_of(config, corpus), printable(config.out)
+def summarise(
+    config: PrepareConfig, data: GatheredInput, tokenizer: Tokenizer, splits: dict[str, Any], seconds: float
+) -> None:
+    out, megabytes = printable(config.out), data.count("bytes") / 1e6
     say(
-        f"documents: {counts['documents']:,} ({counts['empty_docs']:,} empty and {counts['undecodable']:,} undecodable "
-        f"ones skipped, {counts['replaced']:,} characters replaced)"
+        f"documents: {data.count('documents'):,} ({data.count('empty_docs'):,} empty and {data.count('undecodable'):,} "
+        f"undecodable ones skipped, {data.count('replaced'):,} characters replaced)"
     )
     for split, entries in splits.items():
-        tokens = tally(entries, "tokens")
-        say(f"{split}: {tokens:,} tokens, {tally(entries, 'source_bytes') / tokens:.3f} bytes per token")
-    if corpus.survey.repeated:
-        say(f"note: {corpus.survey.repeated:,} training documents are also validation documents")
-    if counts["bytes"] < SMALL_BYTES and tokenizer.vocab_size > 50_000:
+        tokens = total(entries, "tokens")
+        say(f"{split}: {tokens:,} tokens, {total(entries, 'source_bytes') / tokens:.3f} bytes per token")
+    if data.survey.repeated:
+        say(f"note: {data.survey.repeated:,} training documents are also validation documents")
+    if megabytes < SMALL_MEGABYTES and tokenizer.vocab_size > 50_000:
         say(
-            f"note: {counts['bytes'] / 1e6:.1f} MB is little text for {tokenizer.vocab_size:,} ids; "
+            f"note: {megabytes:.1f} MB is little text for {tokenizer.vocab_size:,} ids; "
             "--tokenizer bpe:2048 or byte gives a better model"
         )
-    say(f"{out}: {counts['bytes'] / 1e6:,.1f} MB of text in {seconds:.1f} s")
+    say(f"{out}: {megabytes:,.1f} MB of text in {seconds:.1f} s")
     say(f"next: python train.py PRESET --data {out}   (without PRESET it lists them)")
 
 

@@ -44,7 +44,7 @@ ALPHABET += [
 EOT = 256  # of the byte tokenizer, which most tests use
 
 
-def run(out, *inputs, tokenizer="byte", workers=1, **settings):
+def prepare_here(out, *inputs, tokenizer="byte", workers=1, **settings):
     """Prepare `inputs` into `out` in this process; returns the manifest."""
     prepare(PrepareConfig(str(out), tuple(map(str, inputs)), tokenizer=tokenizer, workers=workers, **settings))
     return json.loads((out / "dataset.json").read_text(encoding="utf-8"))

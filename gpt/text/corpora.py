@@ -5,9 +5,10 @@ import platform
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from gpt.errors import ResourceError
-from gpt.text.sources import Source
+from gpt.text.sources import TextSource
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -15,28 +16,28 @@ SHAKESPEARE_BYTES = 1_115_394
 NOT_SOURCES = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test")
 
 
-def corpus_sources(name, url, spool_folder):
-    """The sources of a built-in corpus and what the manifest says of it."""
+def corpus_sources(name: str, url: str, spool_folder: Path) -> tuple[list[TextSource], dict[str, Any]]:
+    """Returns the sources of a built-in corpus, and its entries in the manifest."""
     return standard_library() if name == "stdlib" else shakespeare(url or SHAKESPEARE, spool_folder)
 
 
-def standard_library(folder=None):
-    """Every Python file of the standard library but its tests; a document is a file."""
+def standard_library(folder: Path | None = None) -> tuple[list[TextSource], dict[str, Any]]:
+    """Returns the Python files of the standard library without its tests; a document is a file."""
     folder = Path(folder or sysconfig.get_path("stdlib"))
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
     names = [name for name in names if not set(name.split("/")[:-1]) & set(NOT_SOURCES) and (folder / name).is_file()]
     listing = "".join(f"{name} {(folder / name).stat().st_size}\n" for name in names)
-    said = {
+    origin = {
         "corpus": "stdlib",
         "python": platform.python_version(),
         "files": len(names),
         "sha256_of_names_and_sizes": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest(),
     }
-    return [Source(str(folder / name), "python", folder / name) for name in names], said
+    return [TextSource(str(folder / name), "python", folder / name) for name in names], origin
 
 
-def shakespeare(url, spool_folder):
-    """tinyshakespeare, downloaded to an unnamed temporary file; one document."""
+def shakespeare(url: str, spool_folder: Path) -> tuple[list[TextSource], dict[str, Any]]:
+    """Returns tinyshakespeare, one document, downloaded to an unnamed temporary file."""
     from gpt.text.download import fetch
 
     try:
@@ -44,4 +45,4 @@ def shakespeare(url, spool_folder):
         fetch(url, file, SHAKESPEARE_SHA256, SHAKESPEARE_BYTES)
     except OSError as error:
         raise ResourceError(f"storing the download failed: {spool_folder}: {error.strerror}; free some space") from None
-    return [Source(url, "text", spool=file)], {"corpus": "shakespeare", "url": url, "sha256": SHAKESPEARE_SHA256}
+    return [TextSource(url, "text", spool=file)], {"corpus": "shakespeare", "url": url, "sha256": SHAKESPEARE_SHA256}

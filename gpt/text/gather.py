@@ -1,71 +1,78 @@
 """The input as a whole: read once from end to end, counted, found good, and divided."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from gpt.errors import InputError
 from gpt.text.corpora import corpus_sources
-from gpt.text.sources import Reading, expand, read
-from gpt.text.split import Split, Survey, choose_split, chosen_by_hash, parts, survey
+from gpt.text.sources import Reading, TextSource, find_sources, read_pieces
+from gpt.text.split import Part, Split, Survey, choose_split, chosen_by_hash, divide, survey_documents
 
 TRAINING_BYTES = 1 << 26  # of text that a bpe:N tokenizer is trained on
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """The input, read once: what it holds, and how it divides."""
+class GatheredInput:
+    """The input after the first pass: its files, its counts, and the decision how it divides."""
 
     reading: Reading
-    train_sources: list
-    val_sources: list
+    sources: list[TextSource]
+    val_sources: list[TextSource]
     survey: Survey
     val_survey: Survey
     split: Split
-    said: dict  # about the built-in corpus and the files passed over, for the manifest
+    origin: dict[str, Any]  # for the manifest: the built-in corpus, and the number of files passed over
 
-    def train_parts(self):
-        """Parts of the input: of both splits, unless validation has files of its own."""
-        return parts(read(self.train_sources, self.reading), self.split, self.survey)
+    def parts(self) -> Iterator[Part]:
+        """Yields the parts of the input: of both splits, unless validation has files of its own."""
+        return divide(read_pieces(self.sources, self.reading), self.split, self.survey)
 
-    def all_parts(self):
-        yield from self.train_parts()
-        for part in parts(read(self.val_sources, self.reading), self.split, self.val_survey):
+    def val_parts(self) -> Iterator[Part]:
+        """Yields the parts of the files given with --val."""
+        for part in divide(read_pieces(self.val_sources, self.reading), self.split, self.val_survey):
             yield part._replace(split="val")
 
+    def count(self, name: str) -> int:
+        """Returns a count of both surveys together: count("documents")."""
+        return getattr(self.survey, name) + getattr(self.val_survey, name)
 
-def gather(config, spool_folder):
-    """The Corpus, after one pass over all of it. Raises InputError where there is nothing to train or validate on."""
-    sources, skipped = expand(config.inputs, spool_folder)
-    val_sources, val_skipped = expand(config.val, spool_folder)
-    said = {"files_passed_over": skipped + val_skipped}
+
+def gather_input(config: Any, spool_folder: Path) -> GatheredInput:
+    """Returns the GatheredInput of prepare's settings, after one pass over all of it. Raises InputError if there is
+    nothing to train or validate on."""
+    sources, skipped = find_sources(config.inputs, spool_folder)
+    val_sources, val_skipped = find_sources(config.val, spool_folder)
+    origin: dict[str, Any] = {"files_passed_over": skipped + val_skipped}
     if config.corpus:
         more, about = corpus_sources(config.corpus, config.url, spool_folder)
-        sources, said = sources + more, said | about
-    val_survey = survey(read(val_sources, config.reading), fraction=0, keep_digests=True)
-    found = survey(read(sources, config.reading), config.val_fraction, others=val_survey.digests)
-    require_documents(named(sources) or f"--corpus {config.corpus}", found)
+        sources, origin = sources + more, origin | about
+    val_survey = survey_documents(read_pieces(val_sources, config.reading), fraction=0, keep_digests=True)
+    pieces = read_pieces(sources, config.reading)
+    survey = survey_documents(pieces, config.val_fraction, others=val_survey.digests)
+    require_documents(named(sources) or f"--corpus {config.corpus}", survey)
     if val_sources:
         require_documents(named(val_sources), val_survey)
-    split = choose_split(config.val_split, config.val_fraction, found, bool(config.val))
-    return Corpus(config.reading, sources, val_sources, found, val_survey, split, said)
+    split = choose_split(config.val_split, config.val_fraction, survey, bool(config.val))
+    return GatheredInput(config.reading, sources, val_sources, survey, val_survey, split, origin)
 
 
-def require_documents(names, counted):
-    if not counted.documents:
+def require_documents(names: str, survey: Survey) -> None:
+    if not survey.documents:
         raise InputError(
-            f"{names}: no documents; {counted.empty_docs} were empty or white space, "
-            f"{counted.undecodable} not decodable"
+            f"{names}: no documents; {survey.empty_docs} were empty or white space, {survey.undecodable} not decodable"
         )
 
 
-def named(sources):
+def named(sources: list[TextSource]) -> str:
     names = [source.name for source in sources]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def training_sample(corpus) -> Iterable[str]:
-    """Texts of the training split to train a tokenizer on, at most about TRAINING_BYTES, chosen by their hash."""
-    share = TRAINING_BYTES / max(corpus.survey.bytes, 1)
-    for part in corpus.train_parts():
+def training_sample(data: GatheredInput) -> Iterator[str]:
+    """Yields texts of the training split to train a tokenizer on, about TRAINING_BYTES at most, chosen by hash."""
+    share = TRAINING_BYTES / max(data.survey.bytes, 1)
+    for part in data.parts():
         if part.split == "train" and (share >= 1 or chosen_by_hash(part.text, share, b"tokenizer")):
             yield part.text

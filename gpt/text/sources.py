@@ -1,13 +1,14 @@
-"""Documents out of files: what a user names (files, folders, globs, stdin) becomes sources, and sources become pieces.
+"""Documents out of files. The user names files, folders, globs or stdin; these become sources, and sources pieces.
 
-A document is a file for text, a line for JSONL, stdin as a whole. A large one comes in several pieces, so that memory
-does not grow with it."""
+A document is a file for text, a line for JSONL, stdin as a whole. A large document comes in several pieces, so that
+memory does not grow with it."""
 
 import codecs
 import contextlib
 import glob
 import gzip
 import io
+import itertools
 import os
 import re
 import shutil
@@ -16,37 +17,38 @@ import sys
 import tempfile
 import tokenize
 import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 from gpt.errors import InputError, ResourceError
 from gpt.files import json_object
 
 BLOCK_BYTES = 1 << 16
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
-COUNTING = "gpt.replace_and_count"  # our error handler's name in the registry of codecs
+MARK_BAD_BYTES = "gpt.mark_bad_bytes"  # error handler of codecs: bad bytes become a lone surrogate
+codecs.register_error(MARK_BAD_BYTES, lambda error: ("\udfff", error.end))  # type: ignore[attr-defined]
 
 
 class Piece(NamedTuple):
-    """A part of a document, or all of it. `readable` is False for a document to drop: it could not be decoded."""
+    """Text of a document, all or a part of it. Every document has at least one piece."""
 
+    document: int  # number of the document, from 0
     name: str
     text: str
-    first: bool
-    last: bool
     replaced: int = 0  # characters of `text` that became U+FFFD
-    readable: bool = True
+    readable: bool = True  # False: the document cannot be decoded, so it is dropped
 
 
 @dataclass(frozen=True)
-class Source:
-    """A file of documents; `spool` is an open file in place of `path` (stdin, a download)."""
+class TextSource:
+    """A file of documents. `spool` is an open file in place of `path`, for stdin and downloads."""
 
     name: str
     kind: str  # text, jsonl or python
-    path: Path | None = None
-    spool: io.IOBase | None = None
+    path: Path = Path()
+    spool: IO[bytes] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,38 +63,38 @@ class Reading:
 # ---- what the user names
 
 
-def expand(inputs, spool_folder):
-    """The sources that `inputs` name, in order, and the number of files (and linked folders) that were passed over in
-    folders.
+def find_sources(inputs: Iterable[str], spool_folder: Path) -> tuple[list[TextSource], int]:
+    """Returns the sources that `inputs` name, in order, and the number of files and linked folders that were passed
+    over in folders.
 
     Raises InputError for a name without file, a pipe, a device, a link that leads nowhere or an unreadable folder."""
     sources, skipped = [], 0
     for name in inputs:
         if name == "-":
-            sources.append(Source("stdin", "text", spool=spool(sys.stdin.buffer, spool_folder)))
+            sources.append(TextSource("stdin", "text", spool=spool(sys.stdin.buffer, spool_folder)))
             continue
-        for found in matches(name):
-            more, passed_over = folder_sources(found) if os.path.isdir(found) else ([file_source(found)], 0)
+        for path in matches(name):
+            more, passed_over = folder_sources(path) if os.path.isdir(path) else ([file_source(path)], 0)
             sources += more
             skipped += passed_over
     return sources, skipped
 
 
-def matches(name):
-    """The files and folders that a name or pattern stands for, sorted. A pattern with ** stands for files alone, since
-    it finds what is in folders by itself."""
+def matches(name: str) -> list[str]:
+    """Returns the files and folders that a name or pattern stands for, sorted. A pattern with ** stands for files
+    alone, for it finds those in folders by itself."""
     if os.path.lexists(name):
         return [name]
-    found = sorted(set(glob.glob(name, recursive=True)))
+    paths = sorted(set(glob.glob(name, recursive=True)))
     if "**" in name:
-        found = [path for path in found if not os.path.isdir(path)]
-    if not found:
+        paths = [path for path in paths if not os.path.isdir(path)]
+    if not paths:
         raise InputError(f"{name}: no such file; give files, folders, globs, or - for stdin")
-    return found
+    return paths
 
 
-def spool(stream, folder):
-    """An unnamed temporary copy of `stream`, because every document is read twice."""
+def spool(stream: IO[bytes], folder: Path) -> IO[bytes]:
+    """Returns an unnamed temporary copy of `stream`, because every document is read twice."""
     try:
         copy = tempfile.TemporaryFile(dir=folder)
         shutil.copyfileobj(stream, copy, BLOCK_BYTES)
@@ -101,23 +103,23 @@ def spool(stream, folder):
     return copy
 
 
-def file_source(name):
+def file_source(name: str | Path) -> TextSource:
     if not os.path.exists(name):
         raise InputError(f"{name}: a link that leads nowhere; correct it")
     if not stat.S_ISREG(os.stat(name).st_mode):
         raise InputError(f"{name}: not a regular file (a pipe or device?); use - for stdin")
-    return Source(str(name), "jsonl" if plain_suffix(name) == ".jsonl" else "text", Path(name))
+    return TextSource(str(name), "jsonl" if plain_suffix(name) == ".jsonl" else "text", Path(name))
 
 
-def plain_suffix(name):
-    """The suffix under a `.gz`. plain_suffix("a.jsonl.gz") -> ".jsonl" """
+def plain_suffix(name: str | Path) -> str:
+    """Returns the suffix below `.gz`: plain_suffix("a.jsonl.gz") -> ".jsonl" """
     return Path(str(name).lower().removesuffix(".gz")).suffix
 
 
-def folder_sources(folder):
-    """The sources in a folder and below, sorted by their path from there; hidden files and linked folders are passed
-    over."""
-    found, skipped = [], 0
+def folder_sources(folder: str) -> tuple[list[TextSource], int]:
+    """Returns the sources in a folder and below, sorted by their path from there, and the number of files and linked
+    folders passed over: hidden ones and other kinds."""
+    paths, skipped = [], 0
     for parent, folders, files in os.walk(folder, onerror=refuse_folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         skipped += sum(os.path.islink(os.path.join(parent, name)) for name in folders)
@@ -126,28 +128,29 @@ def folder_sources(folder):
             if name.startswith(".") or plain_suffix(name) not in SUFFIXES or not path.is_file():
                 skipped += 1
             else:
-                found.append(path)
-    found.sort(key=lambda path: path.relative_to(folder).as_posix())
-    if not found:
+                paths.append(path)
+    if not paths:
         raise InputError(f"{folder}: no {', '.join(SUFFIXES)} files in it; give the files themselves")
-    return [file_source(path) for path in found], skipped
+    paths.sort(key=lambda path: path.relative_to(folder).as_posix())
+    return [file_source(path) for path in paths], skipped
 
 
-def refuse_folder(error):
+def refuse_folder(error: OSError) -> None:
     raise InputError(f"{error.filename}: {error.strerror}; make it readable") from None
 
 
 # ---- reading
 
 
-def read(sources, reading):
-    """The pieces of all documents of `sources`, in order. Raises InputError, naming file and place, for what cannot be
-    read as the documents it should hold."""
+def read_pieces(sources: Iterable[TextSource], reading: Reading) -> Iterator[Piece]:
+    """Yields the pieces of all documents of `sources`, in order. Raises InputError, naming file and place, for what
+    cannot be read as the documents it should hold."""
     readers = {"text": text_pieces, "jsonl": jsonl_pieces, "python": python_pieces}
+    numbers = itertools.count()
     for source in sources:
         try:
-            with opened(source) as file:
-                yield from readers[source.kind](source, file, reading)
+            with open_source(source) as file:
+                yield from readers[source.kind](source.name, file, reading, numbers)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise InputError(f"{source.name}: damaged gzip file ({error}); restore it") from None
         except PermissionError:
@@ -156,119 +159,77 @@ def read(sources, reading):
             raise ResourceError(f"reading failed: {source.name}: {error.strerror}; try again") from None
 
 
-@contextlib.contextmanager
-def opened(source):
+def open_source(source: TextSource) -> contextlib.AbstractContextManager[Any]:
     if source.spool is not None:
         source.spool.seek(0)
-        yield source.spool
-        return
-    opener = gzip.open if source.name.lower().endswith(".gz") else open
-    with opener(source.path, "rb") as file:
-        yield file
+        return contextlib.nullcontext(source.spool)
+    return gzip.open(source.path) if source.name.lower().endswith(".gz") else open(source.path, "rb")
 
 
-def text_pieces(source, file, reading):
-    """One document. Pieces are never empty, unless the document is."""
-    decoder = Decoder(source.name, reading)
-    pending, first, replaced = None, True, 0
-    try:
-        for text in decoder.texts(iter(lambda: file.read(BLOCK_BYTES), b"")):
-            if pending is not None:
-                yield Piece(source.name, pending, first, False, replaced)
-                first = False
-            pending, replaced = text, decoder.take_replaced()
-    except UndecodableError:
-        yield Piece(source.name, "", first, True, readable=False)
-        return
-    yield Piece(source.name, pending or "", first, True, replaced)
+def text_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterator[int]) -> Iterator[Piece]:
+    """Yields the pieces of one document, which is the whole file."""
+    document = next(numbers)
+    for text, replaced, readable in decode(name, file, iter(lambda: file.read(BLOCK_BYTES), b""), reading):
+        yield Piece(document, name, text, replaced, readable)
 
 
-def jsonl_pieces(source, file, reading):
+def jsonl_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterator[int]) -> Iterator[Piece]:
+    """Yields a piece for each line that is not blank."""
     if "\n".encode(reading.encoding).removeprefix(codecs.BOM_UTF8) != b"\n":
-        raise InputError(f"{source.name}: lines cannot be told apart in {reading.encoding}; convert it to UTF-8")
-    start = 0
+        raise InputError(f"{name}: lines cannot be told apart in {reading.encoding}; convert it to UTF-8")
     for number, line in enumerate(file, 1):
-        name = f"{source.name}:{number}"
-        decoder = Decoder(name, reading, start, bom=number == 1)
-        start += len(line)
-        try:
-            text = "".join(decoder.texts([line]))
-        except UndecodableError:
-            yield Piece(name, "", True, True, readable=False)
-            continue
-        if text.strip():
-            line = json_object(text, reading.field, name, "correct the line, or give --field")
-            found, surrogates = without_surrogates(line[reading.field])
-            yield Piece(name, found, True, True, surrogates + decoder.take_replaced())
+        place = f"{name}:{number}"
+        texts, replaced, readable = zip(*decode(place, file, [line], reading, begins=number == 1), strict=True)
+        text = "".join(texts)
+        if not all(readable):
+            yield Piece(next(numbers), place, "", readable=False)
+        elif text.strip():
+            value = json_object(text, reading.field, place, "correct the line, or give --field")[reading.field]
+            text, surrogates = without_surrogates(value)
+            yield Piece(next(numbers), place, text, surrogates + sum(replaced))
 
 
-def without_surrogates(text):
-    """`text` with lone surrogates as U+FFFD, and how many there were. JSON can hold them, UTF-8 cannot."""
+def python_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterator[int]) -> Iterator[Piece]:
+    """Yields a Python source file, decoded by its coding line as Python does."""
+    document, data = next(numbers), file.read()
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        yield Piece(document, name, data.decode(encoding))
+    except (SyntaxError, UnicodeDecodeError):
+        yield Piece(document, name, "", readable=False)
+
+
+# ---- bytes to text
+
+
+def decode(
+    name: str, file: IO[bytes], blocks: Iterable[bytes], reading: Reading, begins: bool = True
+) -> Iterator[tuple[str, int, bool]]:
+    """Yields the text of `blocks`, which come from `file`, as (text, number of characters replaced, True). Drops the
+    byte order mark if the file `begins` with them. If bad bytes drop the document, the last tuple is ("", 0, False);
+    else they raise InputError."""
+    errors = MARK_BAD_BYTES if reading.errors == "replace" else "strict"
+    try:
+        for text in itertools.chain(codecs.iterdecode(blocks, reading.encoding, errors), [""]):
+            yield *without_surrogates(text.removeprefix("\ufeff") if begins else text), True
+            begins = False
+    except UnicodeError as error:
+        if reading.errors == "skip":
+            yield "", 0, False
+            return
+        encoding = "UTF-8" if codecs.lookup(reading.encoding).name == "utf-8" else reading.encoding
+        problem = f"invalid {encoding} ({error})"
+        if isinstance(error, UnicodeDecodeError):
+            place = file.tell() - len(error.object) + error.start
+            problem = f"invalid {encoding} at byte {place} (0x{error.object[error.start]:02x})"
+        raise InputError(f"{name}: {problem}; use --encoding, or --errors replace|skip") from None
+
+
+def without_surrogates(text: str) -> tuple[str, int]:
+    """Returns `text` with lone surrogates as U+FFFD, and how many there were. UTF-8 cannot hold them; JSON can, and bad
+    bytes become some."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         return re.subn("[\ud800-\udfff]", "\ufffd", text)
     return text, 0
-
-
-def python_pieces(source, file, reading):
-    """A Python source file, decoded as Python does: by its coding line. One that cannot be is not readable."""
-    data = file.read()
-    try:
-        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-        yield Piece(source.name, data.decode(encoding), True, True)
-    except (SyntaxError, UnicodeDecodeError):
-        yield Piece(source.name, "", True, True, readable=False)
-
-
-class UndecodableError(Exception):
-    """The document is to be dropped: `--errors skip`."""
-
-
-class Decoder:
-    """Bytes to text, block by block, that knows the place of a bad byte. `start` is the first byte's place in its file;
-    with `bom` a byte order mark at the start is dropped."""
-
-    def __init__(self, name, reading, start=0, bom=True):
-        self.name, self.reading, self.fed, self.bom, self.replaced = name, reading, start, bom, 0
-        codecs.register_error(COUNTING, self.replace)
-        errors = COUNTING if reading.errors == "replace" else "strict"
-        self.decoder = codecs.getincrementaldecoder(reading.encoding)(errors)
-
-    def replace(self, error):
-        if not isinstance(error, UnicodeDecodeError):
-            raise error
-        self.replaced += 1
-        return "\ufffd", error.end
-
-    def take_replaced(self):
-        """How many characters were replaced since the last call."""
-        count, self.replaced = self.replaced, 0
-        return count
-
-    def texts(self, blocks):
-        """The non-empty texts of `blocks`. Raises InputError, or UndecodableError where such documents are dropped."""
-        for block in blocks:
-            yield from self.decode(block)
-        yield from self.decode(b"", final=True)
-
-    def decode(self, block, final=False):
-        try:
-            text = self.decoder.decode(block, final)
-        except UnicodeError as error:
-            if self.reading.errors == "skip":
-                raise UndecodableError from None
-            raise self.refused(block, error) from None
-        self.fed += len(block)
-        if self.bom and text:
-            text, self.bom = text.removeprefix("\ufeff"), False
-        return [text] if text else []
-
-    def refused(self, block, error):
-        encoding = "UTF-8" if codecs.lookup(self.reading.encoding).name == "utf-8" else self.reading.encoding
-        if isinstance(error, UnicodeDecodeError):
-            place = self.fed - (len(error.object) - len(block)) + error.start  # the decoder had kept some bytes back
-            what = f"invalid {encoding} at byte {place} (0x{error.object[error.start]:02x})"
-        else:
-            what = f"invalid {encoding} ({error})"
-        return InputError(f"{self.name}: {what}; use --encoding, or --errors replace|skip")

@@ -2,19 +2,22 @@
 the second pass follows it."""
 
 import hashlib
-from collections.abc import Iterable
+import itertools
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gpt.errors import InputError
+from gpt.text.sources import Piece
 
 HASH_DOCUMENTS = 100  # fewer documents, or one over a tenth of the text: the tail is the fairer validation set
 HASH_SHARE = 0.1
+DROPPED, HASHED_TO_TRAIN, HASHED_TO_VAL = range(3)  # what the first pass knows of a document
 
 
 @dataclass
 class Survey:
-    """What the first pass found. Counts are of kept documents; blank and undecodable ones are dropped."""
+    """The result of the first pass. Counts are of kept documents; blank and undecodable ones are dropped."""
 
     documents: int = 0
     characters: int = 0
@@ -25,75 +28,61 @@ class Survey:
     replaced: int = 0
     hashed_to_val: int = 0  # documents
     repeated: int = 0  # documents whose text is in `others`
-    fates: dict = field(default_factory=dict)  # number of a document of several pieces -> its Fate
-    digests: set = field(default_factory=set)  # of kept documents, if asked for
+    fates: bytearray = field(default_factory=bytearray)  # DROPPED, HASHED_TO_TRAIN or HASHED_TO_VAL of each document
+    digests: set[Any] = field(default_factory=set)  # of kept documents, if asked for
 
 
-class Fate(NamedTuple):
-    """What the first pass knows of a document of several pieces before the second pass has read it."""
-
-    kept: bool
-    hashed_to_val: bool
+def survey_documents(
+    pieces: Iterable[Piece], fraction: float, others: Container[bytes] = (), keep_digests: bool = False
+) -> Survey:
+    """Returns the Survey of `pieces`. `others` are digests of documents that should not come again."""
+    survey = Survey()
+    for _, group in itertools.groupby(pieces, key=lambda piece: piece.document):
+        document = Document(group)
+        if document.blank or not document.readable:
+            survey.fates.append(DROPPED)
+            survey.undecodable += not document.readable
+            survey.empty_docs += document.readable
+            continue
+        to_val = digest_below(document.digest, fraction)
+        survey.fates.append(HASHED_TO_VAL if to_val else HASHED_TO_TRAIN)
+        survey.documents += 1
+        survey.characters += document.characters
+        survey.bytes += document.bytes
+        survey.replaced += document.replaced
+        survey.largest = max(survey.largest, document.bytes)
+        survey.hashed_to_val += to_val
+        survey.repeated += document.digest in others
+        if keep_digests:
+            survey.digests.add(document.digest)
+    return survey
 
 
 class Document:
-    """Counts of the document being read."""
+    """The counts of one document, given its pieces."""
 
-    def __init__(self):
-        self.characters = self.bytes = self.replaced = self.pieces = 0
-        self.blank, self.hash = True, hashlib.sha256()
-
-    def add(self, piece):
-        data = piece.text.encode("utf-8")
-        self.hash.update(data)
-        self.characters += len(piece.text)
-        self.bytes += len(data)
-        self.replaced += piece.replaced
-        self.pieces += 1
-        self.blank = self.blank and not piece.text.strip()
-
-
-def survey(pieces, fraction, others=(), keep_digests=False):
-    """The Survey of `pieces`. `others` are digests of documents that had better not come again."""
-    found, number = Survey(), -1
-    for piece in pieces:
-        if piece.first:
-            document = Document()
-            number += 1
-        document.add(piece)
-        if piece.last:
-            count(found, number, document, piece.readable, fraction, others, keep_digests)
-    return found
+    def __init__(self, pieces: Iterable[Piece]):
+        self.characters = self.bytes = self.replaced = 0
+        self.blank = self.readable = True
+        sha256 = hashlib.sha256()
+        for piece in pieces:
+            data = piece.text.encode("utf-8")
+            sha256.update(data)
+            self.characters += len(piece.text)
+            self.bytes += len(data)
+            self.replaced += piece.replaced
+            self.blank = self.blank and not piece.text.strip()
+            self.readable = self.readable and piece.readable
+        self.digest = sha256.digest()[:8]
 
 
-def count(found, number, document, readable, fraction, others, keep_digests):
-    kept = readable and not document.blank
-    digest = document.hash.digest()[:8]
-    to_val = digest_below(digest, fraction)
-    if document.pieces > 1:
-        found.fates[number] = Fate(kept, to_val)
-    if not kept:
-        found.undecodable += not readable
-        found.empty_docs += readable
-        return
-    found.documents += 1
-    found.characters += document.characters
-    found.bytes += document.bytes
-    found.replaced += document.replaced
-    found.largest = max(found.largest, document.bytes)
-    found.hashed_to_val += to_val
-    found.repeated += digest in others
-    if keep_digests:
-        found.digests.add(digest)
-
-
-def chosen_by_hash(text, fraction, salt=b""):
-    """Whether `text` is among the `fraction` of all texts that its hash chooses: equal texts always agree. Choices for
-    different purposes need different salts to be independent."""
+def chosen_by_hash(text: str, fraction: float, salt: bytes = b"") -> bool:
+    """Returns whether the hash of `text` chooses it among the `fraction` of all texts; equal texts always agree.
+    Choices for different purposes need different salts to be independent."""
     return digest_below(hashlib.sha256(salt + text.encode("utf-8")).digest()[:8], fraction)
 
 
-def digest_below(digest, fraction):
+def digest_below(digest: bytes, fraction: float) -> bool:
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
@@ -110,8 +99,9 @@ class Split:
     reason: str = ""
 
 
-def choose_split(asked, fraction, survey, has_files):
-    """The Split for `--val_split asked` and the documents surveyed. Raises InputError where a side would be empty."""
+def choose_split(asked: str, fraction: float, survey: Survey, has_files: bool) -> Split:
+    """Returns the Split for `--val_split asked` and the documents surveyed. Raises InputError if a side would be
+    empty."""
     if has_files:
         return Split("files", reason="the files given with --val")
     if fraction == 0:
@@ -138,48 +128,27 @@ def choose_split(asked, fraction, survey, has_files):
 
 
 class Part(NamedTuple):
-    """A stretch of one document in one split. `starts`: the document begins here; `ends`: what follows is encoded
-    by itself."""
+    """A piece of a document in its split, "train" or "val"."""
 
     split: str
+    document: int
     name: str
     text: str
-    starts: bool
-    ends: bool
 
 
-def parts(pieces, split, survey) -> Iterable[Part]:
-    """The kept documents of `pieces`, each part in its split, in order."""
-    kept = kept_pieces(pieces, survey, split.fraction)
-    if split.rule == "tail":
-        yield from cut_tail(kept, split.cut)
-        return
-    for piece, hashed_to_val in kept:
-        side = "val" if split.rule == "hash" and hashed_to_val else "train"
-        yield Part(side, piece.name, piece.text, piece.first, piece.last)
-
-
-def kept_pieces(pieces, survey, fraction):
-    """Pairs (piece, whether its document falls in validation by hash), without the dropped documents."""
-    number = -1
+def divide(pieces: Iterable[Piece], split: Split, survey: Survey) -> Iterator[Part]:
+    """Yields the kept documents of `pieces`, in order and each part in its split. Only a tail can divide a document."""
+    position = 0  # in the text of all kept documents
     for piece in pieces:
-        number += piece.first
-        if piece.first and piece.last:
-            fate = Fate(piece.readable and bool(piece.text.strip()), chosen_by_hash(piece.text, fraction))
-        else:
-            fate = survey.fates.get(number, Fate(False, False))
-        if fate.kept:
-            yield piece, fate.hashed_to_val
-
-
-def cut_tail(kept, cut):
-    """Parts in training up to character `cut` of the text, in validation from there. The document that is cut gets no
-    start of its own in validation."""
-    position = 0
-    for piece, _ in kept:
-        head, rest = piece.text[: max(0, cut - position)], piece.text[max(0, cut - position) :]
-        position += len(piece.text)
-        if head:
-            yield Part("train", piece.name, head, piece.first, piece.last or position >= cut)
-        if rest:
-            yield Part("val", piece.name, rest, piece.first and not head, piece.last)
+        fate = survey.fates[piece.document] if piece.document < len(survey.fates) else DROPPED
+        if fate == DROPPED:
+            continue
+        cut = len(piece.text)  # characters of this piece that are for training
+        if split.rule == "tail":
+            cut = max(0, split.cut - position)
+            position += len(piece.text)
+        elif split.rule == "hash" and fate == HASHED_TO_VAL:
+            cut = 0
+        for side, text in (("train", piece.text[:cut]), ("val", piece.text[cut:])):
+            if text:
+                yield Part(side, piece.document, piece.name, text)

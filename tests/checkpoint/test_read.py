@@ -21,7 +21,6 @@ from training_helpers import ROOT, continue_run, in_process, make_data, metrics,
 import sample
 from gpt.checkpoint.read import find_model_folder, load_pretrained, newest_checkpoint, verify_checkpoint
 from gpt.errors import InputError, IntegrityError
-from gpt.text.huggingface import to_huggingface
 from gpt.text.tokenizer import load_tokenizer, train_bpe
 from gpt.train.saver import point
 
@@ -268,7 +267,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(byte, tmp_path):
 def test_vocab_json_and_merges_txt_do_instead_of_tokenizer_json(tmp_path):
     tokenizer = train_bpe(["the cat sat on the mat " * 50], 265)
     theirs_of(tokenizer, tmp_path)
-    model = to_huggingface(tokenizer.vocabulary)[0]["model"]
+    model = json.loads(tokenizer.huggingface_files[0])["model"]
     shutil.move(tmp_path / "tokenizer.json", tmp_path / "old")
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")

@@ -1,0 +1,76 @@
+"""The built-in corpora."""
+
+import pytest
+from prepare_helpers import documents_of, prepare_here, write
+
+from gpt.errors import InputError, IntegrityError, ResourceError
+from gpt.text.corpora import SHAKESPEARE_BYTES, shakespeare, standard_library
+from gpt.text.sources import Reading, read_pieces
+
+
+def test_the_standard_library_is_read_as_python_reads_it_without_tests(tmp_path):
+    lib = tmp_path / "lib"
+    for name in (
+        "a.py",
+        "test/t.py",
+        "pkg/tests/t.py",
+        "site-packages/s.py",
+        "pkg/b.py",
+        "pkg/__pycache__/c.py",
+        "bad.py",
+    ):
+        (lib / name).parent.mkdir(parents=True, exist_ok=True)
+        write(lib / name, f"# {name}\n")
+    write(lib / "latin.py", "# -*- coding: latin-1 -*-\n# é\n", encoding="latin-1")
+    write(lib / "bad.py", b"# \xff\n")
+    sources, origin = standard_library(lib)
+    pieces = list(read_pieces(sources, Reading()))
+    assert [piece.text for piece in pieces if piece.readable and piece.text] == [
+        "# a.py\n",
+        "# -*- coding: latin-1 -*-\n# é\n",
+        "# pkg/b.py\n",
+    ]
+    assert [piece.name for piece in pieces if not piece.readable] == [str(lib / "bad.py")]
+    assert origin["files"] == 4 and len(origin["sha256_of_names_and_sizes"]) == 64
+
+
+def test_a_file_that_python_cannot_decode_is_dropped_and_no_other(tmp_path, monkeypatch):
+    (tmp_path / "lib").mkdir()
+    texts = [f"# file number {n}\n" for n in range(300)]
+    for n, text in enumerate(texts):
+        write(tmp_path / f"lib/{n:03d}.py", b"\xff" if n % 100 == 50 else text)
+    monkeypatch.setattr("sysconfig.get_path", lambda _: tmp_path / "lib")
+    manifest = prepare_here(tmp_path / "out", corpus="stdlib", val_fraction=0.2)
+    documents = documents_of(tmp_path / "out") + documents_of(tmp_path / "out", "val")
+    assert sorted(documents) == sorted(text for n, text in enumerate(texts) if n % 100 != 50)
+    assert (manifest["source"]["split"]["rule"], manifest["source"]["undecodable"]) == ("hash", 3)
+
+
+def test_this_interpreters_standard_library_has_its_modules_and_no_tests():
+    sources, origin = standard_library()
+    names = {source.path.name for source in sources}
+    assert {"argparse.py", "dataclasses.py"} <= names and "test_argparse.py" not in names
+    assert origin["files"] == len(sources) > 400
+
+
+def test_shakespeare_is_downloaded_checked_and_prepared(tmp_path, server, tinyshakespeare):
+    url, files = server
+    files["/input.txt"] = tinyshakespeare.read_bytes()
+    manifest = prepare_here(tmp_path / "out", corpus="shakespeare", url=f"{url}/input.txt", val_fraction=0)
+    assert documents_of(tmp_path / "out") == [tinyshakespeare.read_text(encoding="utf-8")]
+    assert manifest["source"]["corpus"] == "shakespeare"
+
+
+def test_a_download_that_is_not_shakespeare_is_refused(tmp_path, server):
+    url, files = server
+    files["/short.txt"], files["/long.txt"] = b"short", bytes(SHAKESPEARE_BYTES + 1)
+    for path, failure, message in (
+        ("/short.txt", IntegrityError, "sha256 mismatch"),
+        ("/long.txt", IntegrityError, "more than the 1115394 bytes"),
+        ("/absent.txt", ResourceError, f"download failed: {url}/absent.txt"),
+    ):
+        with pytest.raises(failure, match=message):
+            prepare_here(tmp_path / "out", corpus="shakespeare", url=url + path)
+    with pytest.raises(InputError, match="not an https address"):
+        shakespeare("http://example.com/input.txt", tmp_path)
+    assert not (tmp_path / "out").exists()
