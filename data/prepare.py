@@ -114,7 +114,7 @@ def prepare(config: PrepareConfig) -> None:
     say(f"validation: {data.split.reason}")
     with staging(out) as folder:
         splits = write_shards(config, data, tokenizer, dtype, folder)
-        write_manifest(folder, tokenizer.record, dtype, splits, source_of(config, data))
+        write_manifest(folder, tokenizer.manifest_entry, dtype, splits, source_of(config, data))
         publish(folder, out)
     summarise(config, data, tokenizer, splits, time.monotonic() - began)
 

@@ -75,7 +75,7 @@ def make_data(folder, train_size=4000, val_size=600, tokenizer="byte", shard_tok
             writer.write(ids, documents=1, source_bytes=len(text.encode("utf-8")))
         splits[split] = writer.close()
     save_tokenizer(tokenizer, folder)
-    write_manifest(folder, tokenizer.record, dtype, splits, {"inputs": ["made by a test"]})
+    write_manifest(folder, tokenizer.manifest_entry, dtype, splits, {"inputs": ["made by a test"]})
     return folder
 
 

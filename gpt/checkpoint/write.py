@@ -42,7 +42,7 @@ def save_checkpoint(
         write_model(temporary, weights, model, tokenizer, sampling)
         save_file(optimizer, temporary / OPTIMIZER)
         write_json(temporary / STATE, state)
-        manifest = {"format_version": FORMAT_VERSION, "step": step, "tokenizer": tokenizer.record, **about}
+        manifest = {"format_version": FORMAT_VERSION, "step": step, "tokenizer": tokenizer.manifest_entry, **about}
         write_json(temporary / MANIFEST, sealed(manifest | {"files": make_durable(temporary)}))
         remove_tree(target)  # a damaged save of the same step
         os.rename(temporary, target)

@@ -24,7 +24,7 @@ class Corpus:
         dataset = open_dataset(folder, foreign_tokenizer)
         if dataset.notice:
             tell(dataset.notice)
-        self.block_size, self.record = block_size, dataset.record
+        self.block_size, self.shard_list = block_size, dataset.shard_list
         self.tokenizer = open_tokenizer(dataset, foreign_tokenizer)
         vocab_size = self.tokenizer.vocab_size
         self.readers = {split: TokenReader(shards, vocab_size) for split, shards in dataset.splits.items() if shards}
@@ -67,11 +67,11 @@ def open_tokenizer(dataset: Dataset, foreign_tokenizer: str) -> Tokenizer:
     return tokenizer
 
 
-def check_tokenizer(owner: str, record: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Raises InputError unless `record`, of the tokenizer that `owner` was made with, is that of the data's
+def check_tokenizer(owner: str, entry: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Raises InputError unless `entry`, of the tokenizer that `owner` was made with, is that of the data's
     `tokenizer`."""
-    if record["identity"] != tokenizer.identity:
+    if entry["identity"] != tokenizer.identity:
         raise InputError(
-            f"tokenizers differ: {owner} has {record['name']} ({record['identity'][:12]}), the data {tokenizer.name} "
+            f"tokenizers differ: {owner} has {entry['name']} ({entry['identity'][:12]}), the data {tokenizer.name} "
             f"({tokenizer.identity[:12]}); prepare the data with --tokenizer {owner}"
         )

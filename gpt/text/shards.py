@@ -151,7 +151,7 @@ class Dataset:
     notice: str
 
     @property
-    def record(self) -> dict[str, list[list[Any]]]:
+    def shard_list(self) -> dict[str, list[list[Any]]]:
         """Name, tokens and sha256 of every shard, which checkpoints store."""
         return {
             split: [[s.path.name, s.tokens, s.sha256] for s in shards] for split, shards in sorted(self.splits.items())

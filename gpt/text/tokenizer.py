@@ -64,7 +64,7 @@ class Tokenizer:
         return hashlib.sha256("\n".join(parts).encode("utf-8")).hexdigest()
 
     @property
-    def record(self) -> dict[str, Any]:
+    def manifest_entry(self) -> dict[str, Any]:
         """The entry for the tokenizer in the manifests of shards and checkpoints."""
         return {"name": self.name, "identity": self.identity, "vocab_size": self.vocab_size, "eot": self.eot}
 

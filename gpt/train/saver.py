@@ -100,7 +100,7 @@ class Saver:
         state, corpus = self.state, self.corpus
         stored = {"progress": asdict(state.progress), "scaler": state.scaler.state(), **self.constant}
         tensors = optimizer_tensors(state.model, state.optimizer)
-        about = {"dataset": corpus.record, "code": __version__}
+        about = {"dataset": corpus.shard_list, "code": __version__}
         with write_errors(self.out, "free some space or make it writable"):
             if self.recorder.log:
                 self.recorder.log.sync()

@@ -149,7 +149,7 @@ def find_start(config: Any, base: Path | None, ranks: Ranks) -> Start:
         loss = logged_evaluation(Path(config.out), progress.step)
         if loss is not None:
             progress.evaluated(loss)
-    ranks.check_same(settings=flatten(config), data=corpus.record, checkpoint=asdict(progress))
+    ranks.check_same(settings=flatten(config), data=corpus.shard_list, checkpoint=asdict(progress))
     return Start(config, base, corpus, budget, checkpoint, progress, newest)
 
 
@@ -163,7 +163,7 @@ def find_checkpoint(config: Any, base: Path | None, corpus: Corpus) -> Checkpoin
     accept = config.resume != "auto" and run_folder(config.resume).resolve() == checkpoint.path.resolve().parent
     check_tokenizer(str(checkpoint.path), checkpoint.manifest["tokenizer"], corpus.tokenizer)
     check_settings(flatten(config), checkpoint, accept)
-    check_dataset(checkpoint, corpus.record, accept)
+    check_dataset(checkpoint, corpus.shard_list, accept)
     note("info", f"continuing {checkpoint.path} at step {checkpoint.step}")
     return checkpoint
 
@@ -279,6 +279,6 @@ def load_base(folder: Path, init: str, block_size: int, tokenizer: Tokenizer) ->
     """Returns the model to fine-tune, its context cropped to `block_size`, and a record of it. `init` is the user's
     name for it."""
     model, own_tokenizer, _ = load_folder(folder)
-    check_tokenizer(init, own_tokenizer.record, tokenizer)
+    check_tokenizer(init, own_tokenizer.manifest_entry, tokenizer)
     model.crop_context(block_size)
     return model, {"init": init, "sha256": weights_hash(folder)}

@@ -26,7 +26,7 @@ def test_a_bpe_of_the_size_asked_for_is_trained_on_the_training_part_alone(tmp_p
     source = write(tmp_path / "x.txt", text + "xyzxyzxyz" * 100)
     manifest = prepare_here(tmp_path / "out", source, tokenizer="bpe:270", val_split="tail", val_fraction=0.26)
     tokenizer = load_tokenizer(tmp_path / "out")
-    assert manifest["tokenizer"] == tokenizer.record
+    assert manifest["tokenizer"] == tokenizer.manifest_entry
     assert (tokenizer.name, tokenizer.eot) == ("bpe:270", 270)
     assert b"xyz" not in tokenizer.encoding._mergeable_ranks
     assert (

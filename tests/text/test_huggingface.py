@@ -62,7 +62,7 @@ def test_a_rank_file_with_any_pattern_survives_storing(small, tmp_path, pattern)
     tokenizer = load_tokenizer(write_rank_file(tmp_path, small.encoding._mergeable_ranks, pattern))
     (tmp_path / "stored").mkdir()
     save_tokenizer(tokenizer, tmp_path / "stored")
-    assert load_tokenizer(tmp_path / "stored").record == tokenizer.record
+    assert load_tokenizer(tmp_path / "stored").manifest_entry == tokenizer.manifest_entry
     same_as_transformers(tmp_path / "stored", tokenizer, random_texts(100))
 
 
@@ -89,7 +89,7 @@ def test_byte_tokenizer_and_unused_ids_survive_storing(tmp_path):
         folder = tmp_path / tokenizer.name
         folder.mkdir()
         save_tokenizer(tokenizer, folder)
-        assert load_tokenizer(folder).record == tokenizer.record
+        assert load_tokenizer(folder).manifest_entry == tokenizer.manifest_entry
         assert same_as_transformers(folder, tokenizer, random_texts(5)).eos_token_id == tokenizer.eot
 
 
@@ -109,7 +109,7 @@ def test_storing_leaves_only_two_files(small, tmp_path):
     save_tokenizer(small, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
     shutil.copytree(tmp_path, tmp_path / "moved")
-    assert load_tokenizer(tmp_path / "moved").record == small.record
+    assert load_tokenizer(tmp_path / "moved").manifest_entry == small.manifest_entry
 
 
 # ---- reading

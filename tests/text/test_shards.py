@@ -240,7 +240,7 @@ def test_fault_108_in_a_manifest_it_is_an_integrity_error(tmp_path):
 def test_the_record_for_checkpoints_names_tokens_and_hash_of_every_shard(tmp_path):
     folder = dataset(tmp_path / "d", train=ids_of(1100), val=ids_of(50))
     hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.bin")}
-    assert open_dataset(folder).record == {
+    assert open_dataset(folder).shard_list == {
         "train": [[f"train_00000{i}.bin", n, hashes[f"train_00000{i}.bin"]] for i, n in ((0, 1000), (1, 100))],
         "val": [["val_000000.bin", 50, hashes["val_000000.bin"]]],
     }

@@ -34,7 +34,7 @@ def saver_of(out, model, keep_last=2, keep_every=0, step=0):
     progress = Progress(step=step)
     nothing = SimpleNamespace(wait=lambda: None, sync=lambda: None, read=lambda: None, state=lambda: {"scale": 1.0})
     nothing.log = nothing
-    corpus = SimpleNamespace(verifier=nothing, tokenizer=load_tokenizer("byte"), record={"train": []})
+    corpus = SimpleNamespace(verifier=nothing, tokenizer=load_tokenizer("byte"), shard_list={"train": []})
     rhythm = SimpleNamespace(keep_last=keep_last, keep_every=keep_every)
     constant = {"config": {"seed": 1}, "runtime": {}, "base": None}
     return Saver(out, State(model, optimizer_of(model), nothing, progress), corpus, nothing, constant, {}, rhythm)
