@@ -130,8 +130,8 @@ def check_out(out: Path) -> Path:
         raise InputError(f"--out {out}: a file; give a folder")
     names = sorted(path.name for path in out.iterdir())
     foreign = [name for name in names if not OURS.fullmatch(name)]
-    begun = {MANIFEST, STAGING} & set(names)
-    if foreign or (names and not begun):
+    marks = {MANIFEST, STAGING} & set(names)
+    if foreign or (names and not marks):
         raise InputError(f"--out {out}: holds other files ({(foreign or names)[0]}); give a new folder")
     return out
 

@@ -68,14 +68,14 @@ def units_of(parts: Iterable[Part], pattern: str, size: int = CHUNK_CHARACTERS) 
 
 def chunks_of(texts: Iterable[str], up_to_cut: re.Pattern[str] | None, size: int) -> Iterator[str]:
     """Yields the joined `texts` in chunks of about `size` characters. No chunk ends in the last text."""
-    held = ""
+    chunk = ""
     for text, following in itertools.pairwise(itertools.chain(texts, [""])):
-        searched = len(held)
-        held += text
-        if up_to_cut and following and len(held) >= size and (match := up_to_cut.match(held, searched)):
-            yield held[: match.end()]
-            held = held[match.end() :]
-    yield held
+        start = len(chunk)
+        chunk += text
+        if up_to_cut and following and len(chunk) >= size and (match := up_to_cut.match(chunk, start)):
+            yield chunk[: match.end()]
+            chunk = chunk[match.end() :]
+    yield chunk
 
 
 def batches_of(units: Iterable[Unit], size: int = CHUNK_CHARACTERS) -> Iterator[list[Unit]]:
