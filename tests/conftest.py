@@ -4,18 +4,12 @@ import atexit
 import http.server
 import os
 import shutil
-import sys
 import tempfile
 import threading
 from pathlib import Path
 
+import paths  # noqa: F401 (sets sys.path)
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-
-for folder in (ROOT, ROOT / "data"):  # the scripts' own import paths, also under a bare `pytest`
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
 
 
 def asset(name):

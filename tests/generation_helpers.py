@@ -3,9 +3,9 @@
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
+from paths import ROOT
 
 import sample
 from gpt.generate.backend import Backend
@@ -13,7 +13,6 @@ from gpt.generate.generator import TextGenerator, weight_versions
 from gpt.model import GPT, ModelConfig
 from gpt.text.tokenizer import load_tokenizer
 
-ROOT = Path(sample.__file__).resolve().parent
 EOT = 256
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24)
 PROMPTS = ["The quick brown fox", "a", "", "0123456789abcdefghij"]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
-from conftest import ROOT
+from paths import ROOT
 from prepare import PrepareConfig, prepare
 
 ALPHABET = [

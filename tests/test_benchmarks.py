@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from paths import ROOT
 from training_helpers import make_data, tiny_model
 
 from gpt.generate.generator import TextGenerator

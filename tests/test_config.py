@@ -3,7 +3,6 @@
 import re
 import tomllib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import prepare
@@ -30,7 +29,6 @@ from gpt.config import (
 from gpt.errors import InputError
 from gpt.train.start import read_settings
 
-ROOT = Path(train.__file__).parent
 PRESETS = sorted(train.PRESETS.glob("*.toml"))
 
 

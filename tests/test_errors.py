@@ -4,14 +4,13 @@ import errno
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 from tqdm import tqdm
 
 from gpt.errors import ignore_write_errors, note, tell
 
-ROOT = Path(__file__).resolve().parents[1]
 START = "import sys; from gpt.errors import *\n"
 BUFFERED = pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])  # PYTHONUNBUFFERED
 

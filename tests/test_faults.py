@@ -2,7 +2,7 @@
 
 import re
 
-from conftest import ROOT
+from paths import ROOT
 
 NO_TEST = "*no test yet*"
 

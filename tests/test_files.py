@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 from training_helpers import make_data, snapshot, train_here
 
 from gpt import files
@@ -26,8 +27,6 @@ from gpt.files import (
     remove_tree,
     write_durably,
 )
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # ---- writing
 

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import ROOT
+from paths import ROOT
 from training_helpers import metrics, train_here
 
 import gpt

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
-from conftest import ROOT
+from paths import ROOT
 from prepare import publish
 from prepare_helpers import checksums, documents_of, ids_of, prepare_here, rows, script, write
 

@@ -6,7 +6,7 @@ import shlex
 
 import prepare
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 import sample
 import train

@@ -3,11 +3,10 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted((ROOT / "gpt").rglob("*.py"))
 SCRIPTS = [ROOT / "train.py", ROOT / "sample.py", ROOT / "data/prepare.py"]
 PRODUCT = [*MODULES, *SCRIPTS]

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from paths import ROOT
 
 import train
 from gpt.checkpoint.read import sealed
@@ -29,7 +30,6 @@ from gpt.text.tokenizer import load_tokenizer, save_tokenizer
 from gpt.train.optim import OptimConfig, make_optimizer
 from gpt.train.state import optimizer_tensors
 
-ROOT = Path(train.__file__).parent
 # Fixes the settings that change bits. One thread: two threads on a busy machine take ten times as long.
 QUICK = ("--dtype", "fp32", "--threads", "1", "--compile", "off", "--device", "cpu")
 DRAW, RunPicture.__call__ = RunPicture.__call__, lambda self: None  # drawing takes a second, for each small run

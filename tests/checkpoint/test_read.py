@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_helpers import FILES, assert_same_outputs, flip_a_bit, save, theirs_of
+from paths import ROOT
 from safetensors.torch import load_file, save_file
-from training_helpers import ROOT, continue_run, in_process, make_data, metrics, rewrite_manifest, snapshot, train_here
+from training_helpers import continue_run, in_process, make_data, metrics, rewrite_manifest, snapshot, train_here
 
 import sample
 from gpt.checkpoint.read import find_model_folder, load_pretrained, newest_checkpoint, verify_checkpoint

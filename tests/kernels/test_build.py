@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 from gpt.files import lock_file, make_private
 from gpt.kernels import build

@@ -9,7 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from paths import ROOT
 from report_helpers import FAST, SLOW, make_run
 from training_helpers import DRAW, in_process, make_data, train_here
 

@@ -8,7 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from training_helpers import QUICK, ROOT, make_data, metrics, step_names, train_here
+from paths import ROOT
+from training_helpers import QUICK, make_data, metrics, step_names, train_here
 
 from gpt.checkpoint.read import verify_checkpoint
 from gpt.errors import InputError, IntegrityError, NonFiniteError, ResourceError, Stopped, tell

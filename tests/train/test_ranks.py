@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from paths import ROOT
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from training_helpers import (
     QUICK,
-    ROOT,
     Outcome,
     Recording,
     fingerprint,
