@@ -40,7 +40,7 @@ def read_settings(
 ) -> tuple[Any, Any]:
     """Returns (settings of type `config`, folder of the base model or None) of a command line. Flags win over the
     preset, that over the settings of the checkpoint or base model, those over the defaults."""
-    flags = parse_flags(command_line, argv, description, "train.py")
+    flags = parse_flags(command_line, argv, description)
     path = flags.get("resume", "auto")
     preset = find_preset(flags.get("preset") or ("finetune" if flags.get("init") else ""), presets)
     values: dict[str, Any] = {}

@@ -64,9 +64,9 @@ def test_fault_055_a_killed_run_with_kernels_goes_on_with_them_to_the_bit(proces
     settings += ("--micro_batch_size", "2", "--threads", "2", "--log_every", "1", "--eval_every", "4")
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     here = {"XDG_CACHE_HOME": kernels_cache}
-    first = processes.run("train.py", *settings, "--out", killed, kill_step=10, env=here)
-    last = processes.run("train.py", *settings, "--out", killed, env=here)
-    reference = processes.run("train.py", *settings, "--out", whole, env=here)
+    first = processes.run("train.py", *settings, "--out", killed, "--kernels", "on", kill_step=10, env=here)
+    last = processes.run("train.py", *settings, "--out", killed, env=here)  # auto: as the run began
+    reference = processes.run("train.py", *settings, "--out", whole, "--kernels", "on", env=here)
     assert (first.code, last.code, reference.code) == (-9, 0, 0), last.stderr
     assert "C++ attention" in last.stderr
     assert "warning" not in last.stderr
