@@ -1,70 +1,78 @@
-"""Which of two ways is faster on this machine: measured for some milliseconds, once, and kept in the cache folder.
+"""Which of two ways is faster on this machine: measured within a fifth of a second, and kept for a day in the cache.
 
 `auto` settings rest on these answers, not on lists of instruction sets: a CPU may have an instruction, or a compiler
-may use it, and plain torch may still be faster."""
+may use it, and plain torch may still be faster. Another program that takes a core meanwhile can falsify a measurement,
+so an answer holds for a day only."""
 
 import contextlib
 import functools
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from gpt.errors import Error
 from gpt.files import cache_folder, make_private, read_json, write_durably
 
 ROUNDS = 5  # of which the best counts: other programs can only slow a round down
-MARGIN = 1.1  # the other way must be faster by this factor to be preferred over the plain one
-TOO_LONG = 0.2  # seconds; a way that takes longer is measured once
-
+BUDGET = 0.2  # seconds, after which no round begins
+MARGIN = 1.1  # the factor by which a way must be faster to replace the other one
+VALID_SECONDS = 24 * 3600
 
 Way = Callable[[], object]
 
 
 def faster(question: str, contest: Callable[[], tuple[Way, Way]]) -> bool:
-    """Returns whether the second way of `contest()` runs at least MARGIN times as fast as the first, the plain one.
-    `question` names the comparison: its answer is read from the cache folder if this machine has answered it before."""
-    answers = read_answers()
-    if not isinstance(answers.get(question), bool):
-        answers[question] = measured(*contest())
-        write_answers(answers)
-    return answers[question]
+    """Returns whether the second way of `contest()` is faster than the first, the plain one. `question` names the
+    comparison: an answer of this machine that is less than a day old is read from the cache folder.
+
+    The plain way is replaced by one that is MARGIN times as fast, and a later measurement takes it back if the plain
+    one is MARGIN times as fast then: between two ways that are about equal the answer stays the same."""
+    answers, now = read_answers(), int(time.time())
+    match answers.get(question):
+        case {"faster": bool(before), "time": int(then)}:
+            if abs(now - then) < VALID_SECONDS:
+                return before
+        case _:
+            before = False
+    ratio = speed_ratio(*contest())
+    answer = ratio >= (1 / MARGIN if before else MARGIN)
+    write_answers(answers | {question: {"faster": answer, "ratio": round(ratio, 3), "time": now}})
+    return answer
 
 
-def measured(plain: Way, other: Way) -> bool:
-    """Times the two in turns, so that a slow moment of the machine falls on both; each once before, to warm up."""
+def speed_ratio(plain: Way, other: Way) -> float:
+    """Returns how many times as fast `other` is. Runs the two in turns, so that a slow moment of the machine falls on
+    both, and each once before, to warm up."""
+    end = time.perf_counter() + BUDGET
     best = [seconds(plain), seconds(other)]
-    rounds = 1 if max(best) > TOO_LONG else ROUNDS
-    for _ in range(rounds):
-        best = [min(before, seconds(way)) for before, way in zip(best, (plain, other), strict=True)]
-    return best[1] * MARGIN <= best[0]
+    for _ in range(ROUNDS):
+        if time.perf_counter() < end:
+            best = [min(best[0], seconds(plain)), min(best[1], seconds(other))]
+    return best[0] / best[1]
 
 
 def seconds(way: Way) -> float:
     start = time.perf_counter()
     way()
-    return time.perf_counter() - start
+    return max(time.perf_counter() - start, 1e-9)
 
 
 # ---- the cache
 
 
 def answers_path() -> Path | None:
-    """Returns the file of answers for this CPU, torch and number of cores; None where there is no cache folder."""
-    folder = cache_folder()
-    if folder is None:
-        return None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    identity = repr((cpu_identity(), torch_version(), cores))
-    return folder / f"measured-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+    """Returns the file of answers for this CPU and torch; None without a cache folder."""
+    folder, identity = cache_folder(), repr((cpu_identity(), torch_version()))
+    return folder and folder / f"measured-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
 
 
-def read_answers() -> dict:
-    """Returns question -> answer; an unreadable or damaged file holds none."""
+def read_answers() -> dict[str, Any]:
+    """Returns question -> answer. A damaged file holds none."""
     path = answers_path()
     try:
         return (path and read_json(path)) or {}
@@ -72,10 +80,10 @@ def read_answers() -> dict:
         return {}
 
 
-def write_answers(answers: dict) -> None:
-    """Writes the answers. A cache folder that cannot be written to is no error: the next program measures again."""
+def write_answers(answers: dict[str, Any]) -> None:
+    """Writes the answers. Ignores errors: without a file the next program measures again."""
     path = answers_path()
-    if path is not None:
+    if path:
         with contextlib.suppress(OSError):
             make_private(path.parent)
             write_durably(path, json.dumps(answers, indent=1))
