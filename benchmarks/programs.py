@@ -21,12 +21,12 @@ class Ours:
     def __init__(self, folder, options, threads, device):
         import gpt
         from gpt.device import set_threads
-        from gpt.generate.backend import library
         from gpt.generate.generator import TextGenerator
+        from gpt.kernels.build import build_now
 
         set_threads(threads)
         if device == "cpu" and not {"eager", "compiled"} & set(options):
-            library(wait=True)  # otherwise the first texts come without the kernels
+            build_now()  # otherwise the first texts come without the kernels
         self.generator, self.version = TextGenerator.load(folder, device, **form_settings(options)), gpt.__version__
 
     def generate(self, prompts, new_tokens, greedy):

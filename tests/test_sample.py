@@ -496,7 +496,7 @@ def test_fault_123_a_stderr_without_space_or_closed_changes_nothing():
 
 AUTO = """
 from gpt.kernels import build
-build.load_library, build.start_background_build = lambda: None, lambda: True
+build.load_library, build.start_background_build = lambda purpose: None, lambda purpose: True
 small = load()
 small.backend = "auto"
 sample.TextGenerator.load = lambda *_: small

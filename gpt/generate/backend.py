@@ -13,12 +13,9 @@ import torch
 
 from gpt.attention import cached_attention
 from gpt.device import has_compiler
-from gpt.errors import InputError, note
+from gpt.errors import InputError
 from gpt.generate.sampling import choose
-from gpt.kernels import build
-from gpt.kernels.native_model import NativeModel, supports
-from gpt.kernels.native_sampler import NativeSampler
-from gpt.kernels.select import gpu_ops, native_is_faster
+from gpt.kernels.select import gpu_ops, native_is_faster, native_is_ready, native_parts
 from gpt.model import GPT, REFERENCE, KVCache, Ops, count_parameters
 
 if TYPE_CHECKING:
@@ -95,10 +92,8 @@ class Native(Backend):
     def __init__(self, model: GPT):
         super().__init__(model)
         self.reads_beyond = False
-        library = build.load_library()
-        kernels = NativeModel(model, library)
-        self.prefill, self.decode = kernels.prefill, kernels.decode  # type: ignore[method-assign]
-        self.choose = NativeSampler(library).choose  # type: ignore[method-assign]
+        native_model, sampler = native_parts(model)
+        self.prefill, self.decode, self.choose = native_model.prefill, native_model.decode, sampler.choose
 
     def slots(self, rows: int) -> int:
         return rows
@@ -113,24 +108,15 @@ def pick_backend(name: str, model: GPT, steps: int, rows: int) -> str:
     device = model.device.type
     if name == "auto" and device == "cpu":
         work = steps * count_parameters(model.config, model.vocab_size)
-        usable = supports(model) and library(wait=work >= BUILD_PAYS) is not None
-        return "native" if usable and native_is_faster(model, rows) else "eager"
+        ready = native_is_ready(model, wait=work >= BUILD_PAYS)
+        return "native" if ready and native_is_faster(model, rows) else "eager"
     if name == "auto" and device == "cuda":
         return "compiled" if steps >= COMPILE_PAYS and has_compiler() else "captured"
     if name == "captured" and device != "cuda":
         raise InputError(f"backend captured: CUDA graphs need a CUDA device, the model is on {device}; use auto")
-    if name == "native" and not (supports(model) and library(wait=True)):
+    if name == "native" and not native_is_ready(model, wait=True):
         raise InputError("backend native: needs a CPU, fp32, bf16 or int8 weights and a C++ compiler; use auto")
     return "eager" if name == "auto" else name
-
-
-def library(wait: bool):
-    """Returns the library of compiled kernels, or None. If it is missing, builds it now or, without `wait`, in the
-    background for the next program."""
-    kernels = build.build_now() if wait else build.load_library()
-    if kernels is None and not wait and build.start_background_build():
-        note("info", "the C++ kernels are being built in the background; until then --backend eager runs the model")
-    return kernels
 
 
 def compile_static(function: Callable) -> Callable:

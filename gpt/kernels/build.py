@@ -30,8 +30,8 @@ from gpt.kernels.measure import cpu_identity, torch_version
 FOLDER = Path(__file__).parent
 GENERATION, TRAINING = "generation", "training"  # the purpose of a library
 SOURCES = {  # the file that takes longest to compile comes first
-    GENERATION: [FOLDER / "forward.cpp", FOLDER / "choose.cpp"],
-    TRAINING: [FOLDER / "causal.cpp"],
+    GENERATION: [FOLDER / "model.cpp", FOLDER / "sampler.cpp"],
+    TRAINING: [FOLDER / "attention.cpp"],
 }
 HEADERS = sorted(FOLDER.glob("*.h"))
 COMMON = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-Wno-psabi"]

@@ -1,60 +1,61 @@
-"""The end of a step by the native library (choose.cpp): what Backend.choose does, for logits on a CPU."""
+"""The choice of the next ids on a CPU, by the native library (sampler.cpp).
+
+Shapes: R rows, V vocabulary, N draws made ahead."""
 
 import ctypes
 import weakref
+from collections.abc import Callable
 
 import torch
 
-NUMBERS = ("rows", "vocabulary", "stride", "banned_count", "draws_ahead", "eot", "threads")
-POINTERS = (
-    *("logits", "temperature", "min_p", "penalty", "top_k", "top_p", "banned", "draws", "seen"),
-    *("ids", "turns", "next", "ignores_eot"),
-)
+from gpt.kernels.structures import Pointer, address, numbers, pointers
 
 
-class Choice(ctypes.Structure):  # as choose.cpp declares it
-    _fields_ = [*((name, ctypes.c_int64) for name in NUMBERS), *((name, ctypes.c_void_p) for name in POINTERS)]
+class Choice(ctypes.Structure):
+    _fields_ = [
+        *numbers("rows vocabulary stride banned_count draws_ahead eot threads"),
+        *pointers("logits temperature min_p penalty top_k top_p banned draws seen ids turns next ignores_eot"),
+    ]
 
 
 class NativeSampler:
-    """Computes what sampling.choose and Backend.choose compute; `library` is a ctypes.CDLL with choose.cpp in it."""
+    """Computes what sampling.choose and Backend.choose, in gpt.generate, compute in plain torch."""
 
-    def __init__(self, library):
-        self.run = library.gpt_choose
-        self.run.argtypes, self.run.restype = [ctypes.c_void_p], None
-        self.prepared = weakref.WeakKeyDictionary()  # Step -> (what a call was made for, the call)
+    def __init__(self, library: ctypes.CDLL):
+        self.function = library.gpt_choose
+        self.function.argtypes, self.function.restype = [Pointer], None
+        self.calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # Step -> key, call
 
-    def choose_ids(self, logits, filters, draws, seen=None, banned=None, narrow=False):  # `narrow`: it always decides
-        """As sampling.choose."""
+    def choose_ids(self, logits, filters, draws, seen=None, banned=None, narrow=False) -> torch.Tensor:
+        """As sampling.choose; `narrow` changes nothing."""
         assert len(draws) == len(filters.temperature) == len(logits)
         if logits.stride(1) != 1 or logits.dtype != torch.float32:
             logits = logits.float().contiguous()
         return self.call(logits, filters, draws[:, None], seen, banned)()
 
     def choose(self, logits: torch.Tensor, step) -> torch.Tensor:
-        """As Backend.choose. The library's description of a Step's tensors is made once."""
-        made_for = logits.data_ptr(), step.seen is None, step.filters.penalizes
-        before, call = self.prepared.get(step, (None, None))
-        if before != made_for:
-            end = {"turns": step.turns, "next": step.next, "ignores_eot": step.ignores_eot}
-            call = self.call(logits, step.filters, step.draws, step.seen, step.banned, step.eot, **end)
-            self.prepared[step] = made_for, call
+        """As Backend.choose. The tensors of a Step stay where they are, so they are described once."""
+        key = logits.data_ptr(), step.seen is None, step.filters.penalizes
+        before, call = self.calls.get(step, (None, None))
+        if before != key:
+            changed = {"turns": step.turns, "next": step.next, "ignores_eot": step.ignores_eot}
+            call = self.call(logits, step.filters, step.draws, step.seen, step.banned, step.eot, **changed)
+            self.calls[step] = key, call
         return call()
 
-    def call(self, logits, filters, draws, seen, banned, eot=0, **end):
-        """Returns a function that chooses ids (R,) from what the tensors hold when it is called. draws (R, N)."""
+    def call(self, logits, filters, draws, seen, banned, eot=0, **changed) -> Callable[[], torch.Tensor]:
+        """Returns a function that chooses ids (R,) by what the tensors hold when it is called. draws (R, N)"""
         ids = torch.empty(len(logits), dtype=torch.int64)
         seen = seen.contiguous() if filters.penalizes else None
-        tensors = {"logits": logits, "draws": draws.contiguous(), "seen": seen, "banned": banned, "ids": ids, **end}
+        tensors = {"logits": logits, "draws": draws.contiguous(), "seen": seen, "banned": banned, "ids": ids, **changed}
         tensors |= {name: getattr(filters, name) for name in ("temperature", "min_p", "penalty", "top_k", "top_p")}
-        pointers = {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}
-        counts = *logits.shape, logits.stride(0), 0 if banned is None else len(banned), draws.shape[1], eot
-        choice = Choice(*counts, torch.get_num_threads(), **pointers)
-        choice.kept = tensors  # which the library reads
-        described = ctypes.byref(choice)
+        sizes = *logits.shape, logits.stride(0), 0 if banned is None else len(banned), draws.shape[1], eot
+        addresses = {name: address(tensor) for name, tensor in tensors.items()}
+        choice = Choice(*sizes, torch.get_num_threads(), **addresses)
+        choice.tensors = tensors  # keeps them: the library reads their memory
 
         def run():
-            self.run(described)
+            self.function(ctypes.byref(choice))
             return ids.clone()
 
         return run

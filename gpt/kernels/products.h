@@ -1,4 +1,17 @@
-// Products of a few tokens with a weight matrix of float, bf16 or int8, shared out among threads.
+// Products of a few tokens' inputs with a weight matrix in float, bf16 or int8: x @ weight.T + bias.
+//
+// For few tokens the time is that of reading the weights from memory, so every weight is read once. The rows of the
+// matrix (the outputs) are shared among the threads:
+//
+//     for each stripe of 4 rows:                    8 for a single token
+//         for each tile of up to 4 tokens:          the first reads the weights from memory, the others from the cache
+//             for k in steps of WIDTH inputs:
+//                 sums[token][row] += inputs[token][k..] * weight[row][k..]          in 16 lanes each
+//             out[token][row] = total of the lanes * scale[row] + bias[row]          scale: of int8 weights
+//
+// Int8 where the CPU has vpdpbusd, which multiplies unsigned by signed bytes and adds four products to an int32: the
+// inputs are rounded to int8 too, with one scale for each span of 256 inputs, as large values often stand alone.
+//     sum of a span = scale * (sum((weight + 128) * input) - 128 * sum(input))       in the parentheses exact
 #pragma once
 #include <atomic>
 #include <thread>
@@ -8,20 +21,24 @@
 
 namespace {
 
-constexpr int TILES_AHEAD = 2;  // that weights are fetched from memory: with one, they come late
+constexpr int STRIPES_AHEAD = 2;  // the distance at which weights are fetched from memory: with 1 they come late
 
-struct Matrix {  // scale, one per row, only of int8; no bias: null
-    const void *weight;
-    const float *scale, *bias;
+struct Matrix {  // as native_model.py declares it
+    const void *weight;         // (rows, width)
+    const float *scale, *bias;  // (rows,) or null; only int8 has scales
 };
-// ---- kinds of weights: how inputs are prepared for a product, and how one vector of weights is multiplied. Two
-// instructions stand as such, not as intrinsics: of those GCC 12 would move every sum to another register and back.
 
-template <class T> struct Plain {  // float and bf16, and int8 where there is no better way: 16 weights at a time
+// ---- kinds of weights
+//
+// Weight: a weight in memory. Vector: WIDTH weights or inputs in a register. Sum: the running sum of a token and a row.
+// prepare() turns the inputs of a token into `bytes` bytes, which inputs() reads. start() and finish() frame the sum of
+// SPAN inputs. Two instructions are written as such, since GCC 12 would copy the sums of their intrinsics.
+
+template <class T> struct Plain {  // converts weights to float, 16 at a time
     using Weight = T;
     using Vector = Floats;
     using Sum = Floats;
-    static constexpr size_t WIDTH = LANES, SPAN = SIZE_MAX;  // SPAN: inputs that are summed before they are folded
+    static constexpr size_t WIDTH = LANES, SPAN = SIZE_MAX;
     static size_t bytes(size_t width) { return 4 * width; }
     static void prepare(const float *x, size_t width, uint8_t *to) { memcpy(to, x, 4 * width); }
     static Vector weights(const T *from, size_t count = WIDTH) {
@@ -31,22 +48,19 @@ template <class T> struct Plain {  // float and bf16, and int8 where there is no
             return load(from, count);
     }
     static Vector inputs(const uint8_t *row, size_t k) { return read<Vector>(row + 4 * k); }
-    static Sum begin(const uint8_t *, size_t) { return Sum{}; }
+    static Sum start(const uint8_t *, size_t) { return Sum{}; }
     static void multiply(Sum &sum, Vector input, Vector weight) { sum = multiply_add(input, weight, sum); }
-    static Floats folded(Floats, Sum sum, const uint8_t *, size_t) { return sum; }
+    static Floats finish(Floats, Sum sum, const uint8_t *, size_t) { return sum; }
 };
 
 using Fp32 = Plain<float>;
 #ifdef __AVX512BF16__
-struct Bf16 : Plain<uint16_t> {  // the inputs are rounded to bf16 too: twice as many products per instruction
+struct Bf16 : Plain<uint16_t> {  // rounds the inputs to bf16 too: twice as many products per instruction
     using Vector = __m512bh;
     static constexpr size_t WIDTH = 32;
     static size_t bytes(size_t width) { return 2 * width; }
     static void prepare(const float *x, size_t width, uint8_t *to) {
-        for (size_t k = 0; k < width; k += LANES) {
-            Halves half = halve(load(x + k));
-            memcpy(to + 2 * k, &half, 32);
-        }
+        for (size_t k = 0; k < width; k += LANES) store((uint16_t *)to + k, load(x + k));
     }
     static Vector weights(const uint16_t *from, size_t count = WIDTH) {
         return count >= WIDTH ? read<Vector>(from) : read<Vector>(from, 2 * count);
@@ -60,21 +74,21 @@ struct Bf16 : Plain<uint16_t> {  // the inputs are rounded to bf16 too: twice as
 using Bf16 = Plain<uint16_t>;
 #endif
 #ifdef __AVX512VNNI__
-struct Int8 {  // the inputs are 8-bit integers too, with one scale for SPAN of them
+struct Int8 {
     using Weight = int8_t;
     using Vector = __m512i;
     using Sum = __m512i;
     static constexpr size_t WIDTH = 64, SPAN = 256;
     struct Span {
         int8_t inputs[SPAN];
-        __m512i offset;  // takes back what follows from weights being 128 too large, which makes them unsigned
+        __m512i offset;  // -128 * sum of the inputs, in 16 lanes
         __m512 scale;
     };
     static size_t bytes(size_t width) { return (width + SPAN - 1) / SPAN * sizeof(Span); }
     static void prepare(const float *x, size_t width, uint8_t *to) {
         for (auto *span = (Span *)to; width; span++) {
             size_t count = std::min(width, SPAN);
-            Ints most = {};  // as integers, so that inf and nan are the largest
+            Ints most = {};  // bits of the greatest magnitude; inf and nan are greater than all numbers
             for (size_t k = 0; k < count; k += LANES) {
                 Ints bits = (Ints)load(x + k) & 0x7fffffff;
                 most = bits > most ? bits : most;
@@ -95,15 +109,15 @@ struct Int8 {  // the inputs are 8-bit integers too, with one scale for SPAN of 
     }
     static Vector weights(const int8_t *from, size_t count = WIDTH) {
         Vector read = count >= WIDTH ? ::read<Vector>(from) : ::read<Vector>(from, count);
-        return _mm512_xor_si512(read, _mm512_set1_epi8(-128));  // 128 more, unsigned
+        return _mm512_xor_si512(read, _mm512_set1_epi8(-128));  // weight + 128, unsigned
     }
     static const Span &span(const uint8_t *row, size_t k) { return ((const Span *)row)[k / SPAN]; }
     static Vector inputs(const uint8_t *row, size_t k) { return read<Vector>(span(row, k).inputs + k % SPAN); }
-    static Sum begin(const uint8_t *row, size_t k) { return span(row, k).offset; }
+    static Sum start(const uint8_t *row, size_t k) { return span(row, k).offset; }
     static void multiply(Sum &sum, Vector input, Vector weight) {
         asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(input));
     }
-    static Floats folded(Floats before, Sum sum, const uint8_t *row, size_t k) {
+    static Floats finish(Floats before, Sum sum, const uint8_t *row, size_t k) {
         return (Floats)_mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), span(row, k).scale, (__m512)before);
     }
 };
@@ -111,22 +125,13 @@ struct Int8 {  // the inputs are 8-bit integers too, with one scale for SPAN of 
 using Int8 = Plain<int8_t>;
 #endif
 
-// ---- products
+// ---- the threads of one call
 
-struct Inputs {  // N prepared rows
-    uint8_t *data;
-    size_t stride;  // bytes
-};
-struct Output {  // (N, rows): written or added to
-    float *data;
-    size_t stride;
-    bool adds;
-};
-
-struct Team {  // the threads of one call
+struct Team {
     int thread, threads;
     std::atomic<int> *arrived, *round;
-    void wait() const {  // OpenMP's own barrier may sleep at once, and be woken late
+
+    void wait() const {  // a barrier. OpenMP's own may sleep at once, and is woken late
         if (threads == 1) return;
         int now = round->load(std::memory_order_acquire);
         if (arrived->fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
@@ -134,7 +139,7 @@ struct Team {  // the threads of one call
             round->store(now + 1, std::memory_order_release);
         }
         for (int spins = 0; round->load(std::memory_order_acquire) == now; spins++) {
-            if (spins > 2000) std::this_thread::yield();  // perhaps there are more threads than cores
+            if (spins > 2000) std::this_thread::yield();  // there may be more threads than cores
 #ifdef __SSE2__
             _mm_pause();
 #endif
@@ -142,20 +147,32 @@ struct Team {  // the threads of one call
     }
 };
 
-// The sums of ROWS weight rows times TOKENS inputs; lane token * ROWS + row. One after another the rows are read at the
-// speed of memory, all at once the inputs are loaded less often. Only sums that have constant numbers, I, stay in
-// registers: GCC 12 moves those of loops to and fro.
+// ---- products
+
+struct Inputs {  // of N tokens, prepared
+    uint8_t *data;
+    size_t stride;  // bytes from token to token
+};
+struct Output {  // (N, rows)
+    float *data;
+    size_t stride;
+    bool adds;  // adds to what is there, instead of overwriting it
+};
+
+// Returns the totals of ROWS weight rows times TOKENS inputs, in lane token * ROWS + row. For one token it reads the
+// rows one after another, which is fastest from memory; for more, all at once, which loads the inputs less often. I are
+// the numbers of the sums: GCC 12 keeps sums in registers only if their numbers are constants.
 template <class Kind, int ROWS, int TOKENS, size_t... I>
 __attribute__((noinline)) Floats tile(const typename Kind::Weight *weight, size_t width, const uint8_t *input,
                                       size_t stride, std::index_sequence<I...>) {
     constexpr int TOGETHER = TOKENS == 1 ? 1 : ROWS, BYTES = sizeof(typename Kind::Weight);
-    Floats folded[TOKENS * ROWS + (TOKENS == 3 ? ROWS : 0)] = {};  // a power of two
-    const char *ahead = (const char *)(weight + TILES_AHEAD * ROWS * width);
+    Floats results[TOKENS * ROWS + (TOKENS == 3 ? ROWS : 0)] = {};  // a power of two
+    const char *ahead = (const char *)(weight + STRIPES_AHEAD * ROWS * width);
     for (int first = 0; first < ROWS; first += TOGETHER) {
-        Floats totals[sizeof...(I)] = {};
+        Floats spans[sizeof...(I)] = {};
         for (size_t begin = 0, end; begin < width; begin = end) {
             end = begin + std::min(Kind::SPAN, width - begin);
-            typename Kind::Sum sums[] = {Kind::begin(input + I / TOGETHER * stride, begin)...};
+            typename Kind::Sum sums[] = {Kind::start(input + I / TOGETHER * stride, begin)...};
             auto step = [&](size_t k, size_t count) __attribute__((always_inline)) {
                 typename Kind::Vector rows[TOGETHER], inputs[TOKENS];
                 for (int row = 0; row < TOGETHER; row++) {
@@ -169,42 +186,32 @@ __attribute__((noinline)) Floats tile(const typename Kind::Weight *weight, size_
             size_t k = begin;
             for (; k + Kind::WIDTH <= end; k += Kind::WIDTH) step(k, Kind::WIDTH);
             if (k < end) step(k, end - k);
-            ((totals[I] = Kind::folded(totals[I], sums[I], input + I / TOGETHER * stride, begin)), ...);
+            ((spans[I] = Kind::finish(spans[I], sums[I], input + I / TOGETHER * stride, begin)), ...);
         }
-        ((folded[first + I] = totals[I]), ...);
+        ((results[first + I] = spans[I]), ...);
     }
-    return ::totals<sizeof folded / sizeof *folded>(folded);
+    return ::totals<sizeof results / sizeof *results>(results);
 }
 
-template <int ROWS, int TOKENS> inline Floats repeated(const float *from) {  // lane token * ROWS + row: from[row]
-    float lanes[LANES] = {};
-    for (int token = 0; token < TOKENS; token++) memcpy(lanes + token * ROWS, from, 4 * ROWS);
-    return read<Floats>(lanes);
-}
-
-// Weight rows [first, first + ROWS) for TOKENS tokens at a time, from `token` on; returns the first one left.
+// Computes the outputs of the weight rows [first, first + ROWS) for the tokens from `token` on, in tiles of TOKENS.
+// Returns the first token that is left.
 template <class Kind, int ROWS, int TOKENS>
 int stripe(const Matrix &m, int first, size_t width, const Inputs &x, int token, int tokens, const Output &out) {
-    if (token + TOKENS > tokens) return token;
     const auto *weight = (const typename Kind::Weight *)m.weight + first * width;
-    Floats scale = m.scale ? repeated<ROWS, TOKENS>(m.scale + first) : Floats{};
-    Floats bias = m.bias ? repeated<ROWS, TOKENS>(m.bias + first) : Floats{};
-    constexpr auto together = std::make_index_sequence<TOKENS == 1 ? 1 : TOKENS * ROWS>{};
+    constexpr auto numbers = std::make_index_sequence<TOKENS == 1 ? 1 : TOKENS * ROWS>{};
     for (; token + TOKENS <= tokens; token += TOKENS) {
-        Floats sums = tile<Kind, ROWS, TOKENS>(weight, width, x.data + token * x.stride, x.stride, together);
-        sums = (m.scale ? sums * scale : sums) + bias;
-        for (int i = 0; i < TOKENS; i++) {
-            float *to = out.data + (token + i) * out.stride + first;
-            float part[ROWS];
-            memcpy(part, (const float *)&sums + i * ROWS, sizeof part);
-            for (int row = 0; out.adds && row < ROWS; row++) part[row] += to[row];
-            memcpy(to, part, sizeof part);
+        Floats sums = tile<Kind, ROWS, TOKENS>(weight, width, x.data + token * x.stride, x.stride, numbers);
+        for (int i = 0; i < TOKENS * ROWS; i++) {
+            int row = first + i % ROWS;
+            float y = (m.scale ? sums[i] * m.scale[row] : sums[i]) + (m.bias ? m.bias[row] : 0.0f);
+            float *to = out.data + (token + i / ROWS) * out.stride + row;
+            *to = out.adds ? y + *to : y;
         }
     }
     return token;
 }
 
-// This thread's share of the rows of x @ weight.T + bias.
+// Computes this thread's share of the rows of x @ weight.T + bias, for all tokens.
 template <class Kind>
 void product(const Team &team, const Matrix &m, int rows, size_t width, const Inputs &x, int tokens, Output out) {
     int shares = (rows + LANES - 1) / LANES;

@@ -1,7 +1,11 @@
-"""The one door to native code: the precision and the kernels that a model gets, by device and a short measurement."""
+"""The door to this room: the precision, the kernels and the native back end that a model gets. It goes by the device
+and, on a CPU, by what is built and what a short measurement finds faster."""
 
+import ctypes
 import functools
 import subprocess
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -9,9 +13,10 @@ from gpt.attention import LayerCache, causal_attention, merge_heads
 from gpt.device import DTYPES
 from gpt.errors import note
 from gpt.kernels import build
-from gpt.kernels.measure import faster
+from gpt.kernels.measure import Way, faster
 from gpt.kernels.native_attention import NativeAttention
-from gpt.kernels.native_model import NativeModel
+from gpt.kernels.native_model import NativeModel, supports
+from gpt.kernels.native_sampler import NativeSampler
 from gpt.model import GPT, REFERENCE, KVCache, ModelConfig, Ops
 from gpt.quantize import to_int8
 
@@ -33,18 +38,100 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def bf16_is_faster() -> bool:
-    """Returns whether this CPU multiplies bf16 matrices faster than fp32 ones: 256 tokens by a matrix of GPT-2 small,
-    as in training. On a CPU without bf16 instructions it takes a hundred times as long."""
+    """Returns whether this CPU multiplies bf16 matrices faster than fp32 ones: 64 tokens by a matrix of GPT-2 small."""
 
-    def contest():
-        x, weight = torch.ones(256, 768), torch.ones(768, 768)
+    def contest() -> tuple[Way, Way]:
+        x, weight = torch.ones(64, 768), torch.ones(768, 768)
         half_x, half_weight = x.bfloat16(), weight.bfloat16()
         return lambda: x @ weight, lambda: half_x @ half_weight
 
     return faster(f"bf16 products, {torch.get_num_threads()} threads", contest)
 
 
-# ---- GPUs
+# ---- training on a CPU
+
+
+def can_build() -> bool:
+    """Returns whether this machine has a C++ compiler, so that it has native kernels or can get them."""
+    return build.compiler() is not None
+
+
+def native_attention(wait: bool) -> NativeAttention | None:
+    """Returns the C++ attention for training, or None if it is not built: see load_or_build."""
+    library = load_or_build(build.TRAINING, wait)
+    return None if library is None else NativeAttention(library)
+
+
+def attention_is_faster(attention: NativeAttention, config: ModelConfig, dtype: torch.dtype) -> bool:
+    """Returns whether the C++ attention, forward and backward, is faster than torch's over sequences of this model."""
+    heads, positions, width = config.n_head, config.block_size, config.n_embd
+
+    def contest() -> tuple[Way, Way]:
+        qkv = torch.randn(2, positions, 3 * width).to(dtype).requires_grad_()
+        upstream = torch.ones(2, positions, width, dtype=dtype)
+
+        def passes(function: Callable) -> None:
+            torch.autograd.grad(function(qkv, heads, 0.0), qkv, upstream)
+
+        return lambda: passes(causal_attention), lambda: passes(attention)
+
+    shape = f"{heads} heads of {width // heads}, {positions} positions, {torch.get_num_threads()} threads"
+    return faster(f"native causal attention, {dtype}, {shape}", contest)
+
+
+# ---- generation on a CPU
+
+
+def native_is_ready(model: GPT, wait: bool) -> bool:
+    """Returns whether the C++ is built and can run this model: see load_or_build."""
+    return supports(model) and load_or_build(build.GENERATION, wait) is not None
+
+
+def native_parts(model: GPT) -> tuple[NativeModel, NativeSampler]:
+    """Returns the forward pass of a model and the sampler, if native_is_ready. May move the model's matrices."""
+    library = build.load_library(build.GENERATION)
+    assert library is not None
+    return NativeModel(model, library), NativeSampler(library)
+
+
+@torch.inference_mode()
+def native_is_faster(model: GPT, rows: int) -> bool:
+    """Returns whether the C++ decodes faster than plain torch, by steps of a model of one layer that is otherwise like
+    this one."""
+    config, rows = model.config, 1 << (min(rows, 8) - 1).bit_length()  # 1, 2, 4 or 8
+    types = f"{model.token.weight.dtype}, {model.dtype}, {rows} rows, {torch.get_num_threads()} threads"
+    shape = f"width {config.n_embd}, {config.n_head} heads, {config.block_size} positions, {model.vocab_size} tokens"
+
+    def contest() -> tuple[Way, Way]:
+        probe = one_layer_like(model)
+        native, _ = native_parts(probe)
+        ids, caches = torch.zeros(rows, dtype=torch.int64), [KVCache(probe.config, rows, probe.dtype) for _ in "ab"]
+        return lambda: probe(ids[:, None], cache=caches[0]), lambda: native.decode(ids, caches[1])
+
+    return faster(f"native decode, {types}, {shape}", contest)
+
+
+def one_layer_like(model: GPT) -> GPT:
+    """Returns a GPT of one layer that is otherwise like `model`, filled with a constant: zeros would lie in one page of
+    memory."""
+    with torch.device("meta"):
+        probe = GPT(replace(model.config, n_layer=1), min(model.vocab_size, PROBE_VOCABULARY)).to(model.dtype).eval()
+    probe.to_empty(device="cpu")
+    for parameter in probe.parameters():
+        parameter.data.fill_(0.01)
+    return to_int8(probe) if model.token.weight.dtype == torch.int8 else probe
+
+
+def load_or_build(purpose: str, wait: bool) -> ctypes.CDLL | None:
+    """Returns a library, or None. If it is missing, builds it now or, without `wait`, starts a build in the background
+    for later runs."""
+    library = build.build_now(purpose) if wait else build.load_library(purpose)
+    if library is None and not wait and build.start_background_build(purpose):
+        note("info", "C++ kernels are being built in the background, for later runs; this one uses plain torch")
+    return library
+
+
+# ---- generation on a GPU
 
 
 def gpu_ops(device: torch.device) -> Ops:
@@ -61,7 +148,7 @@ def gpu_ops(device: torch.device) -> Ops:
 
 
 @functools.cache
-def triton_attention(device: torch.device):
+def triton_attention(device: torch.device) -> Callable | None:
     """Returns the Triton kernel for attention, or None with a note where Triton is missing or cannot compile: its first
     launch needs a C compiler and Python's headers."""
     try:
@@ -73,73 +160,3 @@ def triton_attention(device: torch.device):
         note("info", f"no Triton kernel for attention: {str(error).partition(chr(10))[0]}; plain torch is used")
         return None
     return decode_attention
-
-
-# ---- CPUs
-
-
-@torch.inference_mode()
-def native_is_faster(model: GPT, rows: int) -> bool:
-    """Returns whether the native library decodes faster than plain torch, by a step of a model of one layer that is
-    otherwise like this one."""
-    config, dtype = model.config, model.token.weight.dtype
-    rows = 1 << (min(rows, 8) - 1).bit_length()  # 1, 2, 4 or 8
-    shape = f"width {config.n_embd}, {config.n_head} heads, vocabulary {min(model.vocab_size, PROBE_VOCABULARY)}"
-    question = f"native decode, {dtype}, {shape}, {rows} rows, {torch.get_num_threads()} threads"
-
-    def contest():
-        probe = one_layer_like(model)
-        ids, caches = torch.zeros(rows, dtype=torch.int64), [KVCache(probe.config, rows, probe.dtype) for _ in "ab"]
-        native = NativeModel(probe, build.load_library())
-
-        def plain():
-            caches[0].lengths.fill_(probe.config.block_size // 2)
-            caches[0].is_empty = False
-            probe(ids[:, None], cache=caches[0])
-
-        def other():
-            caches[1].lengths.fill_(probe.config.block_size // 2)
-            native.decode(ids, caches[1])
-
-        return plain, other
-
-    return faster(question, contest)
-
-
-def one_layer_like(model: GPT) -> GPT:
-    """Returns a GPT of one layer with the width, heads and weight types of `model`, filled with a constant: zeros would
-    all lie in one page of memory."""
-    config = ModelConfig(1, model.config.n_head, model.config.n_embd, block_size=128)
-    with torch.device("meta"):
-        probe = GPT(config, min(model.vocab_size, PROBE_VOCABULARY))
-    values = {name: torch.full(p.shape, 0.01, dtype=model.dtype) for name, p in probe.named_parameters()}
-    probe.load_state_dict(values, assign=True)
-    return to_int8(probe.eval()) if model.token.weight.dtype == torch.int8 else probe.eval()
-
-
-def training_library(wait: bool):
-    """Returns the library with the C++ attention, or None. If it is missing, builds it now or, without `wait`, in the
-    background for later runs."""
-    if wait:
-        return build.build_now(build.TRAINING)
-    library = build.load_library(build.TRAINING)
-    if library is None and build.start_background_build(build.TRAINING):
-        note("info", "C++ kernels are being built in the background, for later runs; this one uses torch")
-    return library
-
-
-def attention_is_faster(library, heads: int, width: int, positions: int, dtype: torch.dtype) -> bool:
-    """Returns whether the library's causal attention, forward and backward, is faster than torch's at this shape:
-    heads of `width`, `positions` per sequence."""
-
-    def contest():
-        qkv = torch.randn(2, positions, 3 * heads * width).to(dtype).requires_grad_()
-        upstream = torch.ones(2, positions, heads * width, dtype=dtype)
-
-        def passes(attention):
-            torch.autograd.grad(attention(qkv, heads, 0.0), qkv, upstream)
-
-        return lambda: passes(causal_attention), lambda: passes(NativeAttention(library))
-
-    shape = f"{heads} heads of {width}, {positions} positions, {torch.get_num_threads()} threads"
-    return faster(f"native causal attention, {dtype}, {shape}", contest)

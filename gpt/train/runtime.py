@@ -24,9 +24,7 @@ from gpt.device import (
     to_device,
 )
 from gpt.errors import InputError, ResourceError, note, tell
-from gpt.kernels import build
-from gpt.kernels.native_attention import NativeAttention
-from gpt.kernels.select import attention_is_faster, pick_dtype, training_library
+from gpt.kernels.select import attention_is_faster, can_build, native_attention, pick_dtype
 from gpt.model import REFERENCE, ModelConfig, Ops
 from gpt.text.windows import mix
 from gpt.train.cost import KERNELS_PAY, compiling_pays, launches_matter
@@ -76,7 +74,7 @@ class Runtime:
         record = checkpoint.state["runtime"] if checkpoint else {}
         self.before = record if record.get("device") == device_name(self.device) else None
         self.dtype = self.agreed_dtype(config.dtype)
-        kernels_can_run = self.device.type == "cpu" and self.dtype == torch.bfloat16 and build.compiler() is not None
+        kernels_can_run = self.device.type == "cpu" and self.dtype == torch.bfloat16 and can_build()
         if config.kernels == "on" and not kernels_can_run:
             raise InputError("kernels on: the C++ attention needs a CPU, bf16 and a C++ compiler; use auto")
         self.deterministic = config.deterministic or self.device.type == "cpu"
@@ -138,14 +136,12 @@ class Runtime:
         if setting == "auto" and self.before:
             wanted = wanted and self.before["kernels"]
         waits = setting == "on" or self.before is not None or flops >= KERNELS_PAY
-        library = training_library(waits) if wanted else None
-        usable = library is not None and (library.gpt_has_threads() or torch.get_num_threads() == 1)
+        attention = native_attention(waits) if wanted else None
         if setting == "auto" and not self.before:
-            measured = self.ranks.leads and usable
-            faster = measured and attention_is_faster(library, config.n_head, width, config.block_size, self.dtype)
-            usable = bool(self.ranks.first(faster)) and usable
-        if self.ranks.least(int(usable)):
-            return Ops(attention=NativeAttention(library))
+            faster = self.ranks.leads and attention and attention_is_faster(attention, config, self.dtype)
+            attention = attention if self.ranks.first(bool(faster)) else None
+        if self.ranks.least(int(attention is not None)) and attention:
+            return Ops(attention=attention)
         if setting == "on":
             raise ResourceError("kernels on: the library could not be built, or the run is compiled; use auto")
         return REFERENCE

@@ -255,7 +255,7 @@ def test_fault_119_a_full_disk_leaves_no_empty_marker(compiler, cache, monkeypat
 def test_only_leftovers_of_the_same_library_are_swept(compiler, cache):
     for name in ("building-generation-x", "building-training-x"):  # the second one may be in use
         make_private(cache / name)
-        (cache / name / "forward.o").touch()
+        (cache / name / "model.o").touch()
     assert build.build_now() is not None
     assert names(cache) == all_that_a_build_leaves() | {"building-training-x"}
 

@@ -56,7 +56,8 @@ def continued(native, ids, lengths, steps, dtype):
     for row, length in enumerate(lengths):
         native.prefill(ids[row : row + 1, :length], cache.empty_row(row))
     rows = torch.arange(len(ids))
-    return torch.stack([native.decode(ids[rows, cache.lengths], cache) for _ in range(steps)]), cache
+    logits = [native.decode(ids[rows, cache.lengths], cache).clone() for _ in range(steps)]
+    return torch.stack(logits), cache
 
 
 def uncached(model, ids, lengths, steps):

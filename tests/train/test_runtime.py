@@ -15,7 +15,6 @@ from gpt import device
 from gpt.config import refuse
 from gpt.errors import InputError, ResourceError
 from gpt.kernels import build, select
-from gpt.kernels.select import pick_dtype
 from gpt.model import REFERENCE, ModelConfig
 from gpt.train import runtime
 from gpt.train.cost import KERNELS_PAY, gpu_peak, peak_flops
@@ -49,19 +48,6 @@ def test_of_several_processes_each_has_a_gpu_of_its_own(monkeypatch):
     for name in ("cuda:1", "mps"):
         with pytest.raises(InputError, match=f"device {name}: 4 processes cannot share it"):
             own_device(torch.device(name), second)
-
-
-def test_precision_follows_the_gpu_and_on_a_cpu_a_measurement(monkeypatch):
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for bf16_wins in (True, False):
-        monkeypatch.setattr(select, "faster", lambda *_, wins=bf16_wins: wins)
-        assert pick_dtype("auto", cpu) == (torch.bfloat16 if bf16_wins else torch.float32)
-    expected = {(6, 1): torch.float32, (7, 0): torch.float16, (7, 5): torch.float16}
-    expected |= dict.fromkeys(((8, 0), (8, 9), (9, 0), (10, 0)), torch.bfloat16)
-    for version, dtype in expected.items():
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, version=version: version)
-        assert pick_dtype("auto", cuda) == dtype
-    assert pick_dtype("fp16", cpu) == torch.float16
 
 
 def test_fp32_means_no_shorter_products(settings_back):
@@ -111,16 +97,10 @@ def test_a_run_on_a_gpu_is_compiled_if_it_is_long_enough_to_save_the_minute_that
         assert not run.compiles("auto", 190 * peak / 4)
 
 
-class Library:
-    def __init__(self, has_threads=True):
-        self.gpt_has_threads = lambda: has_threads
-        self.gpt_causal_attention = SimpleNamespace()
-
-
 @pytest.fixture
 def builds(monkeypatch):
     """Where kernels are not built yet: what was done about it, "built" or "begun"."""
-    done, library = [], Library()
+    done, library = [], SimpleNamespace(gpt_causal_attention=SimpleNamespace())
     monkeypatch.setattr(build, "load_library", lambda purpose: library if "built" in done else None)
     monkeypatch.setattr(build, "build_now", lambda purpose: done.append("built") or library)
     monkeypatch.setattr(build, "start_background_build", lambda purpose: done.append("begun") or True)
@@ -207,18 +187,11 @@ def test_a_run_that_is_continued_keeps_its_precision_unless_another_is_asked_for
     assert continued(before, MachineConfig(device="cpu", dtype="bf16")).dtype == torch.bfloat16
 
 
-def test_kernels_that_one_rank_lacks_or_that_have_no_threads_are_not_used(
-    settings_back, builds, kernels_win, monkeypatch
-):
-    run = bf16_runtime(threads=2)
+def test_kernels_that_one_rank_lacks_are_not_used(settings_back, builds, kernels_win):
+    run = bf16_runtime()
     assert run.ops("auto", SHAPE, False, 1e21) is not REFERENCE
     run.ranks = type("Ranks", (Ranks,), {"least": lambda self, number: 0})()
     assert run.ops("auto", SHAPE, False, 1e21) is REFERENCE
-    run.ranks = Ranks()
-    monkeypatch.setattr(build, "build_now", lambda purpose: Library(has_threads=False))
-    assert run.ops("auto", SHAPE, False, 1e21) is REFERENCE
-    torch.set_num_threads(1)
-    assert run.ops("auto", SHAPE, False, 1e21) is not REFERENCE
 
 
 def test_where_kernels_cannot_be_had_auto_goes_without_and_on_is_an_error(settings_back, monkeypatch):

@@ -1,0 +1,268 @@
+// GPT-2 on a CPU: one call runs the model over N tokens, each at a place (position) of a row of a KV cache.
+//
+// A call, with the work that each line shares among the threads; they wait for each other after every line:
+//     x = token[id] + position[place]                                tokens
+//     for each layer:
+//         wide = norm_1(x)                                           tokens
+//         mixed = wide @ qkv.T + bias                                outputs (rows of the matrix)
+//         cache[row, place] = keys and values of mixed               tokens
+//         wide = softmax(queries @ keys.T / sqrt(D)) @ values        heads of tokens
+//         x += wide @ proj.T + bias                                  outputs
+//         wide = norm_2(x)                                           tokens
+//         wide = wide @ fc.T + bias                                  outputs
+//         wide = gelu(wide)                                          tokens
+//         x += wide @ out.T + bias                                   outputs
+//     logits = norm(x) @ token.T                                     tokens, then outputs
+//
+// The bits of a token's results depend on nothing but its own row: neither on the other tokens of the call nor on the
+// number of threads. One thread computes a whole sum, as 16 running sums in the order of the inputs, one for each lane,
+// that are then added up in a fixed order (vectors.h). How many tokens share a tile changes none of that.
+//
+// Shapes: N tokens, C width, F = 4 C, H heads, D = C / H, S positions of the cache, V vocabulary. Weights are (outputs,
+// inputs), as in nn.Linear. All activations are float.
+#include <cmath>
+#include <memory>
+#include <new>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "products.h"
+
+namespace {
+
+constexpr int GROUP = 4;     // tokens at consecutive places of a row that share the reading of the cache
+constexpr int PADDING = 64;  // floats; every row of activations is padded to a multiple of it
+constexpr float EPSILON = 1e-5f;
+
+// ---- as native_model.py declares them
+
+struct Layer {
+    const float *norm_1, *shift_1, *norm_2, *shift_2;
+    Matrix qkv, proj, fc, out;
+};
+struct Model {
+    int64_t kind, layers, heads, width, positions, vocabulary;  // kind: see KINDS there
+    const Layer *layer;
+    Matrix token;
+    const float *position, *norm, *shift;
+};
+struct Cache {
+    int64_t rows, positions;
+    void *const *keys, *const *values;  // of each layer: (rows, H, S, D)
+};
+struct Batch {
+    int64_t tokens, outputs, threads;
+    const int64_t *ids, *rows, *places;  // (N,)
+    const int64_t *wanted;               // (outputs,) the tokens whose logits are wanted
+    float *logits;                       // (outputs, V)
+};
+
+// ---- attention
+
+template <class T> inline void prefetch(const T *from, size_t count) {  // at most 4 KiB: the hardware goes on by itself
+    for (size_t byte = 0; byte < std::min<size_t>(count * sizeof(T), 4096); byte += 64)
+        __builtin_prefetch((const char *)from + byte, 0, 2);
+}
+
+// Computes one head of QUERIES tokens at consecutive places from `place` on: q and out (QUERIES, stride), keys and
+// values (S, D), memory for scores (QUERIES, S). Computes COLUMNS vectors of an output at once; if that is more than
+// one, D must be a multiple of their lanes.
+template <class T, int QUERIES, int COLUMNS>
+void attend(const float *q, size_t stride, const T *keys, const T *values, int place, int D, float *scores, int S,
+            float *out) {
+    float scale = 1.0f / std::sqrt(float(D)), inverse[QUERIES];
+    prefetch(values, size_t(place + QUERIES) * D);
+    prefetch(keys + size_t(S) * D, size_t(place + QUERIES) * D);  // of the next head
+    for (int start = 0; start < place + QUERIES; start += LANES) {
+        Floats sums[QUERIES][LANES] = {};
+        for (int i = 0; i < std::min(LANES, place + QUERIES - start); i++)
+            for (int d = 0; d < D; d += LANES) {
+                Floats key = load(keys + size_t(start + i) * D + d, D - d);
+                for (int query = 0; query < QUERIES; query++)
+                    sums[query][i] = multiply_add(load(q + query * stride + d, D - d), key, sums[query][i]);
+            }
+        for (int query = 0; query < QUERIES; query++)
+            store(scores + query * S + start, totals<LANES>(sums[query]) * scale);
+    }
+    for (int query = 0; query < QUERIES; query++) {
+        float *score = scores + query * S, most = score[0];
+        int count = place + query + 1;
+        for (int i = 1; i < count; i++) most = score[i] > most ? score[i] : most;
+        Floats sum = {};
+        for (int i = 0; i < count; i += LANES) {
+            Floats weight = exp(load(score + i, count - i) - most);
+            store(score + i, weight, count - i);
+            sum += load(score + i, count - i);
+        }
+        inverse[query] = 1.0f / total(sum);
+    }
+    for (int d = 0; d < D; d += COLUMNS * LANES) {
+        int lanes = COLUMNS > 1 ? LANES : D - d;
+        Floats sums[QUERIES][COLUMNS] = {};
+        auto add = [&](int query, int at) {
+            for (int c = 0; c < COLUMNS; c++)
+                sums[query][c] = multiply_add(load(values + size_t(at) * D + d + c * LANES, lanes),
+                                              Floats{} + scores[query * S + at], sums[query][c]);
+        };
+        for (int at = 0; at <= place; at++)
+            for (int query = 0; query < QUERIES; query++) add(query, at);
+        for (int query = 1; query < QUERIES; query++)
+            for (int at = place + 1; at <= place + query; at++) add(query, at);
+        for (int query = 0; query < QUERIES; query++)
+            for (int c = 0; c < COLUMNS; c++)
+                store(out + query * stride + d + c * LANES, sums[query][c] * inverse[query], lanes);
+    }
+}
+
+// ---- the model
+
+void normalise(const float *x, const float *scale, const float *shift, int C, float *out) {
+    Floats sum = {}, squares = {};
+    for (int c = 0; c < C; c += LANES) sum += load(x + c, C - c);
+    float mean = total(sum) / C;
+    for (int c = 0; c < C; c += LANES) {
+        Floats difference = load(x + c, C - c) - mean;
+        for (int i = C - c; i < LANES; i++) difference[i] = 0;
+        squares += difference * difference;
+    }
+    float inverse = 1.0f / std::sqrt(total(squares) / C + EPSILON);
+    for (int c = 0; c < C; c += LANES)
+        store(out + c, (load(x + c, C - c) - mean) * inverse * load(scale + c, C - c) + load(shift + c, C - c), C - c);
+}
+
+// One call. Kind: the kind of weights, see products.h. T: the type of the cache. Every thread of the team calls run().
+template <class Kind, class T> struct Call {
+    const Model &model;
+    const Cache &cache;
+    const Batch &batch;
+    const int N = batch.tokens, C = model.width, F = 4 * C, H = model.heads, D = C / H, S = cache.positions;
+    const size_t WIDE = round_up(F, PADDING), SCORES = round_up(S, PADDING);
+    const std::unique_ptr<Floats[]> memory{new Floats[(3 * N * WIDE + batch.threads * GROUP * SCORES) / LANES]};
+    float *const mixed = (float *)memory.get(), *const wide = mixed + N * WIDE;  // (N, WIDE) each
+    float *const x = wide + N * WIDE, *const scores = x + N * WIDE;              // (N, C), (threads, GROUP, SCORES)
+    const std::unique_ptr<Floats[]> prepared{new Floats[N * Kind::bytes(WIDE) / sizeof(Floats)]};
+    const Inputs inputs{(uint8_t *)prepared.get(), Kind::bytes(WIDE)};
+
+    template <class Work> void each(const Team &team, int count, Work work) const {
+        for (int i = team.thread; i < count; i += team.threads) work(i);
+        team.wait();
+    }
+    void prepare(int token, int width) const {  // the padding becomes 0: what lies there may be nan
+        float *row = wide + token * WIDE;
+        std::fill(row + width, row + round_up(width, PADDING), 0.0f);
+        Kind::prepare(row, round_up(width, PADDING), inputs.data + token * inputs.stride);
+    }
+    void embed(int token) const {
+        const auto *weight = (const typename Kind::Weight *)model.token.weight + batch.ids[token] * C;
+        float scale = model.token.scale ? model.token.scale[batch.ids[token]] : 1.0f;
+        for (int c = 0; c < C; c++) {
+            float value = sizeof(*weight) == 2 ? widen(Halves{} + uint16_t(weight[c]))[0] : float(weight[c]);
+            x[token * C + c] = value * scale + model.position[batch.places[token] * C + c];
+        }
+    }
+    T *cached(void *layer, size_t row, size_t head, size_t place) const {  // layer: its keys or values
+        return (T *)layer + ((row * H + head) * S + place) * D;
+    }
+    void append(int token, void *layer, const float *from) const {
+        for (int head = 0; head < H; head++) {
+            T *to = cached(layer, batch.rows[token], head, batch.places[token]);
+            for (int d = 0; d < D; d += LANES) store(to + d, load(from + head * D + d, D - d), D - d);
+        }
+    }
+    bool follows(int token, int first) const {  // in the same row, as many places further as tokens
+        return token < N && batch.rows[token] == batch.rows[first] &&
+               batch.places[token] == batch.places[first] + token - first;
+    }
+    void attention(const Team &team, int layer) const {
+        float *own_scores = scores + team.thread * GROUP * SCORES;
+        int number = 0;
+        for (int token = 0, size; token < N; token += size) {
+            for (size = 1; size < GROUP && follows(token + size, token);) size++;
+            if (size < GROUP) size = 1;
+            for (int head = 0; head < H; head++) {
+                if (number++ % team.threads != team.thread) continue;
+                T *keys = cached(cache.keys[layer], batch.rows[token], head, 0);
+                T *values = cached(cache.values[layer], batch.rows[token], head, 0);
+                auto *function = D % PADDING ? (size == 1 ? attend<T, 1, 1> : attend<T, GROUP, 1>)
+                                             : (size == 1 ? attend<T, 1, 4> : attend<T, GROUP, 4>);
+                size_t at = token * WIDE + head * D;
+                function(mixed + at, WIDE, keys, values, batch.places[token], D, own_scores, SCORES, wide + at);
+            }
+        }
+        team.wait();
+    }
+    void block(const Team &team, int number) const {
+        const Layer &layer = model.layer[number];
+        auto normalised = [&](const float *scale, const float *shift) {
+            each(team, N, [&](int token) {
+                normalise(x + token * C, scale, shift, C, wide + token * WIDE);
+                prepare(token, C);
+            });
+        };
+        normalised(layer.norm_1, layer.shift_1);
+        product<Kind>(team, layer.qkv, 3 * C, C, inputs, N, {mixed, WIDE, false});
+        team.wait();
+        each(team, N, [&](int token) {
+            append(token, cache.keys[number], mixed + token * WIDE + C);
+            append(token, cache.values[number], mixed + token * WIDE + 2 * C);
+        });
+        attention(team, number);
+        each(team, N, [&](int token) { prepare(token, C); });
+        product<Kind>(team, layer.proj, C, C, inputs, N, {x, size_t(C), true});
+        team.wait();
+        normalised(layer.norm_2, layer.shift_2);
+        product<Kind>(team, layer.fc, F, C, inputs, N, {wide, WIDE, false});
+        team.wait();
+        each(team, N, [&](int token) {
+            float *row = wide + token * WIDE;
+            for (int f = 0; f < F; f += LANES) store(row + f, gelu(load(row + f, F - f)), F - f);
+            prepare(token, F);
+        });
+        product<Kind>(team, layer.out, C, F, inputs, N, {x, size_t(C), true});
+        team.wait();
+    }
+    void run(const Team &team) const {
+        each(team, N, [&](int token) { embed(token); });
+        for (int layer = 0; layer < model.layers; layer++) block(team, layer);
+        each(team, batch.outputs, [&](int output) {
+            normalise(x + batch.wanted[output] * C, model.norm, model.shift, C, wide + output * WIDE);
+            prepare(output, C);
+        });
+        product<Kind>(team, model.token, model.vocabulary, C, inputs, batch.outputs,
+                      {batch.logits, size_t(model.vocabulary), false});
+    }
+};
+
+template <class Kind, class T> void run(const Model &model, const Cache &cache, const Batch &batch) {
+    Call<Kind, T> call{model, cache, batch};
+    std::atomic<int> arrived{0}, round{0};
+#pragma omp parallel num_threads(batch.threads)
+    {
+        Team team{0, 1, &arrived, &round};
+#ifdef _OPENMP
+        team.thread = omp_get_thread_num();
+        team.threads = omp_get_num_threads();
+#endif
+        call.run(team);
+    }
+}
+
+}  // namespace
+
+// Appends the tokens to the cache and computes the wanted logits. Returns 0; 1 + i if token i has an id, row or place
+// that does not exist; -1 if memory runs out.
+extern "C" int64_t gpt_forward(const Model *model, const Cache *cache, const Batch *batch) try {
+    for (int64_t i = 0; i < batch->tokens; i++) {
+        auto exists = [](int64_t value, int64_t end) { return value >= 0 && value < end; };
+        if (!exists(batch->ids[i], model->vocabulary) || !exists(batch->rows[i], cache->rows) ||
+            !exists(batch->places[i], std::min(cache->positions, model->positions)))
+            return i + 1;
+    }
+    constexpr decltype(&run<Fp32, float>) kinds[] = {run<Fp32, float>, run<Bf16, uint16_t>, run<Int8, float>,
+                                                     run<Int8, uint16_t>};
+    kinds[model->kind](*model, *cache, *batch);
+    return 0;
+} catch (const std::bad_alloc &) {
+    return -1;
+}

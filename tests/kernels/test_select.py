@@ -1,0 +1,110 @@
+"""The door to the kernels: which precision, kernels and native back end a model gets."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gpt.kernels import build, select
+from gpt.kernels.native_model import supports
+from gpt.kernels.select import native_is_faster, one_layer_like, pick_dtype
+from gpt.model import GPT, ModelConfig
+from gpt.quantize import to_int8
+
+VOCABULARY = 300
+KINDS = [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True), (torch.bfloat16, True)]
+
+
+def make_model(dtype=torch.float32, int8=False, **shape):
+    config = ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 24} | shape)
+    model = GPT(config, VOCABULARY).eval().requires_grad_(False).to(dtype)
+    return to_int8(model) if int8 else model
+
+
+# ---- precision
+
+
+def test_precision_follows_the_gpu_and_on_a_cpu_a_measurement(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for bf16_wins in (True, False):
+        monkeypatch.setattr(select, "faster", lambda *_, wins=bf16_wins: wins)
+        assert pick_dtype("auto", cpu) == (torch.bfloat16 if bf16_wins else torch.float32)
+    expected = {(6, 1): torch.float32, (7, 0): torch.float16, (7, 5): torch.float16}
+    expected |= dict.fromkeys(((8, 0), (8, 9), (9, 0), (10, 0)), torch.bfloat16)
+    for version, dtype in expected.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, version=version: version)
+        assert pick_dtype("auto", cuda) == dtype
+    assert pick_dtype("fp16", cpu) == torch.float16
+
+
+# ---- native code
+
+
+def test_a_missing_library_is_built_now_only_for_those_who_wait(monkeypatch, capsys):
+    calls = []
+    for name, result in (("load_library", None), ("build_now", "a library"), ("start_background_build", True)):
+        monkeypatch.setattr(build, name, lambda _, name=name, result=result: calls.append(name) or result)
+    model = make_model()
+    assert not select.native_is_ready(model, wait=False)
+    assert calls == ["load_library", "start_background_build"]
+    assert "built in the background" in capsys.readouterr().err
+    assert select.native_is_ready(model, wait=True)
+    assert calls[2:] == ["build_now"]
+    assert not select.native_is_ready(model.half(), wait=True)
+    assert calls[3:] == []
+
+
+def test_each_kind_and_shape_of_model_has_a_measurement_of_its_own(monkeypatch):
+    questions = []
+    monkeypatch.setattr(select, "faster", lambda question, _: questions.append(question))
+    models = [make_model(*kind) for kind in KINDS]
+    models += [make_model(n_embd=64), make_model(n_head=4), make_model(block_size=48)]
+    for model in models:
+        for rows in (1, 2, 4, 8):
+            native_is_faster(model, rows)
+    assert len(set(questions)) == 4 * len(models)
+    for rows in (3, 5, 50):
+        native_is_faster(models[0], rows)
+    assert set(questions[-3:]) <= set(questions[:4])
+
+
+@pytest.mark.parametrize(("dtype", "int8"), KINDS)
+def test_a_measurement_runs_one_layer_of_the_same_kind_both_ways(kernels, monkeypatch, dtype, int8):
+    model = make_model(dtype, int8)
+    probe = one_layer_like(model)
+    assert len(probe.blocks) == 1 and supports(probe)
+    assert (probe.dtype, probe.token.weight.dtype) == (model.dtype, model.token.weight.dtype)
+    contests = []
+    monkeypatch.setattr(select, "faster", lambda _, contest: contests.append(contest))
+    native_is_faster(model, 2)
+    with torch.inference_mode():
+        plain, native = contests[0]()
+        for _ in range(3):
+            expected, logits = plain(), native()
+            assert logits.shape == (2, VOCABULARY)
+            assert (logits - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+# ---- GPUs
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+        subprocess.CalledProcessError(1, ["gcc", "Python.h"]),
+        FileNotFoundError("gcc"),
+        ImportError("no triton"),
+    ],
+)
+def test_fault_132_where_triton_cannot_compile_plain_torch_runs_the_attention(monkeypatch, capsys, error):
+    def launch(*_):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "gpt.kernels.triton_attention", SimpleNamespace(decode_attention=launch))
+    select.triton_attention.cache_clear()
+    assert select.triton_attention(torch.device("cpu")) is None
+    assert "no Triton kernel" in capsys.readouterr().err
+    select.triton_attention.cache_clear()
