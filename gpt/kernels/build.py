@@ -1,8 +1,8 @@
 """Builds and loads the native libraries: the C++ files of this folder, compiled once into the user's cache folder.
 
 Every build runs in a process of its own, `python -m gpt.kernels.build`, which must start fast: never import torch here.
-The standard input of that process and of its compilers is the locked file `<purpose>.lock` in the cache folder. The
-system frees the lock when all of them have ended, however they end. So only one build of a library runs at a time."""
+The standard input of that process and of its compiler is the locked file `<purpose>.lock` in the cache folder. The
+system frees the lock when both have ended, however they end. So only one build of a library runs at a time."""
 
 import contextlib
 import ctypes
@@ -19,7 +19,6 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,24 +28,16 @@ from gpt.kernels.measure import cpu_identity, torch_version
 
 FOLDER = Path(__file__).parent
 GENERATION, TRAINING = "generation", "training"  # the purpose of a library
-SOURCES = {  # the file that takes longest to compile comes first
-    GENERATION: [FOLDER / "model.cpp", FOLDER / "sampler.cpp"],
-    TRAINING: [FOLDER / "attention.cpp"],
-}
-HEADERS = sorted(FOLDER.glob("*.h"))
+SOURCES = {GENERATION: ["model.cpp", "sampler.cpp"], TRAINING: ["attention.cpp"]}
 COMMON = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-Wno-psabi"]
 FLAGS = [  # in order of preference; without OpenMP a library uses one thread
-    [*COMMON, "-march=native", "-fopenmp"],
-    [*COMMON, "-march=native"],
-    [*COMMON, "-mcpu=native", "-fopenmp"],
-    [*COMMON, "-mcpu=native"],
+    [*COMMON, cpu, *threads] for cpu in ("-march=native", "-mcpu=native") for threads in (["-fopenmp"], [])
 ]
 BACKGROUND_NICENESS = 10  # with 19, a build on a busy machine may never end
 HEAD_START = 2  # seconds in which a background build leaves the machine to the program that started it
 BUILD_SECONDS = 600  # limit for a build
 WAIT_SECONDS = 120  # limit for waiting for another build, and then for one's own; ranks wait 300 seconds for each other
 RETRY_SECONDS = 24 * 3600  # after a compiler error; a system update may have repaired the compiler
-DIGEST_BYTES = 32
 MESSAGE_CHARACTERS = 10_000  # kept of a compiler's message
 INTERRUPTED = re.compile(  # a compiler that says this did not run to its end, because of the state of the machine
     r"signal terminated program|terminated with signal|due to signal|unable to execute command|out of memory"
@@ -69,9 +60,7 @@ def load_library(purpose: str = GENERATION) -> ctypes.CDLL | None:
 
 def build_now(purpose: str = GENERATION) -> ctypes.CDLL | None:
     """Returns the library. If it is missing, builds it or waits for the process that builds it, which takes seconds.
-
-    Returns None if the build is impossible, fails or takes longer than WAIT_SECONDS. After a compiler error,
-    `<library>.failed` holds the reason."""
+    Returns None if the build is impossible, fails or takes longer than WAIT_SECONDS."""
     library = load_library(purpose)
     if library is None:
         builder = start_builder(purpose, wait_seconds=WAIT_SECONDS)
@@ -83,9 +72,8 @@ def build_now(purpose: str = GENERATION) -> ctypes.CDLL | None:
 
 
 def start_background_build(purpose: str = GENERATION) -> bool:
-    """Starts a build at low priority, which goes on when this program ends, and returns whether one was started.
-
-    Starts none if the library exists, cannot be built, or is being built by another process."""
+    """Starts a build at low priority, which goes on when this program ends. Returns False, and starts none, if the
+    library exists, cannot be built, or is being built by another process."""
     builder = start_builder(purpose, "background")
     if builder is None:
         return False
@@ -101,7 +89,10 @@ def library_path(purpose: str = GENERATION) -> Path | None:
     command, folder = compiler(), cache_folder()
     if command is None or folder is None:
         return None
-    return folder / f"{purpose}-{cache_key(command, purpose)}.so"
+    key = hashlib.sha256(repr((command, FLAGS, cpu_identity(), torch_version())).encode())
+    for name in [*SOURCES[purpose], "products.h", "vectors.h"]:
+        key.update(name.encode() + (FOLDER / name).read_bytes())
+    return folder / f"{purpose}-{key.hexdigest()[:32]}.so"
 
 
 def compiler() -> list[str] | None:
@@ -125,15 +116,6 @@ def split_command(text: str) -> list[str]:
         return []
 
 
-def cache_key(command: list[str], purpose: str) -> str:
-    digest = hashlib.sha256()
-    for part in (command, FLAGS, cpu_identity(), torch_version()):
-        digest.update(repr(part).encode())
-    for source in [*SOURCES[purpose], *HEADERS]:
-        digest.update(source.name.encode() + source.read_bytes())
-    return digest.hexdigest()[:32]
-
-
 # ---- the state of the cache folder
 
 
@@ -152,7 +134,7 @@ def is_whole(path: Path) -> bool:
         data = path.read_bytes()
     except OSError:
         return False
-    return hashlib.sha256(data[:-DIGEST_BYTES]).digest() == data[-DIGEST_BYTES:]
+    return data[-32:] == hashlib.sha256(data[:-32]).digest()
 
 
 def failed_marker(path: Path) -> Path:
@@ -161,11 +143,10 @@ def failed_marker(path: Path) -> Path:
 
 def needs_build(path: Path) -> bool:
     """Returns whether a library is missing or damaged, and no compiler has rejected it in the last RETRY_SECONDS."""
-    try:
-        failed = abs(time.time() - failed_marker(path).stat().st_mtime) < RETRY_SECONDS
-    except OSError:
-        failed = False
-    return not failed and not is_whole(path)
+    with contextlib.suppress(OSError):
+        if abs(time.time() - failed_marker(path).stat().st_mtime) < RETRY_SECONDS:
+            return False
+    return not is_whole(path)
 
 
 # ---- the process that builds
@@ -210,8 +191,8 @@ def lock_and_sweep(lock: BinaryIO, folder: Path, purpose: str, wait_seconds: flo
 
 
 def run_builder(path: str, purpose: str, priority: str = "normal") -> None:
-    """Builds a library. Only for the leader of a process group: it kills the group, compilers included, after
-    BUILD_SECONDS."""
+    """Builds a library. Only for the leader of a process group: after BUILD_SECONDS it kills the group, and with it the
+    compiler."""
     signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGKILL))
     signal.alarm(BUILD_SECONDS)
     if priority == "background":
@@ -221,46 +202,32 @@ def run_builder(path: str, purpose: str, priority: str = "normal") -> None:
 
 
 def compile_library(path: Path, purpose: str) -> None:
-    """Writes the library, or `<library>.failed` with the date and the message if the compiler rejects the sources.
-    Raises ResourceError or OSError, and writes neither, if the compiler does not run to its end."""
+    """Writes the library, with the first of FLAGS that the compiler accepts. If it accepts none, writes date and
+    message about FLAGS[0] to `<library>.failed`. Raises ResourceError or OSError, and writes neither, if the compiler
+    does not run to its end."""
+    sources, messages = [str(FOLDER / name) for name in SOURCES[purpose]], []
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"building-{purpose}-") as folder:
         target = Path(folder) / path.name
-        message = try_flags(target, SOURCES[purpose])
-        if not message:
-            data = target.read_bytes()
-            write_durably(target, data + hashlib.sha256(data).digest())
-            os.replace(target, path)
-    if message:
-        date = time.strftime("%Y-%m-%d %H:%M:%S")
-        write_durably(failed_marker(path), f"{date}\n{message[:MESSAGE_CHARACTERS]}")
-    else:
-        failed_marker(path).unlink(missing_ok=True)
-
-
-def try_flags(target: Path, sources: list[Path]) -> str:
-    """Compiles with the first of FLAGS that the compiler accepts. Returns "", or its message about FLAGS[0]."""
-    objects = [str(target.with_name(f"{source.stem}.o")) for source in sources]
-    messages = []
-    with ThreadPoolExecutor(len(sources)) as pool:
         for flags in FLAGS:
-            parts = [[*flags, "-c", str(source), "-o", part] for source, part in zip(sources, objects, strict=True)]
-            errors = list(filter(None, pool.map(run_compiler, parts)))
-            message = errors[0] if errors else run_compiler([*flags, *objects, "-o", str(target)])
+            message = run_compiler([*flags, *sources, "-o", str(target)])
             if not message:
-                return ""
+                library = target.read_bytes()
+                write_durably(target, library + hashlib.sha256(library).digest())
+                os.replace(target, path)
+                failed_marker(path).unlink(missing_ok=True)
+                return
             messages.append(message)
-    return messages[0]
+    date = time.strftime("%Y-%m-%d %H:%M:%S")
+    write_durably(failed_marker(path), f"{date}\n{messages[0][:MESSAGE_CHARACTERS]}")
 
 
 def run_compiler(arguments: list[str]) -> str:
     """Returns "", or the compiler's message if it rejects its input. Raises ResourceError if it was killed or if memory
-    or disk space ran out, which says nothing about the input."""
-    command = compiler()
-    if command is None:
-        raise ResourceError("the C++ compiler is gone; install it again")
+    or disk space ran out, which says nothing about the input; OSError if it cannot be started."""
+    command = [*(compiler() or ["c++"]), *arguments]
     english = os.environ | {"LC_ALL": "C"}  # for INTERRUPTED
     # The compiler inherits the standard input, so that it keeps the lock if it outlives a killed builder.
-    run = subprocess.run([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=english)
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=english)
     if run.returncode == 0:
         return ""
     message = run.stdout.decode("utf-8", "replace") or f"exit code {run.returncode}"
