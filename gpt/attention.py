@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 
 
-def causal_attention(qkv, heads, dropout=0.0):
-    """Attention of each position to itself and the earlier ones: queries, keys and values (B, T, 3 C) -> (B, T, C).
+def causal_attention(qkv: torch.Tensor, heads: int, dropout: float = 0.0) -> torch.Tensor:
+    """Returns the attention (B, T, C) of each position to itself and the earlier ones, from queries, keys and values
+    (B, T, 3 C).
 
     Torch picks the fused kernel. On CUDA it knows which is fastest and safe: cuDNN's on Hopper and newer GPUs from
     cuDNN 9.15.1 on (earlier versions read beyond sequences), FlashAttention elsewhere and where results must repeat to
     the bit."""
-    return merge_heads(F.scaled_dot_product_attention(*split_heads(qkv, heads), is_causal=True, dropout_p=dropout))
+    q, k, v = split_heads(qkv, heads)
+    return merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout))
 
 
 @dataclass
@@ -31,7 +33,7 @@ class LayerCache:
     is_empty: bool
     """whether the new tokens are the first of every row"""
 
-    def append(self, qkv, heads):
+    def append(self, qkv: torch.Tensor, heads: int) -> torch.Tensor:
         """Stores the keys and values of qkv (B, T, 3 C) at their positions; returns the queries (B, H, T, D)."""
         q, k, v = split_heads(qkv, heads)
         rows = torch.arange(len(self.positions), device=self.positions.device)[:, None]
@@ -40,17 +42,19 @@ class LayerCache:
         return q
 
 
-def cached_attention(qkv, heads, layer):
-    """Appends the new keys and values of qkv (B, T, 3 C) to a LayerCache, then attends to all that each row holds:
-    (B, T, C)."""
+def cached_attention(qkv: torch.Tensor, heads: int, layer: LayerCache) -> torch.Tensor:
+    """Appends the new keys and values of qkv (B, T, 3 C) to the cache; returns the attention (B, T, C) of the new
+    positions to all positions of their rows up to their own."""
     q = layer.append(qkv, heads)
     return merge_heads(masked_attention(q, layer.keys, layer.values, layer.positions))
 
 
-def masked_attention(q, keys, values, positions):
-    """Attention of q (B, H, T, D) at `positions` (B, T) to the cache positions up to its own: (B, H, T, D).
+def masked_attention(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Returns the attention (B, H, T, D) of q (B, H, T, D) at `positions` (B, T) to the cache positions up to its own.
 
-    It is two plain products: torch's fused CPU kernel rounds differently in different threads, so a text would depend
+    It is two plain products. Torch's fused CPU kernel rounds differently in different threads, so a text would depend
     on its row; and for one query in bf16 it takes five times as long."""
     mask = torch.arange(keys.shape[2], device=q.device) <= positions[:, None, :, None]  # (B, 1, T, S)
     scores = (q * q.shape[-1] ** -0.5) @ keys.transpose(-2, -1)  # (B, H, T, S)
@@ -58,11 +62,11 @@ def masked_attention(q, keys, values, positions):
     return weights.to(q.dtype) @ values
 
 
-def split_heads(qkv, heads):
-    """(B, T, 3 C) -> 3 x (B, H, T, D)"""
+def split_heads(qkv: torch.Tensor, heads: int) -> torch.Tensor:
+    """Returns queries, keys and values (3, B, H, T, D) of qkv (B, T, 3 C)."""
     return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
-def merge_heads(x):
-    """(B, H, T, D) -> (B, T, C)"""
+def merge_heads(x: torch.Tensor) -> torch.Tensor:
+    """Returns x (B, H, T, D) as (B, T, C)."""
     return x.transpose(1, 2).flatten(2)

@@ -1,7 +1,7 @@
-"""What a function launches on a GPU, recorded once and then launched as a whole: a CUDA graph.
+"""CUDA graphs: a function's kernels are recorded once, and then launched all together.
 
-The host needs some microseconds to launch each kernel. Where kernels are short, the GPU waits for it; a graph has one
-launch. The functions recorded here read nothing on the host and change tensors in place."""
+The host needs some microseconds to launch a kernel. Where kernels are short, the GPU waits for the host; a graph needs
+one launch for all. The functions recorded here read nothing on the host and change tensors in place."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,15 +10,15 @@ import torch
 
 
 class CudaGraph:
-    """One recorded function. Graphs that never run at the same time may share a `pool` of memory, and a `stream`."""
+    """One recorded function. Graphs that never run at the same time may share a memory pool and a stream."""
 
-    def __init__(self, device: torch.device, stream=None, pool=None):
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None, pool: Any = None):
         self.stream, self.pool = stream or torch.cuda.Stream(device), pool
         self.graph = torch.cuda.CUDAGraph()
         self.result: Any = None
 
     def warm_up(self, function: Callable[[], Any]) -> Any:
-        """Returns function(), run on the stream where it will be recorded: libraries keep a workspace for each."""
+        """Returns function(), run on the stream of the recording: libraries keep a workspace for each stream."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             result = function()
@@ -29,14 +29,14 @@ class CudaGraph:
         """Records function() without running it; returns its result, which every replay fills anew. Raises RuntimeError
         if the function waits for the GPU, or memory runs out; then random numbers and current stream are as before."""
         generator = torch.cuda.default_generators[self.stream.device.index]
-        draws = generator.clone_state()
+        state = generator.clone_state()
         # "thread_local": another thread may fetch the next batch during the recording.
         recording = torch.cuda.graph(self.graph, self.pool, self.stream, capture_error_mode="thread_local")
         try:
             with torch.cuda.stream(torch.cuda.current_stream()), recording:
                 self.result = function()
         except RuntimeError:
-            generator.graphsafe_set_state(draws)  # set_state would wait for the end of the recording
+            generator.graphsafe_set_state(state)  # set_state would wait for the end of the recording
             raise
         return self.result
 

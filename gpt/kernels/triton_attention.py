@@ -1,5 +1,5 @@
-"""Attention of one new token a row over a static cache, as one Triton kernel; its plain twin is
-attention.masked_attention, which reads all of the cache and takes six kernels.
+"""Attention of one new token per row over a static cache, as one Triton kernel. The plain-torch version,
+attention.masked_attention, takes six kernels and reads the whole cache.
 
 Shapes: R rows, H heads, S cache positions, D width of a head."""
 
@@ -15,35 +15,38 @@ def attend(
     q, keys, values, positions, out, row_stride, head_stride, H, S, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program for each row and head: softmax over positions 0 to the row's own, block by block, as Dao et al. 2022
-    (arXiv:2205.14135) do it. What a row computes does not depend on how much the others hold."""
+    """Computes one row and head: softmax over the positions from 0 to the row's own, block by block with a running
+    maximum and sum, as in FlashAttention (Dao et al. 2022, arXiv:2205.14135). The other rows change nothing in it."""
     row, head = tl.program_id(0), tl.program_id(1)
-    lane = tl.arange(0, WIDTH)  # D, up to the next power of two
+    lane = tl.arange(0, WIDTH)  # WIDTH: D rounded up to a power of two
     query = tl.load(q + row * row_stride + head * head_stride + lane, mask=lane < D, other=0.0).to(tl.float32) * scale
     last = tl.load(positions + row)
     base = (row * H + head).to(tl.int64) * S * D
-    best = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
-    summed = tl.zeros((WIDTH,), tl.float32)
+    maximum = tl.full((), float("-inf"), tl.float32)
+    weight_sum = tl.zeros((), tl.float32)
+    weighted_sum = tl.zeros((WIDTH,), tl.float32)
     for start in range(0, last + 1, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        inside = place <= last
-        where = base + place[:, None] * D + lane[None, :]
-        there = inside[:, None] & (lane < D)[None, :]
-        key = tl.load(keys + where, mask=there, other=0.0).to(tl.float32)
-        scores = tl.where(inside, tl.sum(key * query[None, :], axis=1), float("-inf"))
-        highest = tl.maximum(best, tl.max(scores, axis=0))
-        weights, shrink = tl.exp(scores - highest), tl.exp(best - highest)
-        value = tl.load(values + where, mask=there, other=0.0).to(tl.float32)
-        summed = summed * shrink + tl.sum(weights[:, None] * value, axis=0)
-        total = total * shrink + tl.sum(weights, axis=0)
-        best = highest
-    result = (summed / total).to(out.dtype.element_ty)
+        position = start + tl.arange(0, BLOCK)
+        exists = position <= last
+        offset = base + position[:, None] * D + lane[None, :]
+        mask = exists[:, None] & (lane < D)[None, :]
+        key = tl.load(keys + offset, mask=mask, other=0.0).to(tl.float32)
+        scores = tl.where(exists, tl.sum(key * query[None, :], axis=1), float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
+        weights, correction = tl.exp(scores - new_maximum), tl.exp(maximum - new_maximum)
+        value = tl.load(values + offset, mask=mask, other=0.0).to(tl.float32)
+        weighted_sum = weighted_sum * correction + tl.sum(weights[:, None] * value, axis=0)
+        weight_sum = weight_sum * correction + tl.sum(weights, axis=0)
+        maximum = new_maximum
+    result = (weighted_sum / weight_sum).to(out.dtype.element_ty)
     tl.store(out + (row * H + head) * D + lane, result, mask=lane < D)
 
 
-def decode_attention(q, keys, values, positions):
-    """q (R, H, 1, D) over positions 0 to `positions` (R, 1) of keys and values (R, H, S, D) -> (R, H, 1, D)."""
+def decode_attention(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Returns the attention (R, H, 1, D) of q (R, H, 1, D) to the positions from 0 to `positions` (R, 1) of keys and
+    values (R, H, S, D)."""
     rows, heads, _, width = q.shape
     q = q if q.stride(-1) == 1 else q.contiguous()
     out = torch.empty(rows, heads, 1, width, dtype=q.dtype, device=q.device)
