@@ -4,6 +4,7 @@ import atexit
 import http.server
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from pathlib import Path
@@ -38,6 +39,9 @@ def tinyshakespeare():
     """Returns the path of tinyshakespeare.txt (1,115,394 bytes)."""
     return asset("corpora/tinyshakespeare.txt")
 
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background: the programs tested would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not spin: the machine may be busy
 

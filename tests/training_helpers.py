@@ -107,7 +107,7 @@ class Recording:
     def __init__(self, model):
         self.model, self.param_groups = model, [{}]
 
-    def step(self):
+    def step(self, _found_inf):
         self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
 
     def zero_grad(self):
