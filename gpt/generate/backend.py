@@ -7,7 +7,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -93,7 +93,8 @@ class Native(Backend):
         super().__init__(model)
         self.reads_beyond = False
         native_model, sampler = native_parts(model)
-        self.prefill, self.decode, self.choose = native_model.prefill, native_model.decode, sampler.choose
+        self.prefill, self.decode = native_model.prefill, native_model.decode  # type: ignore[method-assign]
+        self.choose = sampler.choose  # type: ignore[method-assign]
 
     def slots(self, rows: int) -> int:
         return rows
@@ -124,7 +125,7 @@ def compile_static(function: Callable) -> Callable:
     uncompiled, at a tenth of the speed, with a warning at most."""
     compiled = torch.compile(function, dynamic=False, fullgraph=True)
 
-    def call(*arguments):
+    def call(*arguments: Any) -> Any:
         with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, fail_on_recompile_limit_hit=True):
             return compiled(*arguments)
 

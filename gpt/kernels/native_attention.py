@@ -3,6 +3,8 @@
 Shapes: B batch rows, T positions, H heads, C = H times the width of a head."""
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -29,7 +31,15 @@ class NativeAttention:
             return causal_attention(qkv, heads, dropout)
         return AttentionFunction.apply(qkv.contiguous(), heads, self.run)
 
-    def run(self, qkv, heads, out, log_sums, d_out=None, d_qkv=None):
+    def run(
+        self,
+        qkv: torch.Tensor,
+        heads: int,
+        out: torch.Tensor,
+        log_sums: torch.Tensor,
+        d_out: torch.Tensor | None = None,
+        d_qkv: torch.Tensor | None = None,
+    ) -> None:
         """Fills `out` (B, T, C) and `log_sums` (B, H, T). With the gradient `d_out` fills the gradient `d_qkv` instead.
         Raises MemoryError."""
         rows, positions, width = out.shape
@@ -43,7 +53,7 @@ class AttentionFunction(torch.autograd.Function):
     """Keeps for the backward pass the inputs, the outputs and the log-sum-exp of each query's scores."""
 
     @staticmethod
-    def forward(ctx, qkv, heads, run):
+    def forward(ctx: Any, qkv: torch.Tensor, heads: int, run: Callable) -> torch.Tensor:
         out = qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
         log_sums = torch.empty(len(qkv), heads, qkv.shape[1])
         run(qkv, heads, out, log_sums)
@@ -52,7 +62,7 @@ class AttentionFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, d_out):
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         qkv, out, log_sums = ctx.saved_tensors
         d_qkv = torch.empty_like(qkv)
         ctx.run(qkv, ctx.heads, out, log_sums, d_out.contiguous(), d_qkv)

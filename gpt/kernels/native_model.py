@@ -4,6 +4,7 @@ Shapes: R rows of the cache, T new tokens of each, V vocabulary."""
 
 import ctypes
 import weakref
+from typing import cast
 
 import torch
 
@@ -59,7 +60,8 @@ def supports(model: GPT) -> bool:
 
 
 def matrices(model: GPT) -> list[torch.Tensor]:
-    return [model.token.weight, *(module.weight for block in model.blocks for module in linear_layers(block))]
+    layers = [layer for block in model.blocks for layer in linear_layers(cast(Block, block))]
+    return [model.token.weight, *(layer.weight for layer in layers)]
 
 
 def linear_layers(block: Block) -> list[torch.nn.Linear]:
@@ -84,7 +86,7 @@ class NativeModel:
         self.tensors: list[torch.Tensor] = []  # the library reads them; kept, though the model may get others
         self.caches: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # KVCache -> Cache, rows, logits
         self.config, self.vocab_size, self.dtype = model.config, model.vocab_size, model.dtype
-        layers = (Layer * len(model.blocks))(*map(self.layer, model.blocks))
+        layers = (Layer * len(model.blocks))(*(self.layer(cast(Block, block)) for block in model.blocks))
         self.model = Model(
             *(KINDS[model.token.weight.dtype, model.dtype], len(layers), model.config.n_head, model.config.n_embd),
             *(model.config.block_size, model.vocab_size, layers, self.matrix(model.token)),
@@ -113,7 +115,15 @@ class NativeModel:
             self.run(described, part.contiguous(), rows, places)
             cache.advance(part.shape[1])
 
-    def run(self, cache: Cache, ids, rows, places, wanted=None, logits=None) -> None:
+    def run(
+        self,
+        cache: Cache,
+        ids: torch.Tensor,
+        rows: torch.Tensor,
+        places: torch.Tensor,
+        wanted: torch.Tensor | None = None,
+        logits: torch.Tensor | None = None,
+    ) -> None:
         """Runs tokens, each with its row and place in the cache; fills `logits` with those of the tokens `wanted`."""
         outputs = 0 if wanted is None else len(wanted)
         arguments = map(address, (ids, rows, places, wanted, logits))

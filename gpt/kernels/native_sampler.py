@@ -5,6 +5,7 @@ Shapes: R rows, V vocabulary, N draws made ahead."""
 import ctypes
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -19,21 +20,30 @@ class Choice(ctypes.Structure):
 
 
 class NativeSampler:
-    """Computes what sampling.choose and Backend.choose, in gpt.generate, compute in plain torch."""
+    """Computes what sampling.choose and Backend.choose, in gpt.generate, compute in plain torch. That room lies above
+    this one, so its types are Any here: `filters` is a sampling.Filters, `step` a step.Step."""
 
     def __init__(self, library: ctypes.CDLL):
         self.function = library.gpt_choose
         self.function.argtypes, self.function.restype = [Pointer], None
         self.calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # Step -> key, call
 
-    def choose_ids(self, logits, filters, draws, seen=None, banned=None, narrow=False) -> torch.Tensor:
+    def choose_ids(
+        self,
+        logits: torch.Tensor,
+        filters: Any,
+        draws: torch.Tensor,
+        seen: torch.Tensor | None = None,
+        banned: torch.Tensor | None = None,
+        narrow: bool = False,
+    ) -> torch.Tensor:
         """As sampling.choose; `narrow` changes nothing."""
         assert len(draws) == len(filters.temperature) == len(logits)
         if logits.stride(1) != 1 or logits.dtype != torch.float32:
             logits = logits.float().contiguous()
         return self.call(logits, filters, draws[:, None], seen, banned)()
 
-    def choose(self, logits: torch.Tensor, step) -> torch.Tensor:
+    def choose(self, logits: torch.Tensor, step: Any) -> torch.Tensor:
         """As Backend.choose. The tensors of a Step stay where they are, so they are described once."""
         key = logits.data_ptr(), step.seen is None, step.filters.penalizes
         before, call = self.calls.get(step, (None, None))
@@ -43,10 +53,19 @@ class NativeSampler:
             self.calls[step] = key, call
         return call()
 
-    def call(self, logits, filters, draws, seen, banned, eot=0, **changed) -> Callable[[], torch.Tensor]:
+    def call(
+        self,
+        logits: torch.Tensor,
+        filters: Any,
+        draws: torch.Tensor,
+        seen: torch.Tensor | None,
+        banned: torch.Tensor | None,
+        eot: int = 0,
+        **changed: torch.Tensor,
+    ) -> Callable[[], torch.Tensor]:
         """Returns a function that chooses ids (R,) by what the tensors hold when it is called. draws (R, N)"""
         ids = torch.empty(len(logits), dtype=torch.int64)
-        seen = seen.contiguous() if filters.penalizes else None
+        seen = seen.contiguous() if seen is not None and filters.penalizes else None
         tensors = {"logits": logits, "draws": draws.contiguous(), "seen": seen, "banned": banned, "ids": ids, **changed}
         tensors |= {name: getattr(filters, name) for name in ("temperature", "min_p", "penalty", "top_k", "top_p")}
         sizes = *logits.shape, logits.stride(0), 0 if banned is None else len(banned), draws.shape[1], eot
@@ -54,7 +73,7 @@ class NativeSampler:
         choice = Choice(*sizes, torch.get_num_threads(), **addresses)
         choice.tensors = tensors  # keeps them: the library reads their memory
 
-        def run():
+        def run() -> torch.Tensor:
             self.function(ctypes.byref(choice))
             return ids.clone()
 

@@ -11,7 +11,7 @@ BLOCK = 64  # positions read at once
 
 
 @triton.jit
-def attend(
+def attend(  # type: ignore[no-untyped-def]
     q, keys, values, positions, out, row_stride, head_stride, H, S, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
