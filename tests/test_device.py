@@ -8,7 +8,6 @@ import torch
 from gpt import device
 from gpt.device import ALIGNMENT, empty_together, free_memory, lie_together, pick_device, total_memory
 from gpt.errors import InputError
-from gpt.kernels.native_model import move_together
 
 CPU = torch.device("cpu")
 
@@ -108,20 +107,8 @@ def test_a_system_that_refuses_them_gets_none(monkeypatch):
     assert empty_together([(3, 5), (7,)], torch.int8) is None
 
 
-def test_without_them_the_native_model_leaves_weights_where_they_are(monkeypatch):
-    monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
-    tensors = [torch.ones(3, 5), torch.ones(7)]
-    places = [tensor.data_ptr() for tensor in tensors]
-    move_together(tensors)
-    assert [tensor.data_ptr() for tensor in tensors] == places
-
-
-def test_moved_tensors_keep_their_values_and_are_not_moved_twice():
-    tensors = [torch.randn(300, 5), torch.randn(7)]
-    before = [tensor.clone() for tensor in tensors]
-    move_together(tensors)
-    assert lie_together(tensors)
-    assert all(map(torch.equal, tensors, before))
-    places = [tensor.data_ptr() for tensor in tensors]
-    move_together(tensors)
-    assert [tensor.data_ptr() for tensor in tensors] == places
+@pytest.mark.parametrize(("cc", "known", "expected"), [("", (), False), ("", ("clang",), True), ("icx", (), True)])
+def test_fault_132_a_c_compiler_is_looked_for_as_triton_does(monkeypatch, cc, known, expected):
+    monkeypatch.setenv("CC", cc)
+    monkeypatch.setattr(device.shutil, "which", lambda name: name if name in known else None)
+    assert device.has_compiler() is expected

@@ -257,3 +257,12 @@ def test_no_function_is_longer_than_thirty_lines(path):
 @pytest.mark.parametrize("path", PRODUCT, ids=name_of)
 def test_every_file_begins_with_a_docstring(path):
     assert ast.get_docstring(tree_of(path))
+
+
+ELSEWHERE = {"gpt/plot.py": "tests/report/test_plot.py", "gpt/__main__.py": "tests/test_wheel.py"}
+
+
+@pytest.mark.parametrize("path", [path for path in PRODUCT if path.name != "__init__.py"], ids=name_of)
+def test_every_module_has_a_test_file_of_its_name(path):
+    folder = path.parent.relative_to(ROOT / "gpt") if path in MODULES else ""
+    assert (ROOT / ELSEWHERE.get(name_of(path), ROOT / "tests" / folder / f"test_{path.name}")).exists()

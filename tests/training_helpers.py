@@ -1,6 +1,7 @@
 """For tests that train: small data folders and models, and train.py, run in this process or in another one."""
 
 import contextlib
+import errno
 import hashlib
 import importlib
 import io
@@ -32,6 +33,8 @@ from gpt.train.state import optimizer_tensors
 
 # Fixes the settings that change bits. One thread: two threads on a busy machine take ten times as long.
 QUICK = ("--dtype", "fp32", "--threads", "1", "--compile", "off", "--device", "cpu")
+# A run of eight steps with checkpoints at 4 and 8.
+EIGHT_STEPS = ("--max_steps", "8", "--eval_every", "4", "--save_every", "4", "--log_every", "1", "--keep_last", "9")
 DRAW, RunPicture.__call__ = RunPicture.__call__, lambda self: None  # drawing takes a second, for each small run
 
 
@@ -315,3 +318,32 @@ def kill_at(step):
         return original(*args)
 
     train.train_step = train_step
+
+
+def state_of(out, step):
+    return json.loads((out / f"step-{step:09d}/training/state.json").read_text())
+
+
+def record_of(step):
+    return {
+        "step": step,
+        "tokens": step * 100,
+        "loss": 4.0 / (step + 1),
+        "lr": 1e-3,
+        "grad_norm": 1.0,
+        "tok_per_s": 5.0,
+        "mfu": 0.1,
+        "train_seconds": 2.0 * step,
+    }
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def random_gradients(model, step, scale=1.0):
+    """Random gradients like those of training: none for the padding of the vocabulary."""
+    torch.manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = scale * torch.randn_like(parameter)
+    model.token.weight.grad[model.vocab_size :] = 0

@@ -9,7 +9,6 @@ import torch
 from generation_helpers import PROMPTS, check_greedy, generator_of, greedy, random_model
 from torch._inductor.utils import run_and_get_code
 
-from gpt import device
 from gpt.errors import InputError
 from gpt.generate import backend
 from gpt.generate.backend import Backend, pick_backend
@@ -143,13 +142,6 @@ def test_fault_083_int8_greedy_text_is_that_of_its_own_uncached_version(dtype):
 
 
 # ---- on a GPU, as far as a CPU shows it
-
-
-@pytest.mark.parametrize(("cc", "known", "expected"), [("", (), False), ("", ("clang",), True), ("icx", (), True)])
-def test_fault_132_a_c_compiler_is_looked_for_as_triton_does(monkeypatch, cc, known, expected):
-    monkeypatch.setenv("CC", cc)
-    monkeypatch.setattr(device.shutil, "which", lambda name: name if name in known else None)
-    assert device.has_compiler() is expected
 
 
 def test_a_prompt_on_a_gpu_never_makes_cudnn_plan_its_attention():

@@ -2,12 +2,14 @@
 
 import copy
 import math
+import mmap
 
 import pytest
 import torch
 import torch.nn as nn
 
-from gpt.kernels.native_model import CHUNK, NativeModel, supports
+from gpt.device import lie_together
+from gpt.kernels.native_model import CHUNK, NativeModel, move_together, supports
 from gpt.model import GPT, KVCache, ModelConfig
 from gpt.quantize import to_int8
 
@@ -228,3 +230,22 @@ def test_two_of_one_model_work_side_by_side_and_after_it_is_gone(kernels):
         parameter.data = torch.zeros(0)
     for native in natives:
         assert (native.decode(ids, KVCache(native.config, 1)) - expected).abs().max() < 1e-4
+
+
+def test_without_large_pages_the_native_model_leaves_weights_where_they_are(monkeypatch):
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+    tensors = [torch.ones(3, 5), torch.ones(7)]
+    places = [tensor.data_ptr() for tensor in tensors]
+    move_together(tensors)
+    assert [tensor.data_ptr() for tensor in tensors] == places
+
+
+def test_moved_tensors_keep_their_values_and_are_not_moved_twice():
+    tensors = [torch.randn(300, 5), torch.randn(7)]
+    before = [tensor.clone() for tensor in tensors]
+    move_together(tensors)
+    assert lie_together(tensors)
+    assert all(map(torch.equal, tensors, before))
+    places = [tensor.data_ptr() for tensor in tensors]
+    move_together(tensors)
+    assert [tensor.data_ptr() for tensor in tensors] == places

@@ -5,20 +5,12 @@ import math
 
 import pytest
 import torch
-from training_helpers import tiny_model
+from training_helpers import random_gradients, tiny_model
 
 from gpt.errors import NonFiniteError
 from gpt.train.optim import LossScaler, OptimConfig, clip_gradients, gated_step, learning_rate, make_optimizer
 
 YES, NO = torch.tensor(True), torch.tensor(False)
-
-
-def gradients(model, step, scale=1.0):
-    """Random gradients like those of training: none for the padding of the vocabulary."""
-    torch.manual_seed(step)
-    for parameter in model.parameters():
-        parameter.grad = scale * torch.randn_like(parameter)
-    model.token.weight.grad[model.vocab_size :] = 0
 
 
 def weights(model):
@@ -38,47 +30,7 @@ def same(a, b):
     return torch.equal(a, b)
 
 
-# ---- AdamW
-
-
-def test_five_steps_equal_the_formula_of_adamw_with_decay_on_matrices_only():
-    model = tiny_model()
-    config = OptimConfig(lr=1e-2, weight_decay=0.3, beta1=0.8, beta2=0.95, eps=1e-6)
-    optimizer = make_optimizer(model, config)
-    expected = {name: p.detach().double() for name, p in model.named_parameters()}
-    mean = {name: torch.zeros_like(p) for name, p in expected.items()}
-    square = {name: torch.zeros_like(p) for name, p in expected.items()}
-    for step in range(1, 6):
-        gradients(model, step)
-        for name, parameter in model.named_parameters():
-            grad = parameter.grad.double()
-            decayed = name.endswith("weight") and "ln_" not in name
-            expected[name] *= 1 - 1e-2 * (0.3 if decayed else 0.0)
-            mean[name] = 0.8 * mean[name] + 0.2 * grad
-            square[name] = 0.95 * square[name] + 0.05 * grad**2
-            root = (square[name] / (1 - 0.95**step)).sqrt() + 1e-6
-            expected[name] -= 1e-2 * mean[name] / (1 - 0.8**step) / root
-        gated_step(optimizer, YES)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.detach().double(), expected[name], atol=2e-6, rtol=2e-5, msg=name)
-
-
-def test_steps_equal_those_of_torchs_plain_adamw():
-    model = tiny_model()
-    twin = copy.deepcopy(model)
-    config = OptimConfig(lr=1e-2, weight_decay=0.1)
-    optimizer = make_optimizer(model, config)
-    decayed = [p for n, p in twin.named_parameters() if n.endswith("weight") and "ln_" not in n]
-    others = [p for n, p in twin.named_parameters() if n.endswith("bias") or "ln_" in n]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    plain = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False)
-    for step in range(5):
-        gradients(model, step)
-        gradients(twin, step)
-        gated_step(optimizer, YES)
-        plain.step()
-    for (name, one), two in zip(model.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5, msg=name)
+# ---- groups
 
 
 def test_every_parameter_is_in_exactly_one_group():
@@ -111,7 +63,7 @@ def test_the_padding_of_the_vocabulary_stays_zero_and_gathers_no_moments():
 @pytest.mark.parametrize("limit", [0.0, 0.5, 1e9])
 def test_clipping_scales_all_gradients_to_one_norm_and_reports_the_norm_before(limit):
     model = tiny_model()
-    gradients(model, 1)
+    random_gradients(model, 1)
     flat = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
     norm = clip_gradients(model.parameters(), limit)
     assert norm.item() == pytest.approx(flat.norm().item(), rel=1e-5)
@@ -124,10 +76,10 @@ def test_clipping_scales_all_gradients_to_one_norm_and_reports_the_norm_before(l
 def test_fault_028_a_closed_gate_leaves_weights_and_moments_as_they_were(bad):
     model = tiny_model()
     optimizer = make_optimizer(model, OptimConfig())
-    gradients(model, 1)
+    random_gradients(model, 1)
     gated_step(optimizer, YES)
     before, moments_before = weights(model), moments(optimizer)
-    gradients(model, 2)
+    random_gradients(model, 2)
     model.token.weight.grad[3, 3] = bad
     gated_step(optimizer, NO)
     assert same(weights(model), before)
@@ -139,11 +91,11 @@ def test_a_skipped_step_leaves_no_trace_in_later_ones():
     twin = copy.deepcopy(model)
     one, two = make_optimizer(model, OptimConfig()), make_optimizer(twin, OptimConfig())
     for step in range(3):
-        gradients(model, step)
-        gradients(twin, step)
+        random_gradients(model, step)
+        random_gradients(twin, step)
         gated_step(one, YES)
         gated_step(two, YES)
-        gradients(model, 99, scale=math.inf)
+        random_gradients(model, 99, scale=math.inf)
         gated_step(one, NO)
     assert same(weights(model), weights(twin))
     assert same(moments(one), moments(two))
@@ -153,7 +105,7 @@ def test_a_closed_gate_before_the_first_step_makes_no_moments():
     model = tiny_model()
     optimizer = make_optimizer(model, OptimConfig())
     before = weights(model)
-    gradients(model, 1, scale=math.nan)
+    random_gradients(model, 1, scale=math.nan)
     gated_step(optimizer, NO)
     assert same(weights(model), before)
     assert not any(value.any() for state in moments(optimizer) for value in state.values())
@@ -174,7 +126,7 @@ def test_the_scale_halves_at_an_overflow_and_doubles_after_enough_finite_steps(m
 
 def test_unscaling_divides_the_gradients_by_the_scale():
     model = tiny_model()
-    gradients(model, 1)
+    random_gradients(model, 1)
     before = [p.grad.clone() for p in model.parameters()]
     scaler = LossScaler("cpu", enabled=True)
     for parameter in model.parameters():
