@@ -172,8 +172,8 @@ def stdout_writer(raw: bool) -> Callable[[str], None]:
 
 
 def show(generator: TextGenerator, prompt: Prompt, params: GenerationParams, output: OutputConfig) -> None:
-    """Prints prompt and text of each sample: as they grow, or each when it is finished. A text that an interrupt cuts
-    short is printed too."""
+    """Prints the prompt and the text of each sample: piece by piece if `output.stream` asks for it, else when the text
+    is finished. After an interrupt, also prints the unfinished text so far."""
     live = output.stream == "on" or (output.stream == "auto" and sys.stdout.isatty())
     write, waiting, unfinished = stdout_writer(output.raw), "", params.num_samples
     events = generator.events([prompt.text], [params], [prompt.id])

@@ -150,7 +150,7 @@ def accumulate(state: State, batch: Tensor, machine: Runtime) -> Tensor:
     count = ranks.mean((targets != IGNORED).sum()).clamp(min=1 / ranks.size)
     loss = torch.zeros((), device=machine.device)
     micro_batches = list(zip(ids.split(size), targets.split(size), strict=True))
-    with machine.autocast():  # around all of them: the weights, but the head's, are cast once
+    with machine.autocast():  # one context for all micro-batches: it casts the weights, except the head's, once
         for number, (micro_ids, micro_targets) in enumerate(micro_batches, 1):
             forward = ranks.forward(state.model, last=number == len(micro_batches))
             share = forward(micro_ids, micro_targets, ops=state.ops).sum() / count

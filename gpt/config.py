@@ -289,12 +289,12 @@ def in_type(value: Any, wanted: Any) -> Any:
 
 
 def to_toml(values: dict[str, Any]) -> str:
-    """Returns TOML text that `read_toml` reads back: strings, numbers, booleans and lists of strings."""
+    """Returns `values` (strings, numbers, booleans, lists of strings) as TOML text, which `read_toml` reads back."""
     return "".join(f"{name} = {toml_value(value)}\n" for name, value in values.items())
 
 
 def toml_value(value: Any) -> str:
-    """Returns a value in TOML, which is its JSON, but U+007F must be escaped."""
+    """Returns `value` as TOML: its JSON text, with U+007F escaped."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -111,7 +111,7 @@ def available_memory() -> int:
 
 
 def total_memory(device: torch.device) -> float:
-    """Returns the bytes that `device` has for this process; infinity where the system does not tell."""
+    """Returns the number of bytes that this process may use in all on `device`; infinity if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     totals: list[float] = [limit for limit, _ in group_limits()]

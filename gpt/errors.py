@@ -22,7 +22,7 @@ class Error(Exception):
 
 
 class InputError(Error):
-    """Bad input or settings; nothing was created and no device touched."""
+    """Bad input or settings. Raised before an output file is created or changed."""
 
     code = 2
 

@@ -193,7 +193,8 @@ class GPT(nn.Module):
         return self.head(x[:, -1]) if targets is None else self.losses(x, targets)
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None, ops: Ops = REFERENCE) -> Tensor:
-        """Returns the input of the head (B, T, C) for ids (B, T). To fill a cache with a prompt, this is enough."""
+        """Returns the final hidden states (B, T, C), the input of the head, for ids (B, T). With a cache, appends the
+        keys and values of `ids` to it, which is all that prefilling needs. Raises ValueError as `forward` does."""
         self.check_positions(ids.shape[1], cache)
         positions = torch.arange(ids.shape[1], device=ids.device)
         layers: list[LayerCache] | list[None] = [None] * len(self.blocks)
@@ -274,7 +275,7 @@ def initialize(model: GPT) -> None:
 
 
 def padded_vocabulary(vocab_size: int) -> int:
-    """Returns the number of embedding rows: `vocab_size` rounded up to VOCAB_MULTIPLE."""
+    """Returns the number of embedding rows: `vocab_size` rounded up to a multiple of VOCAB_MULTIPLE."""
     return math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 

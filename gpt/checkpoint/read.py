@@ -143,7 +143,7 @@ def steps_of_run(out: str | Path) -> list[Path]:
 
 
 def first_valid(folders: list[Path], use: Callable[[Path], T]) -> T:
-    """Returns use(folder) of the first folder for which `use` raises no IntegrityError; each error before is a warning.
+    """Returns use(folder) of the first folder for which `use` raises no IntegrityError; warns of each earlier error.
     Raises IntegrityError if all fail."""
     if len(folders) == 1:
         return use(folders[0])
@@ -173,7 +173,8 @@ def load_pretrained(
     path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", together: bool = False
 ) -> Loaded:
     """Finds, verifies and loads a model: returns (GPT, Tokenizer, content of generation_config.json). `path` is a
-    folder or a hub name, see candidates; the other arguments are those of load_model."""
+    folder or a hub name, see `candidates`; the other arguments are those of load_model. Raises InputError if there is
+    no such model, IntegrityError if none of its checkpoints can be used."""
     load = functools.partial(load_verified, dtype=dtype, device=device, together=together)
     return first_valid(candidates(path), load)
 

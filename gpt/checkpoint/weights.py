@@ -130,8 +130,10 @@ def weights_hash(folder: Path) -> str:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a file, mapped into memory: values are read at their first use. Raises IntegrityError for
-    a missing or malformed file. Unlike safetensors, refuses a huge header and a name that is given twice."""
+    """Returns the tensors of a file. They are mapped into memory, so values are read at their first use.
+
+    Raises IntegrityError if the file is missing or malformed, has a header above HEADER_LIMIT or gives a name twice
+    (stricter than the safetensors library), ResourceError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")

@@ -81,16 +81,16 @@ def read_answer(file: IO[bytes], prompt: Prompt, where: str) -> bool:
 
 @contextlib.contextmanager
 def open_answers(path: str, answers: Answers | None = None) -> Iterator[IO[str]]:
-    """A context with the file to write to: stdout if `path` is empty, the old file after its `answers`, else a new
-    file. Raises ResourceError if writing fails, and if another program writes to the old file or has changed it since
-    it was read."""
+    """Returns a context that gives the file to write answers to: stdout if `path` is empty; with `answers`, the file
+    that they were read from, cut after them; else `path`, overwritten. Raises ResourceError if writing fails, or if
+    another program writes to the file or has changed it since it was read."""
     if not path:
         with stdout_errors():
             yield sys.stdout
         return
     mode = "w" if answers is None else "a"
     try:
-        # A lone surrogate of a JSONL prompt becomes \\udXXX, which is its JSON escape.
+        # A lone surrogate of a JSONL prompt becomes \udXXX, which is its JSON escape.
         with open(path, mode, encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             if answers is not None:
                 lock_answers(file, path, answers)

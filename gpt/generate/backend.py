@@ -48,13 +48,14 @@ class Backend:
             self.model.hidden(ids, cache, self.ops)
 
     def decode(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Appends ids (R,), one per row, to the cache; returns the logits (R, V) after them. Reads nothing on the
-        host, so it can be compiled or captured. The next call may overwrite the logits."""
+        """Appends the keys and values of ids (R,), one id per row, to the cache; returns the logits (R, V) of the next
+        token. Needs no value on the host, so it can be compiled, or captured as a CUDA graph. The next call may
+        overwrite the logits."""
         return self.model(ids[:, None], cache=cache, ops=self.ops)
 
     def choose(self, logits: torch.Tensor, step: Step) -> torch.Tensor:
-        """Chooses each row's next id from logits (R, V), which it changes. Sets `step.next`, counts `step.turns` and
-        returns the ids (R,), or the numbers below 0 that sampling.choose gives instead."""
+        """Chooses each row's next id from logits (R, V), which it changes in place. Copies the ids to `step.next`,
+        increments `step.turns` and returns the ids (R,), negative where sampling.choose finds none."""
         # Not -inf, which would look like damaged weights.
         logits[:, step.eot].masked_fill_(step.ignores_eot, torch.finfo(torch.float32).min)
         draws = step.draws.gather(1, step.turns[:, None] % step.draws.shape[1])[:, 0]

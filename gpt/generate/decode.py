@@ -22,13 +22,13 @@ class Launch(NamedTuple):
     """Steps in flight."""
 
     wait: Callable[[], Results]
-    slots: list[Sequence | None]  # what each row held when they began; None also where results no longer count
+    slots: list[Sequence | None]  # what each row held at the start; None for an idle row, or if its results are dropped
     lengths: np.ndarray  # (R,) positions that each row's cache held when they began
 
 
 class Decoder:
-    """R row slots over one static cache, R being `backend.slots(rows)`. A text depends on its own prompt and on R
-    alone: each row is prefilled by itself, and in a step no row's arithmetic depends on another row."""
+    """R row slots over one static cache, R being `backend.slots(rows)`. A text does not depend on the texts in other
+    rows, only on R: each row is prefilled by itself, and in a step no row's arithmetic depends on another row."""
 
     def __init__(self, backend: Backend, rows: int, eot: int, banned: Collection[int] = ()):
         self.model = backend.model
@@ -47,9 +47,10 @@ class Decoder:
         self.step.reset(report)
 
     def events(self, sequences: Iterable[Sequence], report: int | None = None) -> Events:
-        """Generates the sequences, taken as slots become free. Yields an event after each token; with the last one
-        `sequence.finish_reason` is set. `report` gives sequences log-probabilities, also of that many likeliest tokens.
-        Raises NonFiniteError, and ResourceError if memory runs out."""
+        """Generates the sequences; each waits for a free slot. Yields an event after each token; at a sequence's last
+        event its `finish_reason` is set. Unless `report` is None, sequences get the log-probability of each token and
+        those of the `report` likeliest tokens. Raises NonFiniteError for logits that are not finite, ResourceError if
+        memory runs out."""
         waiting, training = iter(sequences), self.model.training
         self.reset(report)
         if training:  # eval() visits all modules, which takes milliseconds

@@ -113,8 +113,8 @@ class TextGenerator:
         return self.decode(self.sequences(encoded, ids, params, skip), *self.pick(params), report)
 
     def encode(self, prompt: str, name: str, params: GenerationParams) -> np.ndarray:
-        """Returns the ids of a prompt, int32 (T,); end-of-text for an empty one. Raises InputError for more than the
-        context."""
+        """Returns the ids of a prompt, int32 (T,); end-of-text alone for an empty one. If a prompt is longer than the
+        context, keeps its last ids if `params.truncate`, else raises InputError, which calls it `name`."""
         ids = self.tokenizer.encode(prompt, params.allow_special) or [self.tokenizer.eot]
         context = self.model.config.block_size
         if len(ids) > context and not params.truncate:

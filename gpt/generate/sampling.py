@@ -60,8 +60,10 @@ class SamplingParams:
 
 
 class Filters:
-    """The SamplingParams of B rows as tensors (B,), which a compiled or captured step reads anew each time. `kind` only
-    saves work; a step that was captured under one kind is right for that kind alone."""
+    """The SamplingParams of B rows as tensors (B,), so that a compiled or captured step sees every change of them.
+
+    `kind` says which parts of `choose` these settings need. `choose` leaves out the others, so a step that was captured
+    under one kind must not be replayed under another."""
 
     def __init__(self, rows: int, device: torch.device | None = None):
         self.temperature = torch.zeros(rows, device=device)
@@ -112,11 +114,11 @@ def choose(
     banned: torch.Tensor | None = None,
     narrow: bool = False,
 ) -> torch.Tensor:
-    """Returns the next ids (B,) for logits (B, V) float32 and random numbers `draws` (B,); NOT_FINITE for a row whose
-    logits are not all finite. Each row is a pure function of its own logits, settings and random number.
+    """Returns the next ids (B,) for logits (B, V) float32 and random numbers `draws` (B,) int64, below DRAWS. The id is
+    NOT_FINITE where a row's logits are not all finite. No row's id depends on another row.
 
-    `seen` (B, V) marks the tokens that the repetition penalty applies to; `banned` (N,) are ids that are never chosen.
-    `narrow` looks only at the CANDIDATES likeliest tokens, and gives UNDECIDED for a row that they do not decide."""
+    `seen` (B, V) bool marks the tokens that the repetition penalty applies to; ids in `banned` (N,) are never chosen.
+    With `narrow` only the CANDIDATES likeliest tokens count; a row that they do not decide gets UNDECIDED."""
     finite = logits.abs().amax(-1) < math.inf
     if filters.penalizes:
         logits = penalize(logits, seen, filters.penalty[:, None])
@@ -162,9 +164,9 @@ def kept_weights(logits: torch.Tensor, filters: Filters, narrow: bool = False) -
 
 
 def ranking(values: torch.Tensor) -> torch.Tensor:
-    """Returns whole numbers that rise from the likeliest token to the least likely, ties by id: int64 (B, V) for values
-    <= 0. Their upper halves are the bits of the values, which rise as negative values fall; their lower halves are the
-    ids."""
+    """Returns sort keys, int64 (B, V), for float32 values (B, V) that are at most 0: the largest value has the smallest
+    key, and of equal values the lower id. The upper 32 bits of a key are the value's bits without its sign, which grow
+    as the value falls; the lower 32 bits are the id."""
     ids = torch.arange(values.shape[-1], device=values.device)
     return (values.view(torch.int32) & 0x7FFFFFFF).long() << 32 | ids
 

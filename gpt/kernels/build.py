@@ -59,8 +59,8 @@ def load_library(purpose: str = GENERATION) -> ctypes.CDLL | None:
 
 
 def build_now(purpose: str = GENERATION) -> ctypes.CDLL | None:
-    """Returns the library. If it is missing, builds it or waits for the process that builds it, which takes seconds.
-    Returns None if the build is impossible, fails or takes longer than WAIT_SECONDS."""
+    """Returns the C++ library for `purpose`. If it is missing, builds it or waits for the process that builds it; this
+    takes seconds. Returns None if it cannot be built, the build fails, or a wait exceeds WAIT_SECONDS."""
     library = load_library(purpose)
     if library is None:
         builder = start_builder(purpose, wait_seconds=WAIT_SECONDS)

@@ -107,7 +107,8 @@ class NativeModel:
         return logits
 
     def prefill(self, ids: torch.Tensor, cache: KVCache) -> None:
-        """Reads ids (R, T) into the rows of a cache. Raises ValueError for an id or a position that does not exist."""
+        """Appends ids (R, T) to the rows of a cache. Raises ValueError for an id outside the vocabulary or a position
+        beyond block_size, MemoryError if memory does not suffice."""
         described = self.describe(cache)
         for part in ids.split(CHUNK, dim=1):
             places = cache.lengths[:, None] + torch.arange(part.shape[1])

@@ -20,8 +20,8 @@ class Choice(ctypes.Structure):
 
 
 class NativeSampler:
-    """Computes what sampling.choose and Backend.choose, in gpt.generate, compute in plain torch. That room lies above
-    this one, so its types are Any here: `filters` is a sampling.Filters, `step` a step.Step."""
+    """Computes in C++ what sampling.choose and Backend.choose of gpt.generate compute in torch. gpt.kernels does not
+    import gpt.generate, so its types are Any here: `filters` is a sampling.Filters, `step` a step.Step."""
 
     def __init__(self, library: ctypes.CDLL):
         self.function = library.gpt_choose
@@ -37,7 +37,7 @@ class NativeSampler:
         banned: torch.Tensor | None = None,
         narrow: bool = False,
     ) -> torch.Tensor:
-        """As sampling.choose; `narrow` changes nothing."""
+        """Returns what sampling.choose returns; `narrow` has no effect, so no row is UNDECIDED."""
         assert len(draws) == len(filters.temperature) == len(logits)
         if logits.stride(1) != 1 or logits.dtype != torch.float32:
             logits = logits.float().contiguous()
@@ -63,7 +63,7 @@ class NativeSampler:
         eot: int = 0,
         **changed: torch.Tensor,
     ) -> Callable[[], torch.Tensor]:
-        """Returns a function that chooses ids (R,) by what the tensors hold when it is called. draws (R, N)"""
+        """Returns a function that chooses ids (R,) by what the tensors hold when it is called. `draws` is (R, N)."""
         ids = torch.empty(len(logits), dtype=torch.int64)
         seen = seen.contiguous() if seen is not None and filters.penalizes else None
         tensors = {"logits": logits, "draws": draws.contiguous(), "seen": seen, "banned": banned, "ids": ids, **changed}

@@ -1,5 +1,5 @@
-"""The door to this room: the precision, the kernels and the native back end that a model gets. It goes by the device
-and, on a CPU, by what is built and what a short measurement finds faster."""
+"""Selects the precision, the kernels and the native back end for a model: by the device and, on a CPU, by what is built
+and what a short measurement finds faster. Other packages reach the kernels through this module alone."""
 
 import ctypes
 import functools
@@ -63,7 +63,8 @@ def native_attention(wait: bool) -> NativeAttention | None:
 
 
 def attention_is_faster(attention: NativeAttention, config: ModelConfig, dtype: torch.dtype) -> bool:
-    """Returns whether the C++ attention, forward and backward, is faster than torch's over sequences of this model."""
+    """Returns whether forward and backward pass of the C++ attention are faster than those of torch's, measured with
+    this model's heads, width and block_size."""
     heads, positions, width = config.n_head, config.block_size, config.n_embd
 
     def contest() -> tuple[Way, Way]:
@@ -123,8 +124,8 @@ def one_layer_like(model: GPT) -> GPT:
 
 
 def load_or_build(purpose: str, wait: bool) -> ctypes.CDLL | None:
-    """Returns a library, or None. If it is missing, builds it now or, without `wait`, starts a build in the background
-    for later runs."""
+    """Returns the C++ library for `purpose`, or None. If it is not built, `wait` builds it now; without `wait` returns
+    None and starts a build in the background, for later runs."""
     library = build.build_now(purpose) if wait else build.load_library(purpose)
     if library is None and not wait and build.start_background_build(purpose):
         note("info", "C++ kernels are being built in the background, for later runs; this one uses plain torch")

@@ -22,7 +22,8 @@ def corpus_sources(name: str, url: str, spool_folder: Path) -> tuple[list[TextSo
 
 
 def standard_library(folder: Path | None = None) -> tuple[list[TextSource], dict[str, Any]]:
-    """Returns the Python files of the standard library without its tests; a document is a file."""
+    """Returns the Python files of the standard library without its tests, each one document, and the corpus's entries
+    in the manifest."""
     folder = Path(folder or sysconfig.get_path("stdlib"))
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
     names = [name for name in names if not set(name.split("/")[:-1]) & set(NOT_SOURCES) and (folder / name).is_file()]
@@ -37,7 +38,8 @@ def standard_library(folder: Path | None = None) -> tuple[list[TextSource], dict
 
 
 def shakespeare(url: str, spool_folder: Path) -> tuple[list[TextSource], dict[str, Any]]:
-    """Returns tinyshakespeare, one document, downloaded to an unnamed temporary file."""
+    """Returns tinyshakespeare, one document, downloaded to an unnamed temporary file, and the corpus's entries in the
+    manifest."""
     from gpt.text.download import fetch
 
     try:

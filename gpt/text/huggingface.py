@@ -80,7 +80,8 @@ def spelled(token: bytes) -> str:
 
 
 def unspelled(text: str) -> bytes:
-    """unspelled("Ġthe") -> b" the". Raises KeyError for a character that spells no byte."""
+    """Returns the bytes that `text` spells: unspelled("Ġthe") == b" the". Raises KeyError for a character that spells
+    no byte."""
     return bytes(map(BYTE_OF.__getitem__, text))
 
 

@@ -36,8 +36,9 @@ RANK_FILES = {
 
 
 def read_rank_file(path: Path) -> Vocabulary:
-    """Returns the Vocabulary of `x.tiktoken` (lines of base64 bytes and rank) and `x.json` {"pattern",
-    "special_tokens"}. Raises InputError if one of them is missing or malformed."""
+    """Returns the Vocabulary of a rank file, `path` = x.tiktoken (lines of base64 bytes and rank), and of x.json beside
+    it, {"pattern": text, "special_tokens": {text: id}}. Raises InputError if one is missing or a value in it is wrong,
+    IntegrityError if x.json is no JSON object or a file is too long."""
     settings = path.with_suffix(".json")
     for needed in (path, settings):
         if not needed.is_file():

@@ -1,8 +1,9 @@
-"""Batches: the training stream as a pure function of (seed, n), the fixed validation set, and prefetch.
+"""Batches: the windows of a run as a pure function of (seed, n), the fixed validation set, and prefetch.
 
 The shards of a split are one stream of ids. Epoch e cuts it, from an offset drawn from (seed, e), into windows of
 block_size + 1 ids that overlap by one, and visits them in an order drawn from (seed, e). Window n of the run is window
-n % N of epoch n // N, where N is the windows of an epoch; the number of windows seen is all that resuming needs.
+n % N of epoch n // N, where N is the number of windows in an epoch; the number of windows seen is all that resuming
+needs.
 
 16 ids, block_size 4, seed 1: there are 4 possible offsets, and N = (16 - 4) // 4 = 3 windows in each epoch.
 
@@ -25,7 +26,7 @@ FEISTEL_ROUNDS = 6
 
 
 class Windows:
-    """The infinite training stream of one split."""
+    """The windows of a run, an endless sequence over the shards of one split: see the top of this file."""
 
     def __init__(self, reader: TokenReader, block_size: int, seed: int):
         require_tokens("train", reader, block_size)
@@ -34,7 +35,7 @@ class Windows:
         self.per_epoch = (len(reader) - self.offsets) // block_size
 
     def start(self, n: np.ndarray) -> np.ndarray:
-        """Returns the first id of each window in `n`, int64 arrays."""
+        """Returns the places in the stream where the windows numbered `n` begin; both are int64 (count,)."""
         epochs, indices = np.divmod(n, self.per_epoch)
         starts = np.empty_like(n)
         for epoch in map(int, np.unique(epochs)):
@@ -55,9 +56,9 @@ class Windows:
 
 
 class Prefetch:
-    """Takes batches of windows, and reads the next one in the background meanwhile: of each batch, the share of rank
-    `rank` of `ranks`. The background also applies `ready`, which turns the array into what a step needs (a tensor, in
-    pinned memory for a GPU)."""
+    """Returns the share of rank `rank` of `ranks` of each batch of windows, and reads the next batch in the background.
+    The background also applies `ready`, which turns the array into what a step needs (a tensor, in pinned memory for a
+    GPU)."""
 
     def __init__(self, windows: Windows, ready: Callable[[np.ndarray], Any], rank: int = 0, ranks: int = 1):
         self.windows, self.ready, self.rank, self.ranks = windows, ready, rank, ranks

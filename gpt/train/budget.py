@@ -127,7 +127,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Budget:
-    """The limits of a run, in steps."""
+    """The limits of a run, and how many steps they allow."""
 
     length: LengthConfig
     global_batch_size: int

@@ -53,7 +53,8 @@ def launches_matter(flops: float, layers: int, device: torch.device) -> bool:
 
 
 def eager_speed(device: torch.device) -> float:
-    """Returns the FLOP/s of an uncompiled step on a GPU; an A100's where its peak is unknown."""
+    """Returns the FLOP/s of an uncompiled step on a GPU, EAGER_SHARE of its peak. A GPU of unknown peak counts as an
+    A100."""
     return EAGER_SHARE * (gpu_peak(torch.cuda.get_device_name(device)) or GPU_PEAKS["A100"])
 
 
@@ -66,8 +67,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def gpu_peak(name: str) -> float:
-    """Returns the FLOP/s of the GPU that torch calls `name`; 0.0 if unknown, as for variants of a known chip: "RTX 4090
-    Laptop GPU"."""
+    """Returns the dense bf16/fp16 peak, in FLOP/s, of the GPU that torch calls `name`; 0.0 if GPU_PEAKS lacks it. The
+    Ti, D and Laptop variants of a GPU in the table count as unknown."""
     peaks = (peak for part, peak in GPU_PEAKS.items() if re.search(rf"\b{part}\b(?! (?:Ti|D|Laptop)\b)", name))
     return next(peaks, 0.0)
 

@@ -31,7 +31,7 @@ SECONDS_BETWEEN_DRAWINGS = 120
 
 class Log:
     """Writes one record per logged step to metrics.jsonl, the terminal and wandb, and calls `draw()` now and then to
-    draw the losses. No failure of these ends the run. `step` is the last one whose record stays, -1 for none. Raises
+    draw the losses. No failure of these ends the run. Removes the records of steps after `step`; -1 removes all. Raises
     ResourceError if metrics.jsonl cannot be opened."""
 
     def __init__(self, out: Path, step: int, total_steps: int, draw: Callable[[], None], wandb_run: Any = None):
@@ -188,8 +188,8 @@ def short(record: dict) -> str:
 
 
 def start_log(config: Any, progress: Progress, budget: Budget, draw: Callable) -> Log:
-    """Opens the log of a run in `config.out`, and wandb if that is asked for. `draw(folder)` makes the function that
-    draws the losses of the run."""
+    """Returns the Log of a run in `config.out`. If `config.wandb` names a project, the Log writes to wandb too, and
+    `progress.wandb_id` is set. `draw(folder)` returns a function that draws the loss curves of the run in `folder`."""
     wandb_run, out = None, Path(config.out)
     if config.wandb:
         wandb_run = start_wandb(config.wandb, progress.wandb_id or None, out, flatten(config))

@@ -13,8 +13,8 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsFile:
-    """metrics.jsonl, opened to append one record per line. Keeps what a full disk refuses and writes it later. `step`
-    is the last one whose line stays, -1 for none. Raises ResourceError if the file cannot be opened."""
+    """metrics.jsonl, opened to append one record per line. Keeps what a full disk refuses and writes it later. Removes
+    the lines of steps after `step`; -1 removes all. Raises ResourceError if the file cannot be opened."""
 
     def __init__(self, path: Path, step: int):
         self.path, self.unwritten, self.told = path, bytearray(), False
@@ -62,7 +62,7 @@ class MetricsFile:
             raise self.refused(error) from None
 
     def close(self) -> None:
-        """Closes the file; a warning counts the lines that were never written."""
+        """Writes what is still unwritten and closes the file. If writing fails, warns how many lines are lost."""
         try:
             self.flush()
         except OSError as error:

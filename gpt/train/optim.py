@@ -139,7 +139,7 @@ def clip_gradients(parameters: Iterable[torch.Tensor], grad_clip: float) -> torc
 
 def gated_step(optimizer: Optimizer, finite: torch.Tensor) -> None:
     """Takes a step of the optimizer; where the device scalar `finite` is false, weights and moments stay as they are.
-    The host does not wait to know, but on MPS, whose fused kernel ignores `found_inf`."""
+    The host does not wait for the answer, except on MPS, whose fused kernel ignores `found_inf`."""
     if finite.device.type == "mps" and not finite:
         return
     optimizer.step((~finite).float())
@@ -170,8 +170,9 @@ class LossScaler:
             self.finite_steps.copy_(torch.where(doubles, 0.0, grown))
 
     def check(self, step: int, finite: bool, loss: float, place: str) -> None:
-        """Raises NonFiniteError if step number `step` must end the run. An fp16 overflow is skipped until it is one of
-        many in a row. `place` names the data of the batch."""
+        """Raises NonFiniteError if loss and gradients of step `step` were not `finite`. In fp16, where such a step is
+        skipped, raises it only for a non-finite loss or after MOST_OVERFLOWS overflows in a row. `place` says, for the
+        message, where the batch lies in the data."""
         self.overflows = 0 if finite else self.overflows + 1
         skipped = self.enabled and math.isfinite(loss) and self.overflows < MOST_OVERFLOWS
         if not finite and not skipped:

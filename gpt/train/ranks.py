@@ -32,12 +32,13 @@ STEP_LIMIT = timedelta(minutes=10)
 HOST_LIMIT = timedelta(hours=12)
 FAILURE = "failure"  # key in torchrun's store under which the first rank to fail writes why
 GRACE = 10.0  # seconds until a rank that does not notice another one's failure is ended
-FIRST_WORDS = 1.0  # seconds by which the others outlive that one: torchrun ends all ranks when the first is gone
+FIRST_WORDS = 1.0  # seconds that the others stay after the first failed rank: torchrun ends all when the first is gone
 
 
 class Ranks:
-    """Process `rank` of `size`, the `local_rank`-th of `local_size` on this machine. A process alone exchanges nothing.
-    Raises ResourceError if several do not all arrive."""
+    """This process as rank `rank` of the `size` processes of a run, number `local_rank` of the `local_size` on this
+    machine, both from 0. A process alone exchanges nothing. Raises ResourceError if not all processes join within
+    START_LIMIT."""
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1):
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size

@@ -94,8 +94,9 @@ class Runtime:
         return dtypes[int(self.ranks.first(dtypes.index(pick_dtype(name, self.device))))]
 
     def autocast(self, enabled: bool = True) -> contextlib.AbstractContextManager:
-        """Returns a context in which matrix products run in this precision while weights stay fp32. Cast weights are
-        kept until the outermost context ends; an inner one, not `enabled`, is for the backward pass."""
+        """Returns an autocast context: matrix products run in the Runtime's precision, weights stay fp32. Casts of the
+        weights are cached until the outermost context ends. `enabled=False`, inside such a context, turns it off for
+        the backward pass and keeps the cached casts."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
@@ -105,8 +106,8 @@ class Runtime:
         return to_device(torch.from_numpy(array), self.device)
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], list]:
-        """Returns a function that returns `tensor` as lists. On a GPU it waits for this tensor alone, not for what is
-        launched later."""
+        """Returns a function that returns `tensor` as nested lists. On a GPU the copy starts now, and that function
+        waits for the copy alone, not for work that is launched later."""
         if self.device.type != "cuda":
             return tensor.tolist
         host, done = pinned_copy(tensor), torch.cuda.Event()

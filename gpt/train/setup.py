@@ -61,12 +61,14 @@ class Run:
         return Prefetch(self.corpus.windows, self.machine.ready, self.ranks.rank, self.ranks.size)
 
     def profiler(self) -> contextlib.AbstractContextManager[Callable[[], object]]:
-        """Returns a context that gives a function to call after each step; it profiles some if that is asked for."""
+        """Returns a context that gives a function to call after each step. With `config.profile` it profiles some steps
+        on rank 0."""
         asked = self.config.profile and self.ranks.leads
         return profiler(Path(self.config.out) / "trace.json" if asked else None)
 
     def count_seconds(self, seconds: float) -> None:
-        """Adds the time of a step. Where time ends the run, all ranks count rank 0's."""
+        """Adds the time of a step to the run's train_seconds. If max_minutes limits the run, every rank adds the time
+        that rank 0 measured, so that all stop at the same step."""
         limited = self.config.length.max_minutes
         self.state.progress.train_seconds += self.ranks.first(seconds) if limited else seconds
 
@@ -76,8 +78,8 @@ def open_run(
     start: Start, ranks: Ranks, train_step: TrainStep, accumulate: Accumulate, sampling: dict, draw: Callable
 ) -> Iterator[Run]:
     """Opens the Run that begins at `start`; closes it afterwards. `train_step` and `accumulate` are those of train.py,
-    `sampling` the defaults of generation to store in checkpoints, `draw(out)` draws the losses in a run folder. Raises
-    Stopped if a signal ended the loop."""
+    `sampling` the defaults of generation to store in checkpoints; `draw(out)` returns a function that draws the loss
+    curves of the run folder `out`. Raises Stopped if a signal ended the loop."""
     config, progress, corpus = start.config, start.progress, start.corpus
     machine = Runtime(config.machine, ranks, start.checkpoint)
     memory.check_fits(config.model, corpus.tokenizer.vocab_size, machine.device, config.optim.optimizer)

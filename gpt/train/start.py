@@ -154,7 +154,8 @@ def find_start(config: Any, base: Path | None, ranks: Ranks) -> Start:
 
 
 def find_checkpoint(config: Any, base: Path | None, corpus: Corpus) -> Checkpoint | None:
-    """Returns the checkpoint that the run continues, or None. Compares settings, tokenizer and data with it."""
+    """Returns the checkpoint that the run continues, or None for a new run. Raises InputError if its tokenizer or
+    settings differ from the run's, IntegrityError if its data do."""
     checkpoint = checkpoint_to_resume(config.out, config.resume)
     if checkpoint is None:
         if not base:
@@ -261,8 +262,8 @@ def shard_hashes(record: dict[str, Any]) -> dict[str, tuple[int, str]]:
 
 
 def first_model(start: Start) -> tuple[GPT, dict[str, str] | None]:
-    """Returns (model in fp32 on the CPU, record of the base model or None): the checkpoint's, the base's or a new
-    one."""
+    """Returns the model to train, in fp32 on the CPU (the checkpoint's, the base model or a new one), and the record of
+    the base model that the run began with, or None."""
     config, tokenizer = start.config, start.corpus.tokenizer
     if start.checkpoint:
         model, origin = load_model(start.checkpoint.path), start.checkpoint.state["base"]
