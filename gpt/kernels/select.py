@@ -116,10 +116,9 @@ def one_layer_like(model: GPT) -> GPT:
     """Returns a GPT of one layer that is otherwise like `model`, filled with a constant: zeros would lie in one page of
     memory."""
     with torch.device("meta"):
-        probe = GPT(replace(model.config, n_layer=1), min(model.vocab_size, PROBE_VOCABULARY)).to(model.dtype).eval()
-    probe.to_empty(device="cpu")
-    for parameter in probe.parameters():
-        parameter.data.fill_(0.01)
+        probe = GPT(replace(model.config, n_layer=1), min(model.vocab_size, PROBE_VOCABULARY)).eval()
+    values = {name: torch.full(p.shape, 0.01, dtype=model.dtype) for name, p in probe.named_parameters()}
+    probe.load_state_dict(values, assign=True)  # to_empty would import sympy, which takes half a second
     return to_int8(probe) if model.token.weight.dtype == torch.int8 else probe
 
 
