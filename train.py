@@ -72,6 +72,8 @@ class TrainConfig:
             problems.append("data is not given; make a folder with data/prepare.py and pass --data FOLDER")
         if self.optim.warmup_steps >= 1 and 0 < self.length.max_steps < self.optim.warmup_steps:
             problems.append(f"warmup_steps {self.optim.warmup_steps:g} is more than max_steps {self.length.max_steps}")
+        if self.machine.kernels == "on" and (self.model.dropout or self.model.n_embd // max(self.model.n_head, 1) % 2):
+            problems.append("kernels on needs dropout 0 and heads of an even width (n_embd / n_head); use auto")
         if self.seed < 0:
             problems.append(f"seed {self.seed} must be 0 or more")
         refuse(problems)
@@ -143,11 +145,12 @@ def train_step(state: State, batch: Tensor, lr: float | Tensor, grad_clip: float
 
 
 def accumulate(state: State, batch: Tensor, machine: Runtime) -> Tensor:
-    """Adds up the gradients of all micro-batches. Returns the mean loss over the targets of the whole batch, of which
-    `batch` is this rank's share: sums are divided by the ranks' mean number of targets, and then averaged over them."""
+    """Adds up the gradients of all micro-batches. `batch` is this rank's share of the step. Each rank divides its sum
+    of losses by the mean number of targets per rank; the mean of these over the ranks is the mean loss over all
+    targets, which is returned."""
     ids, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
     ranks, size = machine.ranks, state.progress.micro_batch_size
-    count = ranks.mean((targets != IGNORED).sum()).clamp(min=1 / ranks.size)
+    count = ranks.mean((targets != IGNORED).sum()).clamp(min=1 / ranks.size)  # no target on any rank: loss 0
     loss = torch.zeros((), device=machine.device)
     micro_batches = list(zip(ids.split(size), targets.split(size), strict=True))
     with machine.autocast():  # one context for all micro-batches: it casts the weights, except the head's, once

@@ -121,15 +121,14 @@ def positional(metavar: str, **keywords: Any) -> Any:
     return dataclasses.field(metadata={"metavar": metavar}, **keywords)
 
 
-def parse_flags(cls: type, argv: list[str], description: str | None = None, usage: str | None = None) -> dict[str, Any]:
+def parse_flags(cls: type, argv: list[str], description: str | None = None) -> dict[str, Any]:
     """Returns the values that the options and positional words in `argv` give, and no others.
 
     Raises InputError for a missing or mistyped value, else for all unknown options, else for all words that belong to
-    no option, else for all repeated options. `--help` prints the options with the defaults of `cls` and exits 0; its
-    first line shows `usage` (default: the script's name)."""
+    no option, else for all repeated options. `--help` prints the options with the defaults of `cls` and exits 0."""
     wants_help = bool({"-h", "--help"} & set(argv))
     texts = explanations(cls) if wants_help else {}  # to read the source takes a third of a second
-    parser = make_parser(cls, texts, description, usage)
+    parser = make_parser(cls, texts, description)
     if wants_help:
         say(parser.format_help().rstrip())
         parser.exit()
@@ -144,12 +143,12 @@ def parse_flags(cls: type, argv: list[str], description: str | None = None, usag
     return {name: tuple(value) if isinstance(value, list) else value for name, [value] in given.items()}
 
 
-def make_parser(cls: type, texts: dict[str, str], description: str | None, usage: str | None) -> Parser:
+def make_parser(cls: type, texts: dict[str, str], description: str | None) -> Parser:
     """Returns a parser of the options and positional words of `cls`, explained by `texts`. It appends each value to a
     list."""
     metavars = [field.metadata["metavar"] for field in fields(cls).values() if field.metadata]
     parser = Parser(
-        prog=usage or sys.argv[0],
+        prog=sys.argv[0],
         usage=" ".join(["%(prog)s [-h] [OPTIONS]", *metavars]),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -39,7 +39,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"device {name!r}: not a device name; use auto, cpu, cuda, cuda:1 or mps") from None
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # it may count GPUs that cannot be used
+    counts = {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= counts.get(device.type, 0):
         raise InputError(f"device {name}: this torch ({torch.__version__}) finds none; use --device auto")
     return device

@@ -1,6 +1,7 @@
 """Settings: precedence, the values of a command line, each kind of mistake and its message, TOML, presets, help."""
 
 import re
+import sys
 import tomllib
 from dataclasses import dataclass, field
 from typing import Literal
@@ -530,12 +531,13 @@ def test_the_script_itself_ends_with_the_code_and_the_line():
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["--lr", "nan", "--nome", "-h"]])
-def test_the_help_says_how_to_call_the_program_and_shows_the_defaults(words, capsys):
+def test_the_help_says_how_to_call_the_program_and_shows_the_defaults(words, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpt train"])
     with pytest.raises(SystemExit) as stop:
-        parse_flags(Config, words, usage="python -m gpt.plot")
+        parse_flags(Config, words)
     assert stop.value.code == 0
     said = capsys.readouterr().out
-    assert said.startswith("usage: python -m gpt.plot [")
+    assert said.startswith("usage: gpt train [")
     assert "(default: 0.001)" in said
     assert "a shape that loses 10 % a step (default: cosine)" in said
 

@@ -24,6 +24,22 @@ def test_a_device_that_does_not_exist_is_refused_by_name(name):
     assert name in str(caught.value)
 
 
+def test_a_gpu_that_the_driver_shows_and_torch_cannot_use_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"device cuda: this torch .* finds none; use --device auto"):
+        pick_device("cuda")
+
+
+@pytest.mark.parametrize(("cuda", "driver", "warnings"), [(None, True, 1), (None, False, 0), ("13.0", True, 0)])
+def test_a_cpu_build_of_torch_beside_an_nvidia_driver_is_a_warning(monkeypatch, capsys, cuda, driver, warnings):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(device.os.path, "exists", lambda path: driver and path == "/proc/driver/nvidia/version")
+    pick_device("auto")
+    assert capsys.readouterr().err.count("CPU build; see README, Install") == warnings
+
+
 # ---- memory
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gpt.config import make_config, parse_flags, positional, refuse, toml_value
-from gpt.errors import Error, InputError, ResourceError, note, printable, say
+from gpt.errors import InputError, ResourceError, note, printable, say
 from gpt.files import is_folder, write_durably
 from gpt.report.metrics import History, Point, common_loss, differing, read_histories
 
@@ -50,7 +50,7 @@ class PlotConfig:
 
 
 def main() -> None:
-    config = make_config(PlotConfig, parse_flags(PlotConfig, sys.argv[1:], __doc__, "python -m gpt.plot"))
+    config = make_config(PlotConfig, parse_flags(PlotConfig, sys.argv[1:], __doc__))
     is_one = len(config.runs) == 1
     out = Path(config.out or (Path(config.runs[0]) / PICTURE if is_one else PICTURE))
     axis = config.x if config.x != "auto" else "step" if is_one else "tokens"
@@ -87,7 +87,7 @@ class RunPicture:
             histories = read_histories([self.folder])
             check_drawable(histories, "step")
             write_durably(self.folder / PICTURE, draw(histories, "step", None, "png"))
-        except (Error, OSError, ValueError, RuntimeError, ImportError) as error:  # matplotlib's errors too
+        except Exception as error:  # whatever matplotlib raises, training continues
             if not self.has_failed:
                 note("warning", f"{PICTURE} was not drawn: {getattr(error, 'strerror', None) or error}")
             self.has_failed = True

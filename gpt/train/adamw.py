@@ -17,7 +17,7 @@ class AdamW:
         self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = defaultdict(dict)
 
     @torch.no_grad()
-    def step(self, found_inf: torch.Tensor | None = None) -> None:
+    def step(self, found_inf: torch.Tensor) -> None:
         """Updates all parameters that have a gradient, in place. Where the device scalar `found_inf` is 1 nothing
         changes, and the host does not wait to know."""
         for group in self.param_groups:
@@ -31,8 +31,7 @@ class AdamW:
                 grad_scale=None,
                 found_inf=found_inf,
             )
-            if found_inf is not None:
-                torch._foreach_sub_(steps, [found_inf] * len(steps))
+            torch._foreach_sub_(steps, [found_inf] * len(steps))
 
     def state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         state = self.state[parameter]

@@ -152,10 +152,10 @@ class Budget:
             left.append(math.ceil(seconds / max(pace, 1e-9)))
         return progress.step + min(left)
 
-    def tired(self, progress: Progress) -> bool:
+    def out_of_patience(self, progress: Progress) -> bool:
         """Returns whether `patience` evaluations in a row brought no new best."""
         return 0 < self.length.patience <= progress.evals_without_best
 
     def spent(self, progress: Progress) -> bool:
         """Returns whether a limit or the patience is reached."""
-        return self.tired(progress) or progress.step >= self.total_steps(progress)
+        return self.out_of_patience(progress) or progress.step >= self.total_steps(progress)

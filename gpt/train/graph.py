@@ -1,4 +1,5 @@
-"""A training step as a CUDA graph, for small models: of their steps the host launches hundreds of short kernels."""
+"""A training step as a CUDA graph: the step of a small model is hundreds of short kernels, which the host launches more
+slowly than the GPU runs them."""
 
 from collections.abc import Callable
 

@@ -83,7 +83,8 @@ class Log:
             self.bar.close()
         self.metrics.close()
         if not (self.is_drawn or isinstance(sys.exception(), KeyboardInterrupt)):
-            self.draw_losses()
+            with contextlib.suppress(KeyboardInterrupt):  # the last checkpoint is saved already
+                self.draw_losses()
         if self.wandb_run is not None:
             with contextlib.suppress(Exception):  # as in send
                 self.wandb_run.finish()
@@ -231,7 +232,7 @@ def exit_record(out: Path, ranks: Ranks) -> Iterator[None]:
         with contextlib.suppress(OSError):  # the first error is the one to report
             write_durably(path, json.dumps({"code": code, "reason": reason}) + "\n")
 
-    ranks.last_words = write
+    ranks.on_failure = write
     try:
         yield
     except BaseException as error:

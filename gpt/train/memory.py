@@ -29,7 +29,7 @@ def estimate(
     is more."""
     parameters = count_parameters(model_config, vocab_size)
     tokens = micro_batch_size * model_config.block_size
-    passing = passing_for_backward(model_config, device)
+    passing = extra_for_backward(model_config, device)
     kept = kept_for_backward(model_config, vocab_size, micro_batch_size, dtype, device)
     hidden = hidden_parameters(model_config) if optimizer == "muon" else 0
     return {
@@ -58,7 +58,7 @@ def kept_for_backward(
     return micro_batch_size * config.block_size * per_token + copies
 
 
-def passing_for_backward(config: ModelConfig, device: torch.device) -> int:
+def extra_for_backward(config: ModelConfig, device: torch.device) -> int:
     """Returns the bytes per token that the backward pass needs in addition: gradients of one layer's attention."""
     return 4 * config.n_head * config.block_size if keeps_scores(config, device) else 0
 

@@ -32,7 +32,7 @@ STEP_LIMIT = timedelta(minutes=10)
 HOST_LIMIT = timedelta(hours=12)
 FAILURE = "failure"  # key in torchrun's store under which the first rank to fail writes why
 GRACE = 10.0  # seconds until a rank that does not notice another one's failure is ended
-FIRST_WORDS = 1.0  # seconds that the others stay after the first failed rank: torchrun ends all when the first is gone
+STAY_SECONDS = 1.0  # seconds that the others stay after the first failed rank: torchrun ends all when the first is gone
 
 
 class Ranks:
@@ -44,7 +44,7 @@ class Ranks:
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
         self.leads = rank == 0  # rank 0 alone writes and prints
         self.failure: str | None = None
-        self.last_words: Callable[[Exception], None] | None = None
+        self.on_failure: Callable[[Exception], None] | None = None
         if size == 1:
             return
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -169,8 +169,8 @@ class Ranks:
             while not self.over.wait(1.0):
                 if store.check([FAILURE]) and not self.over.wait(GRACE):
                     rank, code, reason = json.loads(store.get(FAILURE))
-                    if self.last_words is not None:
-                        self.last_words(Elsewhere(code, f"rank {rank}: {reason}"))
+                    if self.on_failure is not None:
+                        self.on_failure(Elsewhere(code, f"rank {rank}: {reason}"))
                     os._exit(code)
 
 
@@ -199,7 +199,7 @@ def join() -> Iterator[Ranks]:
         if cause is error:
             raise
         if ranks.failure:
-            time.sleep(FIRST_WORDS)
+            time.sleep(STAY_SECONDS)
         raise cause from None
     finally:
         ranks.leave()

@@ -72,7 +72,8 @@ class Runtime:
             torch.cuda.set_device(self.device)  # for kernels and streams that are not told a device
         set_threads(config.threads)
         record = checkpoint.state["runtime"] if checkpoint else {}
-        self.before = record if record.get("device") == device_name(self.device) else None
+        same_device = self.ranks.first(record.get("device") == device_name(self.device))  # rank 0 wrote the record
+        self.before = record if same_device else None
         self.dtype = self.agreed_dtype(config.dtype)
         kernels_can_run = self.device.type == "cpu" and self.dtype == torch.bfloat16 and can_build()
         if config.kernels == "on" and not kernels_can_run:
@@ -91,7 +92,8 @@ class Runtime:
         if self.before:
             return getattr(torch, self.before["precision"])
         dtypes = list(DTYPES.values())
-        return dtypes[int(self.ranks.first(dtypes.index(pick_dtype(name, self.device))))]
+        choice = dtypes.index(pick_dtype(name, self.device)) if self.ranks.leads else 0
+        return dtypes[int(self.ranks.first(choice))]
 
     def autocast(self, enabled: bool = True) -> contextlib.AbstractContextManager:
         """Returns an autocast context: matrix products run in the Runtime's precision, weights stay fp32. Casts of the
@@ -125,7 +127,8 @@ class Runtime:
             return setting == "on"
         if self.before:
             return self.before["compile"]
-        return self.device.type == "cuda" and has_compiler() and compiling_pays(flops, self.device)
+        pays = self.device.type == "cuda" and has_compiler() and compiling_pays(flops, self.device)
+        return bool(self.ranks.first(pays))
 
     def ops(self, setting: str, config: ModelConfig, compiled: bool, flops: float) -> Ops:
         """Returns the Ops of a run of so many FLOPs: with the C++ attention where `setting` asks for it, or it is

@@ -102,8 +102,8 @@ class Saver:
         tensors = optimizer_tensors(state.model, state.optimizer)
         about = {"dataset": corpus.shard_list, "code": __version__}
         with write_errors(self.out, "free some space or make it writable"):
-            if self.recorder.log:
-                self.recorder.log.sync()
+            assert self.recorder.log
+            self.recorder.log.sync()
             save_checkpoint(self.out, step, state.model, corpus.tokenizer, tensors, stored, self.sampling, about)
             self.point()
 

@@ -28,8 +28,9 @@ def names(config: type) -> set[str]:
 
 
 ARCHITECTURE = names(ModelConfig) - {"dropout"}
-ELSEWHERE = {"data", "out", "resume", "verify", "wandb", "profile", "micro_batch_size"}  # data: compared by content
-FREE = names(LengthConfig) | names(RhythmConfig) | names(MachineConfig) | ELSEWHERE
+# Settings that do not change the result; data is compared by its hashes.
+NOT_COMPARED = {"data", "out", "resume", "verify", "wandb", "profile", "micro_batch_size"}
+MAY_CHANGE = names(LengthConfig) | names(RhythmConfig) | names(MachineConfig) | NOT_COMPARED
 
 
 # ---- settings
@@ -45,34 +46,36 @@ def read_settings(
     preset = find_preset(flags.get("preset") or ("finetune" if flags.get("init") else ""), presets)
     values: dict[str, Any] = {}
     if path not in ("", "auto"):
-        checkpoint = found_or_own(open_checkpoint, path, flags.get("out"))
+        checkpoint = find_or_newest_of(open_checkpoint, path, flags.get("out"))
         values = checkpoint.state["config"] | {"out": str(run_folder(path))}
     elif preset:
         values = {"out": f"out/{preset.stem}"}
     else:
         tell(list_presets(presets))
-        raise InputError("no preset given: they are listed above; choose one, as in python train.py demo")
-    from_preset = read_toml(preset, config) if preset else {}
-    base, inherited = base_model(flags.get("init") or from_preset.get("init"), flags.get("out") or values["out"])
-    settings: Any = make_config(config, inherited, values, from_preset, flags)
+        raise InputError(f"no preset given: they are listed above; choose one, as in {sys.argv[0]} demo")
+    given = (read_toml(preset, config) if preset else {}) | flags
+    if "init" in given and given["init"] != values.get("init", given["init"]):
+        raise InputError(f"{path}: this run began with init {values['init']!r}; leave out --init, or use a new --out")
+    base, inherited = base_model(given.get("init", ""), (values | given)["out"])
+    settings: Any = make_config(config, inherited, values, given)
     if base:
-        check_architecture(settings.model, from_preset.keys() | flags.keys(), inherited)
+        check_architecture(settings.model, set(given), inherited)
         check_base_is_elsewhere(base, settings.out)
     return settings, base
 
 
-def base_model(init: str | None, out: str) -> tuple[Path | None, dict[str, Any]]:
+def base_model(init: str, out: str) -> tuple[Path | None, dict[str, Any]]:
     """Returns the folder of the base model that `init` names, and its architecture by setting. Where the base model is
     gone, a run in `out` that began with it continues: then there is no folder, and the architecture is the run's."""
     if not init:
         return None, {}
-    base = found_or_own(find_model_folder, init, out)
+    base = find_or_newest_of(find_model_folder, init, out)
     if isinstance(base, Checkpoint):
         return None, {name: base.state["config"][name] for name in ARCHITECTURE}
     return base, asdict(read_config(base)[0])
 
 
-def found_or_own(find: Callable[[str], Any], source: str, out: str | None) -> Any:
+def find_or_newest_of(find: Callable[[str], Any], source: str, out: str | None) -> Any:
     """Returns find(source). If that fails, returns the newest checkpoint of the run in `out`, which began with it."""
     try:
         return find(source)
@@ -129,7 +132,7 @@ class Start:
 
     def say_finished(self) -> None:
         """Prints that nothing is left to do, and removes the reason of an earlier failure."""
-        why = " (patience)" if self.budget.tired(self.progress) else ""
+        why = " (patience)" if self.budget.out_of_patience(self.progress) else ""
         (Path(self.config.out) / "exit.json").unlink(missing_ok=True)
         with ignore_write_errors(sys.stdout):
             say(f"nothing to do: step {self.progress.step} of {self.budget.total_steps(self.progress)}{why}")
@@ -221,7 +224,7 @@ def check_settings(values: dict[str, Any], checkpoint: Checkpoint, accept: bool)
     changed = {
         name: (old[name], value)
         for name, value in values.items()
-        if name in old and name not in FREE and old[name] != value
+        if name in old and name not in MAY_CHANGE and old[name] != value
     }
     texts = [f"{name} {was!r} -> {now!r}" for name, (was, now) in changed.items()]
     if "optimizer" in changed:
@@ -241,9 +244,9 @@ def check_settings(values: dict[str, Any], checkpoint: Checkpoint, accept: bool)
         note("info", f"setting changed on resume: {text}")
 
 
-def check_dataset(checkpoint: Checkpoint, record: dict[str, Any], accept: bool) -> None:
+def check_dataset(checkpoint: Checkpoint, shard_list: dict[str, Any], accept: bool) -> None:
     """Raises IntegrityError if the data differ from those of the checkpoint; with `accept` it is a warning."""
-    before, now = shard_hashes(checkpoint.manifest["dataset"]), shard_hashes(record)
+    before, now = shard_hashes(checkpoint.manifest["dataset"]), shard_hashes(shard_list)
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed and not accept:
         raise IntegrityError(
@@ -254,8 +257,8 @@ def check_dataset(checkpoint: Checkpoint, record: dict[str, Any], accept: bool) 
         note("warning", f"dataset changed since checkpoint: {', '.join(changed[:5])}")
 
 
-def shard_hashes(record: dict[str, Any]) -> dict[str, tuple[int, str]]:
-    return {name: (tokens, digest) for shards in record.values() for name, tokens, digest in shards}
+def shard_hashes(shard_list: dict[str, Any]) -> dict[str, tuple[int, str]]:
+    return {name: (tokens, digest) for shards in shard_list.values() for name, tokens, digest in shards}
 
 
 # ---- the model

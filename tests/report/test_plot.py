@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from paths import ROOT
@@ -18,7 +17,6 @@ from gpt.report import plot
 from gpt.report.metrics import read_histories
 from gpt.report.plot import PlotConfig, RunPicture, table
 from gpt.train import log
-from gpt.train.log import Log
 
 
 @pytest.fixture
@@ -302,51 +300,6 @@ def test_a_picture_that_cannot_be_drawn_is_one_warning(data, tmp_path, drawing, 
     assert re.search(r"^warning: loss\.png was not drawn: Is a directory", run.stderr, re.MULTILINE)
 
 
-@pytest.fixture
-def watched(tmp_path, monkeypatch):
-    """(Log, clock, times of its drawings): a Log with a clock that stands still."""
-    clock, drawn_at = SimpleNamespace(now=1000.0), []
-    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    return Log(tmp_path, -1, 100, lambda: drawn_at.append(clock.now)), clock, drawn_at
-
-
-EVALUATED = {"step": 1, "val_loss": 2.0, "val_bpb": 3.0}
-
-
-def test_a_run_is_drawn_at_evaluations_only_and_never_two_of_them_within_two_minutes(watched):
-    made, clock, drawn_at = watched
-    for second in range(1, 1000):
-        clock.now = 1000.0 + second
-        made.write(EVALUATED if second % 50 == 0 else {"step": 1}, 100)
-    assert [at - 1000 for at in drawn_at] == [150, 300, 450, 600, 750, 900]
-
-
-def test_the_end_is_drawn_once_and_only_if_something_was_recorded(watched):
-    made, clock, drawn_at = watched
-    clock.now += 1000
-    made.write(EVALUATED, 100)
-    made.close()
-    assert drawn_at == [2000.0]
-
-
-def test_what_was_recorded_after_the_last_drawing_is_drawn_at_the_end(watched):
-    made, _, drawn_at = watched
-    made.write({"step": 2}, 100)
-    made.close()
-    assert len(drawn_at) == 1
-
-
-def test_a_run_that_recorded_nothing_or_was_interrupted_is_not_drawn(watched):
-    made, _, drawn_at = watched
-    made.close()
-    made.is_drawn = False
-    try:
-        raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        made.close()
-    assert drawn_at == []
-
-
 def test_fault_117_the_picture_is_nobodys_to_change_and_no_link_is_written_through(two, drawn, tmp_path):
     (tmp_path / "mine").write_text("precious")
     (two[0] / "loss.png").symlink_to(tmp_path / "mine")
@@ -354,3 +307,21 @@ def test_fault_117_the_picture_is_nobodys_to_change_and_no_link_is_written_throu
     assert (tmp_path / "mine").read_text() == "precious"
     check_png(two[0] / "loss.png")
     assert (two[0] / "loss.png").stat().st_mode & 0o022 == 0
+
+
+@pytest.mark.parametrize("error", [AttributeError("np.Inf was removed"), MemoryError(), OSError(28, "No space left")])
+def test_whatever_the_library_raises_a_run_in_training_warns_once_and_goes_on(two, drawing, monkeypatch, capsys, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(plot, "draw", fail)
+    picture = RunPicture(two[0])
+    for _ in range(2):
+        picture()
+    assert capsys.readouterr().err.count("warning: loss.png was not drawn") == 1
+
+
+def test_help_shows_how_the_program_was_started(tmp_path):
+    for words, name in ((["-m", "gpt.plot"], "python -m gpt.plot"), (["-m", "gpt", "plot"], "gpt plot")):
+        run = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert run.stdout.startswith(f"usage: {name} [")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from paths import ROOT
@@ -99,3 +100,63 @@ def test_an_exit_json_that_cannot_be_written_does_not_hide_the_reason(tmp_path, 
     monkeypatch.setattr(log_module, "write_durably", full_disk)
     with pytest.raises(InputError, match="x: y; z"), exit_record(tmp_path, Ranks()):
         raise InputError("x: y; z")
+
+
+# ---- when the losses are drawn
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    """(Log, clock, times of its drawings): a Log with a clock that stands still."""
+    clock, drawn_at = SimpleNamespace(now=1000.0), []
+    monkeypatch.setattr(log_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return Log(tmp_path, -1, 100, lambda: drawn_at.append(clock.now)), clock, drawn_at
+
+
+EVALUATED = {"step": 1, "val_loss": 2.0, "val_bpb": 3.0}
+
+
+def test_a_run_is_drawn_at_evaluations_only_and_never_two_of_them_within_two_minutes(watched):
+    made, clock, drawn_at = watched
+    for second in range(1, 1000):
+        clock.now = 1000.0 + second
+        made.write(EVALUATED if second % 50 == 0 else {"step": 1}, 100)
+    assert [at - 1000 for at in drawn_at] == [150, 300, 450, 600, 750, 900]
+
+
+def test_the_end_is_drawn_once_and_only_if_something_was_recorded(watched):
+    made, clock, drawn_at = watched
+    clock.now += 1000
+    made.write(EVALUATED, 100)
+    made.close()
+    assert drawn_at == [2000.0]
+
+
+def test_what_was_recorded_after_the_last_drawing_is_drawn_at_the_end(watched):
+    made, _, drawn_at = watched
+    made.write({"step": 2}, 100)
+    made.close()
+    assert len(drawn_at) == 1
+
+
+def test_a_run_that_recorded_nothing_or_was_interrupted_is_not_drawn(watched):
+    made, _, drawn_at = watched
+    made.close()
+    made.is_drawn = False
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        made.close()
+    assert drawn_at == []
+
+
+def test_a_second_ctrl_c_during_the_last_drawing_does_not_hide_that_the_run_was_saved(tmp_path):
+    finished = []
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    made = Log(tmp_path, -1, 100, interrupted, SimpleNamespace(finish=lambda: finished.append(True)))
+    made.is_drawn = False
+    made.close()
+    assert finished == [True]

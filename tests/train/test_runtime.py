@@ -194,6 +194,51 @@ def test_kernels_that_one_rank_lacks_are_not_used(settings_back, builds, kernels
     assert run.ops("auto", SHAPE, False, 1e21) is REFERENCE
 
 
+class Linked(Ranks):
+    """A rank alone in its process that notes its collective calls. Rank 1 is given rank 0, which ran before, and gets
+    its numbers from `first`."""
+
+    def __init__(self, leader=None):
+        super().__init__(rank=0 if leader is None else 1)
+        self.calls, self.numbers, self.leader = [], [], leader
+
+    def first(self, number):
+        self.calls.append("first")
+        self.numbers.append(number)
+        return self.leader.numbers[len(self.numbers) - 1] if self.leader else number
+
+    def least(self, number):
+        self.calls.append("least")
+        return number
+
+
+@pytest.mark.parametrize("names", [("A100", "A100"), ("A100", "H100"), ("H100", "A100")])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_ranks_with_different_devices_follow_rank_0_and_take_part_in_the_same_calls(
+    settings_back, builds, kernels_win, monkeypatch, names, kernels
+):
+    """One collective call more on one rank would hang the run."""
+    monkeypatch.setattr(runtime, "pick_dtype", lambda *_: torch.bfloat16)
+    record = Runtime(MachineConfig(device="cpu", dtype="bf16")).record(False, kernels, 4) | {"device": "A100"}
+    checkpoint, leader, outcomes = SimpleNamespace(state={"runtime": record}), None, []
+    for name in names:
+        monkeypatch.setattr(runtime, "device_name", lambda _, name=name: name)
+        ranks = Linked(leader)
+        run = Runtime(MachineConfig(device="cpu"), ranks, checkpoint)
+        ops = run.ops("auto", SHAPE, run.compiles("auto", 1e21), 1e21)
+        outcomes.append((ranks.calls, run.dtype, run.before is None, ops is REFERENCE))
+        leader = ranks
+    assert outcomes[0] == outcomes[1]
+
+
+def test_rank_0_alone_measures_which_precision_is_faster(settings_back, monkeypatch):
+    monkeypatch.setattr(runtime, "pick_dtype", lambda *_: torch.bfloat16)
+    leader = Linked()
+    assert Runtime(MachineConfig(device="cpu"), leader).dtype == torch.bfloat16
+    monkeypatch.setattr(runtime, "pick_dtype", None)
+    assert Runtime(MachineConfig(device="cpu"), Linked(leader)).dtype == torch.bfloat16
+
+
 def test_where_kernels_cannot_be_had_auto_goes_without_and_on_is_an_error(settings_back, monkeypatch):
     for name in ("load_library", "build_now", "start_background_build"):
         monkeypatch.setattr(build, name, lambda purpose: None)

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from training_helpers import EIGHT_STEPS, make_data, snapshot, state_of, step_names, train_here
+from training_helpers import EIGHT_STEPS, make_data, save_step, snapshot, state_of, step_names, train_here
 
 from gpt.checkpoint.read import find_model_folder, load_pretrained, verify_checkpoint
 from gpt.text.tokenizer import train_bpe
@@ -247,4 +247,39 @@ def test_fault_101_an_impossible_size_is_refused_with_its_bytes_before_any_alloc
     assert run.code == 2
     assert str(flags[1]) in run.last
     assert "bytes" in run.last
+    assert not (tmp_path / "out").exists()
+
+
+def test_resuming_a_path_with_the_weights_of_another_model_is_refused(run, made, tmp_path):
+    done = train_here("--resume", run, "--init", save_step(tmp_path / "other", 1), "--max_steps", "9")
+    assert done.code == 2
+    assert "this run began with init ''; leave out --init" in done.last
+
+
+def test_an_empty_init_takes_the_base_out_of_a_preset(made, run, tmp_path):
+    preset = tmp_path / "mine.toml"
+    preset.write_text(f'init = "{run}"\nmax_steps = 1\neval_every = 0\n')
+    settings = ("--init", "", "--n_layer", "1", "--n_head", "1", "--n_embd", "8", "--block_size", "8")
+    done = train_here(preset, "--data", made / "data", "--out", tmp_path / "out", *settings, "--global_batch_size", "4")
+    assert done.code == 0, done.stderr
+    assert load_pretrained(tmp_path / "out")[0].config.n_layer == 1
+
+
+def test_a_fine_tune_continues_by_its_own_config_file_when_its_base_is_gone(made, run, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "tuned"
+    run.rename(base)
+    common = ("--data", made / "data", "--out", out, *EIGHT_STEPS)
+    assert train_here("tiny", "--init", base, *common).code == 0
+    shutil.rmtree(base)
+    done = train_here(out / "config.toml", "--max_steps", "9")
+    assert done.code == 0, done.stderr
+    assert step_names(out)[-1] == "step-000000009"
+
+
+@pytest.mark.parametrize("flags", [("--dropout", "0.1"), ("--n_embd", "30")])
+def test_kernels_that_a_model_cannot_use_are_refused_before_anything_is_made(flags, made, tmp_path):
+    settings = ("--kernels", "on", "--dtype", "bf16", *EIGHT_STEPS, *flags)
+    done = train_here("tiny", "--data", made / "data", "--out", tmp_path / "out", *settings)
+    assert done.code == 2
+    assert "kernels on needs dropout 0 and heads of an even width" in done.last
     assert not (tmp_path / "out").exists()
