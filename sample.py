@@ -123,7 +123,8 @@ def main() -> None:
 
 
 def prompts_of(config: SampleConfig, flags: dict[str, Any]) -> list[Prompt]:
-    """Returns the prompts that the flags name or stdin holds. --interactive may have none."""
+    """Returns the prompts of --prompt, --prompts or stdin; [] for --interactive without --prompt. Raises InputError if
+    --prompt and --prompts are both given, or if the prompts cannot be read."""
     if {"prompt", "prompts"} <= flags.keys():
         raise InputError("settings: --prompt and --prompts exclude each other; give one of them")
     if "prompts" in flags:
@@ -134,7 +135,8 @@ def prompts_of(config: SampleConfig, flags: dict[str, Any]) -> list[Prompt]:
 
 
 def check_writable(out: str, prompts: str) -> None:
-    """Raises InputError, before anything is loaded, if `out` cannot be a file or would replace the file of prompts."""
+    """Raises InputError, before anything is loaded, if `out` ("": stdout) cannot be a file or is the file of
+    prompts."""
     rules = [
         (os.path.isdir(out), "is a folder"),
         (not os.path.isdir(Path(out).parent), "its folder does not exist"),
@@ -146,8 +148,8 @@ def check_writable(out: str, prompts: str) -> None:
 
 
 def answers_so_far(config: SampleConfig, prompts: list[Prompt]) -> Answers | None:
-    """Returns what --out holds of the answers to --prompts, and prints their number. Returns None if the output is no
-    such file."""
+    """Returns the Answers to --prompts that the file --out holds already, and prints how many they are. Returns None if
+    --prompts or --out is not given, or if --out exists and is no regular file."""
     out = config.output.out
     if not (config.source.prompts and out) or (os.path.exists(out) and not os.path.isfile(out)):
         return None
@@ -160,8 +162,8 @@ def answers_so_far(config: SampleConfig, prompts: list[Prompt]) -> Answers | Non
 
 
 def stdout_writer(raw: bool) -> Callable[[str], None]:
-    """Returns a function that writes text to stdout at once. On a terminal it escapes control characters, unless
-    `raw`."""
+    """Returns a function that writes text to stdout and flushes it. On a terminal the function escapes control
+    characters, unless `raw`."""
     escape = sys.stdout.isatty() and not raw
 
     def write(text: str) -> None:
@@ -196,8 +198,9 @@ def show(generator: TextGenerator, prompt: Prompt, params: GenerationParams, out
 def write_jsonl(
     generator: TextGenerator, prompts: list[Prompt], settings: dict[str, Any], out: str, answers: Answers | None
 ) -> None:
-    """Writes a line for each text, in the order of the prompts, to the file `out` or to stdout: as soon as it and all
-    before it are finished. A prompt's own settings go before `settings`."""
+    """Writes a JSON line for each text to the file `out` ("": stdout), in the order of the prompts: as soon as this
+    text and all texts before it are finished. Leaves out the texts that `answers` holds already. The settings of a
+    prompt override `settings`."""
     params_of = functools.cache(lambda own: generator.params(**settings | dict(own)))
     params = [params_of(tuple(prompt.settings.items())) for prompt in prompts]
     skip, total = answers.texts if answers else 0, sum(own.num_samples for own in params)

@@ -81,14 +81,14 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CommandLine(TrainConfig):
-    """What a command line may give: the preset and any setting."""
+    """The settings of a run and the preset: what the command line accepts."""
 
     preset: str = positional("PRESET", default="")
     """a name in presets/ or a .toml file; without one the presets are listed (default with --init: finetune)"""
 
 
 def main() -> None:
-    os.umask(os.umask(0o022) | 0o022)  # no other user may write to what a run leaves
+    os.umask(os.umask(0o022) | 0o022)  # no other user may write to the files of a run
     with join() as ranks:
         config, base = read_settings(CommandLine, TrainConfig, sys.argv[1:], PRESETS, __doc__)
         start = find_start(config, base, ranks)
@@ -100,7 +100,8 @@ def main() -> None:
 
 
 def train(run: Run) -> None:
-    """The loop: what is due at this step, then the next optimizer step."""
+    """Trains until a limit ends the run or a signal stops it, then saves a last checkpoint. Evaluates and saves before
+    an optimizer step, logs and prints samples after it, each as often as the settings say."""
     config, progress, ranks = run.config, run.state.progress, run.ranks
     size, rhythm = config.batch.global_batch_size, config.rhythm
     run.corpus.verifier.start()
@@ -114,7 +115,7 @@ def train(run: Run) -> None:
                 break
             started = time.perf_counter()
             lr = learning_rate(config.optim, progress.step, run.budget.total_steps(progress))
-            batch = batches.take(progress.windows_seen, size)  # the cursor is one number
+            batch = batches.take(progress.windows_seen, size)  # windows_seen is all that resuming needs
             seed_step(config.seed, progress.step, ranks.rank)
             numbers = run.step(batch, lr)
             progress.advance(size, config.model.block_size)
@@ -128,9 +129,12 @@ def train(run: Run) -> None:
 
 
 def train_step(state: State, batch: Tensor, lr: float | Tensor, grad_clip: float, machine: Runtime) -> Tensor:
-    """One optimizer step on `batch` (B, block_size + 1) at `lr`: gradients of the mean loss over all its targets,
-    summed over micro-batches, clipped, applied only if finite. Returns loss, gradient norm and whether they are finite,
-    (3,), on the device. On a GPU the host reads nothing of it, so the step can be captured."""
+    """Takes one optimizer step at learning rate `lr` on `batch` (B, block_size + 1), this rank's share of the global
+    batch. Clips the gradients of the mean loss to the norm `grad_clip` (0: does not clip), and applies them only if
+    loss and norm are finite.
+
+    Returns (3,), on the device: the loss, the gradient norm before clipping, and 1 if both are finite, else 0. On a GPU
+    the host reads no value, so the step can be captured as a CUDA graph."""
     parameters = list(state.model.parameters())
     loss = accumulate(state, batch, machine)
     state.scaler.unscale(parameters)
@@ -145,15 +149,15 @@ def train_step(state: State, batch: Tensor, lr: float | Tensor, grad_clip: float
 
 
 def accumulate(state: State, batch: Tensor, machine: Runtime) -> Tensor:
-    """Adds up the gradients of all micro-batches. `batch` is this rank's share of the step. Each rank divides its sum
-    of losses by the mean number of targets per rank; the mean of these over the ranks is the mean loss over all
-    targets, which is returned."""
+    """Adds up the gradients of all micro-batches, times the loss scale. Returns the mean loss over all targets of the
+    global batch, of which `batch` (B, block_size + 1) is this rank's share. Each rank divides its sum of losses by the
+    mean number of targets per rank; the mean of these quotients over the ranks is the mean loss."""
     ids, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
     ranks, size = machine.ranks, state.progress.micro_batch_size
     count = ranks.mean((targets != IGNORED).sum()).clamp(min=1 / ranks.size)  # no target on any rank: loss 0
     loss = torch.zeros((), device=machine.device)
     micro_batches = list(zip(ids.split(size), targets.split(size), strict=True))
-    with machine.autocast():  # one context for all micro-batches: it casts the weights, except the head's, once
+    with machine.autocast():  # one context for all micro-batches: it casts the weights once, except those of the head
         for number, (micro_ids, micro_targets) in enumerate(micro_batches, 1):
             forward = ranks.forward(state.model, last=number == len(micro_batches))
             share = forward(micro_ids, micro_targets, ops=state.ops).sum() / count
@@ -165,7 +169,8 @@ def accumulate(state: State, batch: Tensor, machine: Runtime) -> Tensor:
 
 @torch.no_grad()
 def evaluate(run: Run) -> tuple[float, float] | None:
-    """Returns (nats per token, bits per byte) on the validation set, or None if a signal asks to stop."""
+    """Returns the mean loss on the validation set, as (nats per token, bits per byte), or None if a signal asks to
+    stop."""
     model, machine, ranks, corpus = run.state.model, run.machine, run.ranks, run.corpus
     batch_size, sums, stopped = run.state.progress.micro_batch_size, [], False
     targets_seen = bytes_seen = 0
@@ -185,7 +190,8 @@ def evaluate(run: Run) -> tuple[float, float] | None:
 
 
 def sample(run: Run) -> str:
-    """Returns a text that the model writes from nothing, between two lines."""
+    """Returns a text of up to SAMPLE_TOKENS tokens that the model generates from an empty prompt, between a heading and
+    an end line."""
     generator = TextGenerator(run.state.model, run.corpus.tokenizer)
     [[completion]] = generator.generate([""], max_new_tokens=SAMPLE_TOKENS, seed=run.config.seed)
     return f"--- sample at step {run.state.progress.step}\n{completion.text}\n---"

@@ -31,9 +31,9 @@ from gpt.text.shards import MANIFEST, ShardWriter, write_manifest, writing
 from gpt.text.sources import Reading
 from gpt.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
-STAGING = "prepare.tmp"  # inside the output folder until everything in it is complete
+STAGING = "prepare.tmp"  # folder inside the output folder; holds the new files until all are complete
 OURS = re.compile(r"prepare\.tmp|dataset\.json|tokenizer(_config)?\.json|(train|val)_\d{6}\.bin")
-SMALL_MEGABYTES = 5  # of text, for which a vocabulary of 50,000 is too large
+SMALL_MEGABYTES = 5  # with less text, a vocabulary of 50,000 is too large
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,15 @@ def is_encoding(name: str) -> bool:
 
 
 def main() -> None:
-    os.umask(os.umask(0o022) | 0o022)  # others must not write to the new files
+    os.umask(os.umask(0o022) | 0o022)  # no other user may write to the new files
     prepare(make_config(PrepareConfig, parse_flags(PrepareConfig, sys.argv[1:], __doc__)))
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Makes the data folder `config.out`. Creates nothing before all of the input has been read and found good."""
+    """Makes the data folder `config.out`. Creates nothing before all of the input has been read and checked."""
     began = time.monotonic()
     out = check_out(Path(config.out))
-    trained = config.tokenizer.startswith("bpe:")  # on the input, which must be read first
+    trained = config.tokenizer.startswith("bpe:")  # the tokenizer is trained on the input, which must be read first
     tokenizer = None if trained else load_tokenizer(config.tokenizer)
     if tokenizer:
         choose_dtype(config.dtype, tokenizer)
@@ -123,7 +123,8 @@ def prepare(config: PrepareConfig) -> None:
 
 
 def check_out(out: Path) -> Path:
-    """Returns `out`. Raises InputError unless shards can go there: a new or empty folder, or an earlier dataset's."""
+    """Returns `out`. Raises InputError unless `out` is a new or empty folder, or holds nothing but the files of an
+    earlier run of this script."""
     if not out.exists():
         return out
     if not out.is_dir():
@@ -137,7 +138,7 @@ def check_out(out: Path) -> Path:
 
 
 def existing_parent(path: Path) -> Path:
-    """Returns the nearest folder above `path` that exists: temporary files lie there, beside the result."""
+    """Returns the nearest folder above `path` that exists. Temporary files go there, onto the disk of the result."""
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
@@ -156,8 +157,8 @@ def choose_dtype(asked: str, tokenizer: Tokenizer) -> str:
 
 @contextlib.contextmanager
 def staging(out: Path) -> Iterator[Path]:
-    """Yields an empty folder inside `out`. Removes it at the end, and the folders created for it that have stayed
-    empty; but it stays if publishing was cut short, as the sign that `out` is unfinished."""
+    """Yields the empty folder STAGING inside `out`. At the end removes it, and the folders that were created for it if
+    they are empty. If publishing was interrupted, STAGING stays: it marks `out` as unfinished."""
     folder = out / STAGING
     created = [path for path in (out, *out.parents) if not path.exists()]
     try:
@@ -169,7 +170,7 @@ def staging(out: Path) -> Iterator[Path]:
         published = {path.name for path in out.glob("*") if OURS.fullmatch(path.name)} - {STAGING}
         if MANIFEST in published or not published:
             shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # of the first that is not empty
+        with contextlib.suppress(OSError):  # rmdir fails at the first folder that is not empty
             for path in created:
                 path.rmdir()
 
@@ -177,7 +178,8 @@ def staging(out: Path) -> Iterator[Path]:
 def write_shards(
     config: PrepareConfig, data: GatheredInput, tokenizer: Tokenizer, dtype: str, folder: Path
 ) -> dict[str, list[dict[str, Any]]]:
-    """Writes tokenizer and shards to `folder`; returns split -> the manifest's entries."""
+    """Writes tokenizer and shards to `folder`. Returns split -> entries of its shards for the manifest. Raises
+    InputError if the input has changed since it was gathered."""
     with writing(folder / "tokenizer.json"):
         save_tokenizer(tokenizer, folder)
     names = ("train",) if data.split.rule == "none" else ("train", "val")
@@ -209,8 +211,8 @@ def total(entries: list[dict[str, Any]], key: str) -> int:
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Moves the complete staging folder's files to `out`, in place of an earlier dataset. The old manifest goes first
-    and the new one comes last: no mixture of the two ever looks valid."""
+    """Moves the files of the complete staging folder `folder` to `out`, in place of an earlier dataset. Removes the old
+    manifest first and moves the new one last, so that a mixture of old and new files never has a manifest."""
     with writing(out / MANIFEST):
         for path in sorted(out.iterdir(), key=lambda path: path.name != MANIFEST):
             if path != folder and OURS.fullmatch(path.name):
@@ -220,7 +222,8 @@ def publish(folder: Path, out: Path) -> None:
 
 
 def source_of(config: PrepareConfig, data: GatheredInput) -> dict[str, Any]:
-    """Returns the manifest's entry on the text's origin: names, counts and the options that shape the result."""
+    """Returns the manifest's entry on the origin of the text: names of the inputs, counts, and the options that change
+    the result."""
     counts = ("documents", "characters", "bytes", "empty_docs", "undecodable", "replaced")
     return {
         "inputs": list(map(printable, config.inputs)),
@@ -228,7 +231,7 @@ def source_of(config: PrepareConfig, data: GatheredInput) -> dict[str, Any]:
         **data.origin,
         **{name: data.count(name) for name in counts},
         "split": {"rule": data.split.rule, "fraction": data.split.fraction, "cut": data.split.cut},
-        "overlap": {"files": data.survey.repeated, "hash": 0}.get(data.split.rule),  # documents in both splits
+        "overlap": {"files": data.survey.repeated, "hash": 0}.get(data.split.rule),  # documents in both splits, or None
         "options": {"field": config.field, "encoding": config.encoding, "errors": config.errors},
     }
 

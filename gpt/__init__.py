@@ -15,9 +15,9 @@ __version__ = "0.1.0"
 def load(
     path: str | Path, device: str = "auto", dtype: str = "auto", quantize: str = "none", backend: str = "auto"
 ) -> "TextGenerator":
-    """Returns the TextGenerator of a checkpoint: a step folder or run folder of this project (its best, else latest), a
-    Hugging Face GPT-2 folder, or a hub name such as "gpt2". `quantize` is "none" or "int8"; `backend` as in sample.py.
-    """
+    """Returns the TextGenerator of a checkpoint: a step folder or run folder of this project (its best step, else its
+    newest), a Hugging Face GPT-2 folder, or a hub name such as "gpt2". The other arguments take the values of the
+    options of sample.py. Raises InputError if there is no such checkpoint, IntegrityError if it is damaged."""
     from gpt.generate.generator import TextGenerator  # imports torch, which `import gpt` alone must not
 
     return TextGenerator.load(path, device, dtype, quantize, backend)

@@ -16,14 +16,15 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Runs the command that the first word names; without one, lists the commands."""
+    """Runs the command that is the first word of the command line; without a word, lists the commands."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     program = list_commands if name in ("-h", "--help") else lambda: run_command(name)
     run_main(program, quiet_pipe=name != "train")  # a training run continues when nobody reads its output
 
 
 def run_command(name: str) -> None:
-    """Runs the command `name` with the words after it. Raises InputError if it does not exist."""
+    """Runs the command `name` with the words after it as its arguments. Raises InputError if there is no such
+    command."""
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         advice = f"perhaps you meant {close[0]}" if close else "gpt --help lists the commands"

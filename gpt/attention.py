@@ -10,26 +10,26 @@ import torch.nn.functional as F
 
 
 def causal_attention(qkv: torch.Tensor, heads: int, dropout: float = 0.0) -> torch.Tensor:
-    """Returns the attention (B, T, C) of each position to itself and the earlier ones, from queries, keys and values
-    (B, T, 3 C).
+    """Returns the attention (B, T, C) of each position to itself and the earlier positions; qkv (B, T, 3 C) holds
+    queries, keys and values.
 
-    Torch picks the fused kernel. On CUDA it knows which is fastest and safe: cuDNN's on Hopper and newer GPUs from
-    cuDNN 9.15.1 on (earlier versions read beyond sequences), FlashAttention elsewhere and where results must repeat to
-    the bit."""
+    torch chooses a fused kernel. On CUDA it takes the fastest safe one: the kernel of cuDNN on Hopper and newer GPUs
+    from cuDNN 9.15.1 on (earlier versions read beyond the end of sequences); FlashAttention on other GPUs, and if
+    results must repeat to the bit."""
     q, k, v = split_heads(qkv, heads)
     return merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout))
 
 
 @dataclass
 class LayerCache:
-    """One layer's part of a KVCache during one forward pass."""
+    """The part of a KVCache that belongs to one layer, during one forward pass."""
 
     keys: torch.Tensor
     """(B, H, S, D)"""
     values: torch.Tensor
     """(B, H, S, D)"""
     positions: torch.Tensor
-    """(B, T) of the new tokens"""
+    """(B, T), those of the new tokens"""
     is_empty: bool
     """whether the new tokens are the first of every row"""
 
@@ -43,8 +43,8 @@ class LayerCache:
 
 
 def cached_attention(qkv: torch.Tensor, heads: int, layer: LayerCache) -> torch.Tensor:
-    """Appends the new keys and values of qkv (B, T, 3 C) to the cache; returns the attention (B, T, C) of the new
-    positions to all positions of their rows up to their own."""
+    """Appends the new keys and values of qkv (B, T, 3 C) to the cache. Returns the attention (B, T, C) of each new
+    position to all positions of its row up to itself."""
     q = layer.append(qkv, heads)
     return merge_heads(masked_attention(q, layer.keys, layer.values, layer.positions))
 
@@ -52,10 +52,11 @@ def cached_attention(qkv: torch.Tensor, heads: int, layer: LayerCache) -> torch.
 def masked_attention(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """Returns the attention (B, H, T, D) of q (B, H, T, D) at `positions` (B, T) to the cache positions up to its own.
+    """Returns the attention (B, H, T, D) of queries q (B, H, T, D), at `positions` (B, T), to the cached `keys` and
+    `values` (B, H, S, D) up to their own positions.
 
-    It is two plain products. Torch's fused CPU kernel rounds differently in different threads, so a text would depend
-    on its row; and for one query in bf16 it takes five times as long."""
+    Uses two plain matrix products. torch's fused CPU kernel rounds differently in different threads, so a text would
+    depend on its row; and for one query in bf16 it takes five times as long."""
     mask = torch.arange(keys.shape[2], device=q.device) <= positions[:, None, :, None]  # (B, 1, T, S)
     scores = (q * q.shape[-1] ** -0.5) @ keys.transpose(-2, -1)  # (B, H, T, S)
     weights = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=torch.float32)

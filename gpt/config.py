@@ -1,11 +1,11 @@
-"""Settings: a frozen dataclass gives the options of the command line, `--help` and the keys of TOML presets.
+"""Settings: a frozen dataclass defines the options of the command line, `--help` and the keys of TOML presets.
 
 A settings class may hold further frozen dataclasses: they group the options in `--help`. Names are flat everywhere: one
 name serves as field, TOML key, flag, log and checkpoint entry, so no name may occur twice in one class. The docstring
 below a field explains it in `--help`. A field made by `positional` takes the words that belong to no option.
 
-A settings class checks its values in `problems()`, which returns what is wrong with them, in words. Whoever uses the
-values passes this list to `refuse`, so that the user sees all problems in one message."""
+A settings class checks its values in `problems()`, which returns what is wrong with them, in words. The code that uses
+the values passes this list to `refuse`, so that the user sees all problems in one message."""
 
 import argparse
 import contextlib
@@ -64,8 +64,9 @@ REMOVED = {"fp8_head"}  # settings of earlier versions, which a run's config.tom
 
 
 def make_config(cls: type[Config], *layers: dict[str, Any]) -> Config:
-    """Returns the instance of `cls` with the values of these layers over its defaults; a later layer wins. Names that
-    are no fields of `cls` are ignored. Raises InputError for a field without a value and for what `cls` refuses."""
+    """Returns an instance of `cls`: its defaults, overridden by each of `layers` (flat name -> value) in turn. Ignores
+    names that are no fields of `cls`. Raises InputError for a field without a value, and if `cls` finds a value
+    wrong."""
     values = {name: field.default for name, field in fields(cls).items()}
     for layer in layers:
         values |= layer
@@ -75,7 +76,7 @@ def make_config(cls: type[Config], *layers: dict[str, Any]) -> Config:
 
 
 def unflatten(cls: Any, values: dict[str, Any]) -> Any:
-    """Returns the instance of a settings class with these values by flat name."""
+    """Returns an instance of the settings class `cls` with `values` (flat name -> value)."""
     arguments = {}
     for field in dataclasses.fields(cls):
         nested = dataclasses.is_dataclass(field.type)
@@ -84,13 +85,13 @@ def unflatten(cls: Any, values: dict[str, Any]) -> Any:
 
 
 def refuse(problems: list[str]) -> None:
-    """Raises InputError with all `problems` of a configuration in one message, unless there are none."""
+    """Raises InputError with all `problems` in one message, unless the list is empty."""
     if problems:
         raise InputError("settings: " + "; ".join(problems))
 
 
 def fields(cls: Any) -> dict[str, dataclasses.Field]:
-    """Returns the fields of a settings class and of the dataclasses inside it, by flat name."""
+    """Returns flat name -> field, for a settings class and the dataclasses inside it."""
     flat: dict[str, dataclasses.Field] = {}
     for field in dataclasses.fields(cls):
         flat |= fields(field.type) if dataclasses.is_dataclass(field.type) else {field.name: field}
@@ -98,7 +99,7 @@ def fields(cls: Any) -> dict[str, dataclasses.Field]:
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """Returns the values of a settings object by flat name, in the order of its fields."""
+    """Returns flat name -> value for a settings object, in the order of its fields."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -110,7 +111,7 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises InputError for a mistake; argparse prints the usage and exits."""
+    """An ArgumentParser that raises InputError for a mistake, instead of printing the usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"settings: {message}; --help explains every setting")
@@ -122,12 +123,13 @@ def positional(metavar: str, **keywords: Any) -> Any:
 
 
 def parse_flags(cls: type, argv: list[str], description: str | None = None) -> dict[str, Any]:
-    """Returns the values that the options and positional words in `argv` give, and no others.
+    """Returns name -> value for the options and positional words in `argv`; names that are not given are absent.
 
-    Raises InputError for a missing or mistyped value, else for all unknown options, else for all words that belong to
-    no option, else for all repeated options. `--help` prints the options with the defaults of `cls` and exits 0."""
+    Raises InputError for a missing value or a value of the wrong type, else for all unknown options, else for all words
+    that belong to no option, else for all repeated options. `--help` prints the options with the defaults of `cls` and
+    exits 0; its first line shows `usage` (default: the script's name)."""
     wants_help = bool({"-h", "--help"} & set(argv))
-    texts = explanations(cls) if wants_help else {}  # to read the source takes a third of a second
+    texts = explanations(cls) if wants_help else {}  # reading the source takes a third of a second
     parser = make_parser(cls, texts, description)
     if wants_help:
         say(parser.format_help().rstrip())
@@ -144,8 +146,8 @@ def parse_flags(cls: type, argv: list[str], description: str | None = None) -> d
 
 
 def make_parser(cls: type, texts: dict[str, str], description: str | None) -> Parser:
-    """Returns a parser of the options and positional words of `cls`, explained by `texts`. It appends each value to a
-    list."""
+    """Returns a parser of the options and positional words of `cls`, with the help `texts` (field -> text). The parser
+    appends the values of a name to a list, so that a repeated option can be reported."""
     metavars = [field.metadata["metavar"] for field in fields(cls).values() if field.metadata]
     parser = Parser(
         prog=sys.argv[0],
@@ -162,7 +164,8 @@ def make_parser(cls: type, texts: dict[str, str], description: str | None) -> Pa
 
 
 def add_arguments(parser: Parser, cls: Any, texts: dict[str, str], title: str = "") -> None:
-    """Adds an argument to `parser` for each field of `cls`, under `title`, and a group for each dataclass inside it."""
+    """Adds an argument for each field of `cls` to `parser`, in a group called `title` if that is not empty. The fields
+    of a dataclass inside `cls` get a group of their own."""
     group = parser.add_argument_group(title) if title else parser
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
@@ -172,7 +175,7 @@ def add_arguments(parser: Parser, cls: Any, texts: dict[str, str], title: str = 
 
 
 def add_argument(group: Any, field: dataclasses.Field, text: str) -> None:
-    """Adds the argument of one field, with its help `text`, to a parser or to a group of it."""
+    """Adds the argument for `field` to `group`, a parser or an argument group. `text` is its help."""
     if field.metadata:
         keywords = {"nargs": "?"} | keywords_of(field.type) | dict(field.metadata)
         group.add_argument(field.name, action="append", help=text, **keywords)
@@ -191,17 +194,17 @@ def add_option(group: Any, option: str, name: str, text: str, **keywords: Any) -
 
 
 def keywords_of(wanted: Any) -> dict[str, Any]:
-    """Returns the keywords of `add_argument` for a value of type `wanted`."""
+    """Returns the keyword arguments of argparse's add_argument for a value of type `wanted`."""
     if typing.get_origin(wanted) is Literal:
         return {"choices": typing.get_args(wanted)}
-    kind = (typing.get_args(wanted) or (wanted,))[0]  # str of tuple[str, ...], int of int | None
+    kind = (typing.get_args(wanted) or (wanted,))[0]  # str for tuple[str, ...], int for int | None
     reader = {float: finite_float, int | None: int_or_none}.get(wanted, kind)
     keywords = {"type": reader, "metavar": kind.__name__.upper()}
     return keywords | {"nargs": "*"} if typing.get_origin(wanted) is tuple else keywords
 
 
 def finite_float(text: str) -> float:
-    """Returns the float that `text` spells. Raises ArgumentTypeError for nan, inf and what is no float."""
+    """Returns the float that `text` spells. Raises ArgumentTypeError for nan, inf and text that is no float."""
     with contextlib.suppress(ValueError):
         if math.isfinite(float(text)):
             return float(text)
@@ -213,7 +216,8 @@ def int_or_none(text: str) -> int | None:
 
 
 def help_of(field: dataclasses.Field, text: str) -> str:
-    """Returns the help of a field: its explanation `text` and its default, unless that is empty."""
+    """Returns the help of `field`: its explanation `text`, then "(required)", or its default unless that is empty.
+    Doubles "%", which argparse would replace."""
     if field.default is dataclasses.MISSING:
         text += " (required)"
     elif field.default not in ("", ()):
@@ -222,7 +226,7 @@ def help_of(field: dataclasses.Field, text: str) -> str:
 
 
 def explanations(cls: Any) -> dict[str, str]:
-    """Returns the docstrings below the fields of a settings class and of the dataclasses inside it."""
+    """Returns field -> the docstring below it, for a settings class and the dataclasses inside it."""
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         texts |= re.findall(r'^    (\w+): [^\n]*\n    """(.+?)"""', inspect.getsource(base), re.M | re.S)
@@ -232,7 +236,8 @@ def explanations(cls: Any) -> dict[str, str]:
 
 
 def suggestion(name: str, known: Iterable[str], dashes: str = "") -> str:
-    """Returns what to type instead of the unknown `name`."""
+    """Returns advice for the unknown `name`: what it is called here, or similar names of `known`, each with `dashes`
+    before it."""
     if OTHER_NAMES.get(name, "").split(" ")[0] in known:
         return f"here it is {dashes}{OTHER_NAMES[name]}"
     close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
@@ -245,8 +250,8 @@ def suggestion(name: str, known: Iterable[str], dashes: str = "") -> str:
 
 
 def read_toml(path: str | Path, cls: type) -> dict[str, Any]:
-    """Returns the values of a preset file. Raises InputError for a name or value that does not fit the fields of
-    `cls`."""
+    """Returns name -> value from a preset file. Raises InputError if the file cannot be read or is not TOML, and for a
+    name or value that does not fit the fields of `cls`."""
     if Path(path).suffix != ".toml":
         raise InputError(f"{path}: settings files are TOML data (name = value), not programs; write a .toml file")
     try:
@@ -271,8 +276,9 @@ def read_toml(path: str | Path, cls: type) -> dict[str, Any]:
 
 
 def in_type(value: Any, wanted: Any) -> Any:
-    """Returns a TOML value as a field of type `wanted` has it: an integer as a float where one is wanted, a list as a
-    tuple. Raises ValueError or OverflowError, with what is wrong as its text, for a value that does not fit."""
+    """Returns `value`, from TOML or JSON, as the field type `wanted`: converts an integer to a float and a list to a
+    tuple if needed. Raises ValueError or OverflowError, whose text says what is wrong, for a value that does not
+    fit."""
     if typing.get_origin(wanted) is Literal:
         if value not in typing.get_args(wanted):
             raise ValueError(f"must be one of {', '.join(typing.get_args(wanted))}")
@@ -301,8 +307,8 @@ def toml_value(value: Any) -> str:
 
 
 def find_preset(name: str, folder: Path) -> Path | None:
-    """Returns the path of a preset: a name in `folder`, or a file that the user names; None if `name` is empty. Lists
-    the presets and raises InputError for an unknown one."""
+    """Returns the path of a preset: `name`.toml in `folder`, or the file `name`; None if `name` is empty. If there is
+    no such preset, lists the presets and raises InputError."""
     if not name:
         return None
     path = folder / f"{name}.toml"

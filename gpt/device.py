@@ -20,7 +20,7 @@ HUGE_PAGE = 2 << 20  # bytes
 ALIGNMENT = 64  # bytes
 OWN_GROUPS = Path("/proc/self/cgroup")  # Linux control groups limit the memory of a container or a batch job
 GROUP_ROOT = Path("/sys/fs/cgroup")
-# Controllers in OWN_GROUPS -> folder below GROUP_ROOT, files of a group's limit and usage: version 2, version 1.
+# Controller in OWN_GROUPS -> folder below GROUP_ROOT, files with a group's limit and usage. "" is version 2 of groups.
 GROUP_FILES = {
     "": ("", "memory.max", "memory.current"),
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -28,8 +28,8 @@ GROUP_FILES = {
 
 
 def pick_device(name: str) -> torch.device:
-    """Returns the torch.device of a name; "auto" is CUDA, else Apple's MPS, else the CPU. Raises InputError for a
-    device that this machine lacks."""
+    """Returns the torch.device called `name`; "auto" is CUDA, else Apple's MPS, else the CPU. Raises InputError if
+    `name` is not the name of a device or this machine lacks the device."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -47,7 +47,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def warn_about_cpu_torch() -> None:
-    """Prints a warning where an NVIDIA driver is installed and this torch cannot use it."""
+    """Prints a warning if an NVIDIA driver is installed but this torch is built for CPUs only."""
     if torch.version.cuda is None and os.path.exists("/proc/driver/nvidia/version"):
         note("warning", f"an NVIDIA driver is here, but torch {torch.__version__} is a CPU build; see README, Install")
 
@@ -65,12 +65,12 @@ def has_compiler() -> bool:
 
 
 def set_precision(dtype: torch.dtype) -> None:
-    """Allows TF32 unless computations are in float32: that means all of its digits."""
+    """Allows TF32 in matrix products, unless `dtype` is float32: then they keep full float32 precision."""
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
 
 
 def set_threads(threads: int) -> None:
-    """Sets the number of CPU threads; 0 leaves it as it is."""
+    """Sets the number of CPU threads that torch uses; 0 leaves it unchanged."""
     if threads:
         torch.set_num_threads(threads)
 
@@ -86,7 +86,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def pinned_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a host copy of a GPU tensor. The copy is asynchronous: wait for the stream before reading it."""
+    """Returns a copy of a GPU tensor in pinned host memory. The copy is asynchronous: wait for the stream before
+    reading it."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
 
@@ -95,7 +96,7 @@ def pinned_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def free_memory(device: torch.device) -> int:
-    """Returns the bytes that this process can still allocate on `device`."""
+    """Returns the number of bytes that this process can still allocate on `device`."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -103,7 +104,8 @@ def free_memory(device: torch.device) -> int:
 
 
 def available_memory() -> int:
-    """Returns Linux's own estimate of available bytes, droppable page cache included; 8 GiB on other systems."""
+    """Returns the number of bytes that Linux estimates to be available, droppable page cache included; 8 GiB on other
+    systems."""
     try:
         kib = re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="ascii"))
     except OSError:
@@ -122,8 +124,8 @@ def total_memory(device: torch.device) -> float:
 
 
 def group_limits() -> list[tuple[int, int]]:
-    """Returns (limit, used) in bytes of each control group around this process that has a limit. Page cache that can be
-    dropped does not count as used."""
+    """Returns (limit, usage) in bytes for each control group that contains this process and has a limit. The usage
+    excludes page cache that can be dropped."""
     limits = []
     for folder, limit, used in control_groups():
         try:
@@ -136,8 +138,8 @@ def group_limits() -> list[tuple[int, int]]:
 
 
 def control_groups() -> Iterator[tuple[Path, str, str]]:
-    """Yields the folder of each memory group of this process, from its own group up to the root, and the names of the
-    files with the group's limit and usage."""
+    """Yields (folder, name of the file with the limit, name of the file with the usage) for each memory group of this
+    process, from its own group up to the root."""
     try:
         lines = OWN_GROUPS.read_text().splitlines()
     except OSError:
@@ -155,8 +157,9 @@ def control_groups() -> Iterator[tuple[Path, str, str]]:
 
 
 def empty_together(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor] | None:
-    """Returns uninitialized CPU tensors of these shapes, in one block of memory with pages of 2 MiB: matrices there are
-    read a third faster. The block is freed with the last tensor. Returns None where the system has no such pages."""
+    """Returns uninitialized CPU tensors of these shapes, in one block of memory with pages of 2 MiB: reading matrices
+    from such pages takes a third less time. The block is freed with the last tensor. Returns None if the system has no
+    such pages or too little memory."""
     shapes = list(shapes)
     sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
     aligned_sizes = [math.ceil(size / ALIGNMENT) * ALIGNMENT for size in sizes]
@@ -174,5 +177,5 @@ def empty_together(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> lis
 
 
 def lie_together(tensors: list[torch.Tensor]) -> bool:
-    """Returns whether tensors share one block of memory, as those of empty_together do."""
+    """Returns whether `tensors` share one block of memory, as the tensors of `empty_together` do."""
     return len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1

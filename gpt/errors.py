@@ -1,6 +1,6 @@
 """The foreseen errors, one class per exit code; how an error ends a program; and text for the user.
 
-`say` prints on stdout, where losing text is an error. `note` and `tell` print on stderr, where it is not."""
+`say` prints on stdout and raises an error if that fails. `note` and `tell` print on stderr and ignore failures."""
 
 import contextlib
 import errno
@@ -28,7 +28,7 @@ class InputError(Error):
 
 
 class IntegrityError(Error):
-    """A file is not what it claims to be: cut, changed, malformed or from another format."""
+    """A file is not what it should be: truncated, changed, malformed or of another format."""
 
     code = 3
 
@@ -40,7 +40,7 @@ class NonFiniteError(Error):
 
 
 class ResourceError(Error):
-    """Input/output failed, something is locked, or memory or disk space ran out."""
+    """Input or output failed, another program holds a lock, or memory or disk space ran out."""
 
     code = 5
 
@@ -70,8 +70,9 @@ def code_and_reason(error: BaseException) -> tuple[int, str]:
 
 
 def run_main(main: Callable[[], int | None], quiet_pipe: bool = True) -> None:
-    """Runs `main()` and exits with its code. A foreseen error becomes one `error:` line on stderr; any other keeps its
-    traceback and exits with 1. With `quiet_pipe`, a reader who closes the pipe ends the program with success."""
+    """Runs `main()` and exits with its code. A foreseen error becomes one `error:` line on stderr; any other error
+    keeps its traceback and exits with 1. With `quiet_pipe`, the program exits with 0 if the reader of stdout closes the
+    pipe."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed before the start
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
@@ -87,7 +88,8 @@ def run_main(main: Callable[[], int | None], quiet_pipe: bool = True) -> None:
 
 
 def exit_code(function: Callable[[], int | None], quiet_pipe: bool = True) -> Any:
-    """Calls `function()` and returns its exit code. A foreseen error becomes a line on stderr."""
+    """Calls `function()` and returns its exit code. For a foreseen error, prints a line on stderr and returns the
+    error's code."""
     try:
         return function() or 0
     except SystemExit as stop:  # --help
@@ -108,13 +110,14 @@ def exit_code(function: Callable[[], int | None], quiet_pipe: bool = True) -> An
 
 
 def say(text: str) -> None:
-    """Prints `text` on stdout. Raises ResourceError if that fails, but BrokenPipeError if the reader has gone."""
+    """Prints `text` on stdout. Raises ResourceError if writing fails, BrokenPipeError if the reader has closed the
+    pipe."""
     with stdout_errors():
         print(text, flush=True)
 
 
 def flush_stdout() -> None:
-    """Flushes stdout, and raises as `say` does."""
+    """Flushes stdout. Raises the errors that `say` raises."""
     with stdout_errors():
         if not sys.stdout.closed:
             sys.stdout.flush()
@@ -128,7 +131,7 @@ def stdout_errors() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        silence(sys.stdout)  # or the last flush fails too
+        silence(sys.stdout)  # otherwise the last flush fails too
         raise ResourceError(f"stdout: {error.strerror}; free space or redirect it elsewhere") from None
 
 
@@ -142,10 +145,10 @@ def note(kind: str, text: str) -> None:
 
 
 def tell(text: str) -> None:
-    """Prints `text` on stderr, escaped, and above the progress bars. Ignores errors from writing."""
-    if sys.stderr is None or sys.stderr.closed:  # print would take stdout for None
+    """Prints `text` on stderr, with unsafe characters escaped, above the progress bars. Ignores errors from writing."""
+    if sys.stderr is None or sys.stderr.closed:  # print(file=None) would print on stdout
         return
-    tqdm = sys.modules.get("tqdm")  # not imported: no bars
+    tqdm = sys.modules.get("tqdm")  # if nothing has imported tqdm, there are no bars
     above_bars = tqdm.tqdm.external_write_mode(file=sys.stderr, nolock=True) if tqdm else contextlib.nullcontext()
     with ignore_write_errors(sys.stderr), above_bars:
         print(printable(text), file=sys.stderr, flush=True)
@@ -153,8 +156,8 @@ def tell(text: str) -> None:
 
 @contextlib.contextmanager
 def ignore_write_errors(stream: TextIO) -> Iterator[None]:
-    """Ignores errors from writing to `stream`. Silences it if its reader has gone; but a full disk may get space again,
-    and a slow reader may catch up."""
+    """Ignores errors from writing to `stream`. If the reader has gone, also silences the stream; after other errors,
+    such as a full disk, later writes may succeed."""
     try:
         yield
     except OSError as error:
@@ -164,7 +167,7 @@ def ignore_write_errors(stream: TextIO) -> Iterator[None]:
 
 def silence(stream: TextIO) -> None:
     """Redirects `stream` to os.devnull, so that neither later writes nor the interpreter's last flush can fail. Does
-    nothing for a stream that is closed or no file of the system."""
+    nothing for a stream that is closed or has no file descriptor."""
     with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as null:
         os.dup2(null.fileno(), stream.fileno())
 

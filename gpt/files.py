@@ -1,4 +1,4 @@
-"""Files and folders handled with care: durable writes, names from elsewhere, hashes, JSON, locks, the cache folder."""
+"""Files and folders: durable writes, names that were read from files, hashes, JSON, locks, the cache folder."""
 
 import contextlib
 import hashlib
@@ -18,7 +18,7 @@ from gpt.errors import InputError, IntegrityError, ResourceError, note
 JSON_LIMIT = 1 << 28  # bytes; the tokenizer.json of a vocabulary of 200,000 takes 15 MB
 STEP_FOLDER = re.compile(r"^step-\d{9}$")
 LOCK = "lock"
-LOCKED_BYTE = 1 << 30  # where Windows locks: far behind the text, which must stay readable
+LOCKED_BYTE = 1 << 30  # the byte that Windows locks: far behind the text, which must stay readable
 LOCK_POLL_SECONDS = 0.1
 
 
@@ -26,8 +26,8 @@ LOCK_POLL_SECONDS = 0.1
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
-    """Replaces a small file. A reader sees the old or the new content, even after a crash. Raises OSError, and then
-    leaves the old file and no other."""
+    """Replaces a small file. A reader sees the old or the new content, even after a crash. Raises OSError if writing
+    fails; then the old file stays, and no temporary file."""
     data = content if isinstance(content, bytes) else content.encode("utf-8")
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -44,12 +44,13 @@ def write_durably(path: Path, content: str | bytes) -> None:
 
 
 def no_link(path: str, flags: int) -> int:
-    """Opens a file that only its owner may write to. Refuses a symbolic link. To be the `opener` of `open`."""
+    """Opens a file; a new file can be written by its owner alone. Refuses a symbolic link, where the system can. Use it
+    as the `opener` of `open`."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o644)
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable; a no-op on Windows."""
+    """Flushes the entries of a folder to the disk; a no-op on Windows."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -60,7 +61,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Removes a folder if it exists. Removes a link itself, and never follows it."""
+    """Removes a folder if it exists. Of a symbolic link, removes the link alone."""
     if folder.is_symlink():
         folder.unlink()
     elif folder.exists():
@@ -71,13 +72,13 @@ def remove_tree(folder: Path) -> None:
 
 
 def is_folder(path: str | Path) -> bool:
-    """Returns whether a path leads to a folder. Path.is_dir raises for a name that is too long."""
+    """Returns whether `path` is a folder. Unlike Path.is_dir, does not raise for a name that is too long."""
     return os.path.isdir(path)
 
 
 def inside(folder: Path, name: Any) -> Path:
-    """Returns `folder / name`, for a name read from a file. Raises IntegrityError unless it is a relative name without
-    "..", backslash, NUL or drive letter."""
+    """Returns `folder / name`, for a name that was read from a file. Raises IntegrityError unless the name is relative
+    and has no "..", backslash, NUL or drive letter."""
     parts = name.split("/") if isinstance(name, str) else [""]
     if any(part in ("", ".", "..") for part in parts) or re.search(r"[\\\x00]|^[A-Za-z]:", name):
         raise IntegrityError(f"manifest path leaves its directory: {name!r} in {folder}; do not trust this folder")
@@ -91,8 +92,8 @@ def sha256_of(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Returns the object in a JSON file, or None if the file does not exist. Raises IntegrityError if it holds anything
-    else or is longer than JSON_LIMIT, ResourceError if it cannot be read."""
+    """Returns the object in a JSON file, or None if the file does not exist. Raises IntegrityError if the file holds
+    anything else or is longer than JSON_LIMIT, ResourceError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             data = file.read(JSON_LIMIT + 1)
@@ -109,7 +110,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def json_object(line: str, field: str, where: str, advice: str = "correct the line") -> dict[str, Any]:
-    """Returns the object on a line of JSON. Raises InputError unless it is one and has a string `field`."""
+    """Returns the JSON object in `line`. Raises InputError unless there is one and it has a string called `field`; the
+    message begins with `where` and ends with `advice`."""
     values = parse_object(line)
     if values is None or not isinstance(values.get(field), str):
         raise InputError(f'{where}: expected an object with string field "{field}"; {advice}')
@@ -117,7 +119,7 @@ def json_object(line: str, field: str, where: str, advice: str = "correct the li
 
 
 def parse_object(text: str | bytes) -> dict[str, Any] | None:
-    """Returns the object that a JSON text holds, or None if it holds anything else."""
+    """Returns the object that a JSON text holds, or None if the text is anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -136,7 +138,7 @@ def step_folders(out: str | Path) -> list[Path]:
 
 
 def step_number(folder: Path) -> int:
-    """step_number(Path("out/mine/step-000000100")) -> 100"""
+    """Returns the step in a folder's name: step_number(Path("out/mine/step-000000100")) == 100."""
     return int(folder.name.removeprefix("step-"))
 
 
@@ -155,8 +157,8 @@ def read_pointer(out: str | Path, name: str) -> Path | None:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Locks a folder against other programs that call this, until the context or this process ends. Raises
-    ResourceError, which names the holder, if another program has locked it."""
+    """Locks a folder until the context or this process ends. Raises ResourceError, which names the holder, if another
+    program has locked the folder with lock_folder. Only warns if the file system has no locks."""
     path = folder / LOCK
     try:
         file = open(path, "a+b", buffering=0, opener=no_link)
@@ -172,7 +174,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def take_lock(file: IO[bytes], folder: Path) -> None:
-    """Locks the lock file of a folder, or raises ResourceError, which names the holder."""
+    """Locks the lock file of a folder. Raises ResourceError, which names the holder, if another program has locked it;
+    only warns if the file system has no locks."""
     try:
         is_ours = lock_file(file)
     except OSError as error:  # some network file systems have no locks
@@ -185,18 +188,18 @@ def take_lock(file: IO[bytes], folder: Path) -> None:
 
 
 def write_holder(file: IO[bytes], text: str) -> None:
-    """Replaces the text of a lock file. Ignores errors: the lock holds without its text."""
+    """Replaces the text of a lock file. Ignores errors, because the lock does not need the text."""
     with contextlib.suppress(OSError):
         file.truncate(0)
         file.write(text.encode("utf-8", "replace"))
 
 
 def lock_file(file: IO[Any], wait_seconds: float = 0) -> bool:
-    """Locks an open file against other programs that call this. Returns False if another one still holds the lock after
-    `wait_seconds`. Raises OSError if the file system has no locks.
+    """Locks an open file against other programs that call lock_file. Returns False if another program still holds the
+    lock after `wait_seconds`. Raises OSError if the file system has no locks.
 
     The lock belongs to the open file: it is free again when this process, and every process that inherited the file,
-    has closed it or ended. On Windows this moves the file's position, so open the file for appending."""
+    has closed it or ended. On Windows lock_file moves the file's position, so open the file for appending."""
     deadline = time.monotonic() + wait_seconds
     while not try_lock(file.fileno()):
         if time.monotonic() >= deadline:
@@ -206,7 +209,7 @@ def lock_file(file: IO[Any], wait_seconds: float = 0) -> bool:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Locks an open file unless another program has. Returns whether it did."""
+    """Locks an open file, by its descriptor, without waiting. Returns False if another program holds the lock."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -227,7 +230,7 @@ def try_lock(descriptor: int) -> bool:
 
 def cache_folder() -> Path | None:
     """Returns this user's folder for files that can be made or downloaded again, or None if the user has no home
-    folder. The folder may not exist yet: see make_private."""
+    folder. The folder may not exist yet: see `make_private`."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     try:
         cache = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
@@ -237,6 +240,6 @@ def cache_folder() -> Path | None:
 
 
 def make_private(folder: Path) -> None:
-    """Creates a folder and the missing folders above it, all for this user alone."""
+    """Creates a folder and the missing folders above it. No other user can open the new folders."""
     for path in reversed([folder, *folder.parents]):
         path.mkdir(mode=0o700, exist_ok=True)

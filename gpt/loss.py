@@ -22,8 +22,8 @@ CPU_ROWS, GPU_ROWS = 64, 512  # rows at a time in float32: on a CPU they stay in
 
 
 def losses_of_logits(logits: Tensor, targets: Tensor, vocab_size: int, gradient: bool = False) -> Tensor:
-    """Returns the losses (N,) of logits (N, P) at targets (N,). If `gradient`, overwrites the logits with the gradient
-    of each row's loss."""
+    """Returns the losses (N,) in nats, float32, of logits (N, P) at targets (N,); the softmax includes the first
+    `vocab_size` columns. If `gradient`, overwrites the logits with the gradient of each row's loss."""
     if torch.compiler.is_compiling():
         return compiled_losses_of_logits(logits, targets, vocab_size, gradient)
     rows = CPU_ROWS if logits.device.type == "cpu" else GPU_ROWS
@@ -43,7 +43,8 @@ def losses_of_logits(logits: Tensor, targets: Tensor, vocab_size: int, gradient:
 
 
 def compiled_losses_of_logits(logits: Tensor, targets: Tensor, vocab_size: int, gradient: bool) -> Tensor:
-    """Computes the same in a form that the compiler turns into loops without float32 logits in memory."""
+    """Computes what `losses_of_logits` computes, in a form that the compiler turns into loops without float32 logits in
+    memory."""
     values = logits[:, :vocab_size].float().log_softmax(-1)
     if gradient:
         is_target = torch.arange(vocab_size, device=targets.device) == targets[:, None]
@@ -82,6 +83,6 @@ class OnePass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, gradient = ctx.saved_tensors
-        upstream = upstream[:, None]  # in float32: rounded to bf16, it would scale all gradients by one error
+        upstream = upstream[:, None]  # float32: in bf16, all gradients would have the same rounding error
         to_x, scaled = (upstream * (gradient @ weight)).to(x.dtype), (upstream * x).to(x.dtype)
         return to_x, gradient.T @ scaled, None, None

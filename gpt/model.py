@@ -16,7 +16,7 @@ from gpt.attention import LayerCache, cached_attention, causal_attention
 from gpt.config import refuse
 from gpt.loss import cross_entropy
 
-VOCAB_MULTIPLE = 64  # the embedding has zero rows up to this multiple: odd sizes are slow in matrix products
+VOCAB_MULTIPLE = 64  # the embedding is padded with zero rows to a multiple of it: odd sizes make matrix products slow
 INIT_STD = 0.02
 
 
@@ -46,13 +46,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Ops:
-    """The operations of a forward pass that have faster kernels. The defaults are the reference implementations, in
-    plain torch; gpt.kernels makes other sets, outside of the model."""
+    """The operations of a forward pass that have faster kernels. The defaults are the reference implementations in
+    plain torch; gpt.kernels has faster ones for some machines."""
 
     attention: Callable[[Tensor, int, float], Tensor] = causal_attention
-    """over whole sequences: qkv (B, T, 3 C), number of heads, dropout -> (B, T, C)"""
+    """attention over whole sequences: qkv (B, T, 3 C), number of heads, dropout -> (B, T, C)"""
     cached_attention: Callable[[Tensor, int, LayerCache], Tensor] = cached_attention
-    """of new tokens, over all positions that their rows hold: qkv (B, T, 3 C), number of heads, cache of the layer ->
+    """attention of new tokens to all positions of their rows: qkv (B, T, 3 C), number of heads, cache of the layer ->
     (B, T, C); appends the new keys and values to the cache"""
 
 
@@ -106,7 +106,7 @@ class KVCache:
         return [LayerCache(keys, values, positions, self.is_empty) for keys, values in pairs]
 
     def advance(self, tokens: int) -> None:
-        """Counts `tokens` more positions in every row."""
+        """Adds `tokens` to the length of every row."""
         self.lengths += tokens
         self.is_empty = False
 
@@ -155,11 +155,11 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """An embedding that is also the head: GPT-2 ties them."""
+    """An embedding whose weight also serves as the head: GPT-2 ties them."""
 
     def reset_parameters(self) -> None:
-        """Leaves the values to `initialize`. On the meta device, where checkpoints are loaded, torch would import its
-        compiler for them, and that takes seconds."""
+        """Does nothing, because `initialize` sets the values. On the meta device, where load_model creates models,
+        torch's own method would import torch's compiler, which takes seconds."""
 
     def logits(self, x: Tensor) -> Tensor:  # (..., C) -> (..., rows)
         return F.linear(x, self.weight)
@@ -209,8 +209,8 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def check_positions(self, tokens: int, cache: KVCache | None) -> None:
-        """Raises ValueError if `tokens` more positions are too many. Does not read lengths from a GPU, which would have
-        to wait: there, whoever fills the cache counts."""
+        """Raises ValueError if a row would have more than block_size positions after `tokens` more. Reads the lengths
+        of `cache` on a CPU only: on a GPU the host would have to wait for them, so the caller must count there."""
         earlier = 0
         if cache is not None and cache.lengths.device.type == "cpu" and not torch.compiler.is_compiling():
             earlier = int(cache.lengths.max())
@@ -238,7 +238,7 @@ class GPT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the activations; unless the weights are quantized, theirs too."""
+        """The type of the activations, and of the weights unless they are quantized."""
         return self.position.weight.dtype
 
     @property
@@ -246,7 +246,8 @@ class GPT(nn.Module):
         return self.position.weight.device
 
     def num_parameters(self) -> int:
-        """Returns the number of parameters of the architecture: without padding, the tied head once."""
+        """Returns the number of parameters of the architecture: without padding of the vocabulary, and with the tied
+        head counted once."""
         padding = (len(self.token.weight) - self.vocab_size) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
 
@@ -285,7 +286,7 @@ def hidden_parameters(config: ModelConfig) -> int:
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> int:
-    """Returns the number of weights in all matrices; biases and layer norms are too few to count."""
+    """Returns the number of weights in all matrices. Leaves out biases and layer norms, which are few."""
     return (vocab_size + config.block_size) * config.n_embd + hidden_parameters(config)
 
 

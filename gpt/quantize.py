@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 from gpt.loss import IGNORED, losses_of_logits
 
-LARGEST = 127  # without -128 a row and its negative become the same numbers, apart from the sign
+LARGEST = 127  # -128 is not used, so that a row and its negative differ in the sign alone
 CHUNK = 4096  # rows quantized at once, to keep the fp32 copies small
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weight (N, K) is `weight`, int8, times `scale` (N,)."""
+    """A linear layer whose weight is the int8 matrix `weight` (N, K) times `scale` (N,), one scale per output."""
 
     weight: torch.Tensor
     scale: torch.Tensor
@@ -33,7 +33,8 @@ class Int8Linear(nn.Module):
 
 
 class Int8Embedding(nn.Module):
-    """The embedding and head (V, C), one scale per token."""
+    """The embedding, which is also the head: int8 (V, C), with one scale per token. `dtype` is the type of its
+    embeddings."""
 
     weight: torch.Tensor
     scale: torch.Tensor
@@ -57,17 +58,19 @@ class Int8Embedding(nn.Module):
 
 
 def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Returns x (..., K) times weight (N, K), int8, times scale (N,): (..., N) in x's dtype."""
+    """Returns the product (..., N) of x (..., K) and the weight: int8 `weight` (N, K) times `scale` (N,). The result
+    has the dtype of x."""
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:
         rows = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), weight, scale.to(x.dtype))
         return rows.view(*x.shape[:-1], -1)
-    # The power of two keeps sums within float16 and changes no digit.
+    # Dividing by 128 keeps sums in the range of float16, and rounds nothing: it is a power of two.
     return F.linear(x, weight.to(x.dtype) / 128) * (scale * 128).to(x.dtype)
 
 
 @torch.no_grad()
 def int8_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns weight (N, K) as int8 (N, K) and float32 scales (N,): int8 * scale is off by at most half a scale."""
+    """Returns weight (N, K) as int8 (N, K) and float32 scales (N,). The int8 numbers times the scale differ from the
+    weight by at most half a scale."""
     scale = torch.cat([part.abs().amax(1).float() for part in weight.split(CHUNK)]) / LARGEST
     divisor = scale.where(scale > 0, 1.0)[:, None]
     parts = zip(weight.split(CHUNK), divisor.split(CHUNK), strict=True)
@@ -76,8 +79,8 @@ def int8_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def to_int8(model: Any, dtype: torch.dtype | None = None) -> Any:
-    """Replaces the matrices of a GPT, in place, by their int8 form, and returns it. Layer norms, biases and positions,
-    and what is computed, become `dtype`, if given."""
+    """Replaces the matrices of a GPT by int8 ones, in place, and returns the GPT. Layer norms, biases, positions and
+    activations become `dtype` (None: stay as they are)."""
     dtype = dtype or model.dtype
     for block in model.blocks:
         block.attn.qkv, block.attn.proj = Int8Linear(block.attn.qkv), Int8Linear(block.attn.proj)

@@ -14,13 +14,15 @@ TIMEOUT_SECONDS = 10  # for the hub's first answer
 
 
 def is_hub_name(text: str) -> bool:
-    """Returns whether `text` can name a model on the hub: "gpt2", "org/name". Paths in out/ are run folders."""
+    """Returns whether `text` can name a model on the hub, such as "gpt2" or "org/name". A path in out/ cannot: it is a
+    run folder."""
     return bool(NAME.match(text)) and not text.startswith("out/")
 
 
 def fetch_from_hub(name: str) -> Path:
-    """Returns the local folder of a model on the hub. Downloads it over https into Hugging Face's cache; without a
-    connection, uses what the cache holds. Raises InputError for an unknown name, ResourceError if neither works."""
+    """Returns the local folder of a model on the hub. Downloads the model over https into Hugging Face's cache; without
+    a connection, uses the copy in the cache. Raises InputError for an unknown name, ResourceError if the hub cannot be
+    reached and the cache lacks the model."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError

@@ -26,7 +26,7 @@ FORMAT_VERSION = 1
 MANIFEST = "training/manifest.json"
 OPTIMIZER = "training/optimizer.safetensors"
 STATE = "training/state.json"
-GPT2_VOCABULARIES = range(50257, 50305)  # GPT-2's size, and that padded to a multiple of 64
+GPT2_VOCABULARIES = range(50257, 50305)  # GPT-2's size, up to its padding to a multiple of 64
 THREADS_LOCK = threading.Lock()
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ Loaded = tuple[GPT, Tokenizer, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified step folder. `state` is the trainer's plain data, empty if the folder holds weights only."""
+    """A verified step folder. `state` is the content of training/state.json, {} if the folder holds weights only."""
 
     path: Path
     step: int
@@ -47,9 +47,9 @@ class Checkpoint:
 
 
 def verify_checkpoint(folder: Path, training: bool = True) -> Checkpoint:
-    """Checks every file of a step folder against its manifest and returns the Checkpoint. Without `training`, allows a
+    """Checks every file of a step folder against its manifest and returns the Checkpoint. Without `training`, accepts a
     folder of weights only, and checks the optimizer's tensors by size alone: hashing them takes longer than the rest.
-    Raises IntegrityError."""
+    Raises IntegrityError if a check fails, ResourceError if a file cannot be read."""
     manifest = read_manifest(folder)
     try:
         for name, entry in manifest["files"].items():
@@ -63,7 +63,8 @@ def verify_checkpoint(folder: Path, training: bool = True) -> Checkpoint:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns the manifest of a step folder; does not check the files that it names. Raises IntegrityError."""
+    """Returns the manifest of a step folder; does not check the files that it names. Raises IntegrityError if the
+    manifest is missing, malformed, changed, or of another format or step."""
     path = folder / MANIFEST
     manifest = read_json(path)
     if manifest is None:
@@ -84,13 +85,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Returns the manifest with a sha256 of its other entries, so that a change of the manifest is noticed too."""
+    """Returns `manifest` with the sha256 of its other entries, so that a change of the manifest itself is noticed."""
     content = {name: value for name, value in manifest.items() if name != "sha256"}
     return content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 def check_file(folder: Path, name: str, entry: dict[str, Any], hash_it: bool) -> None:
-    """Raises IntegrityError unless a file exists and has the size, and if `hash_it` the sha256, of its entry."""
+    """Raises IntegrityError unless the file `name` exists in `folder` and has the size in `entry` and, if `hash_it`,
+    the sha256."""
     path = inside(folder, name)
     if not path.is_file():
         raise IntegrityError(f"{path}: missing; restore it or use another checkpoint")
@@ -112,14 +114,16 @@ def newest_checkpoint(out: str | Path) -> Checkpoint | None:
 
 
 def find_model_folder(path: str | Path) -> Path:
-    """Returns the folder of the model that a user names, see candidates; verifies it if it has a manifest. Unlike
-    load_pretrained, does not read the model."""
+    """Returns the folder of the model at `path`, a folder or a hub name: see `candidates`. Verifies the folder if it
+    has a manifest, but does not load the model. Raises InputError if there is no such model, IntegrityError if none of
+    its checkpoints is valid."""
     return first_valid(candidates(path), verified)
 
 
 def candidates(path: str | Path) -> list[Path]:
-    """Returns the folders to try for a path or name, the best choice first: the model folder itself; of a run folder
-    the best step folder, then the others from the newest; of a hub name the folder in the cache."""
+    """Returns the folders to try for `path`, in this order: for a model folder, itself; for a run folder, its best step
+    folder, then the others, newest first; for a hub name, the folder in Hugging Face's cache. Raises InputError if
+    there is no such model."""
     folder = Path(path)
     if os.path.exists(folder / "config.json"):  # Path.exists raises for a name that is too long
         return [folder.resolve()]
@@ -135,7 +139,7 @@ def candidates(path: str | Path) -> list[Path]:
 
 
 def steps_of_run(out: str | Path) -> list[Path]:
-    """Returns the step folders of a run, newest first. Warns if latest.txt names none of them."""
+    """Returns the step folders of a run, newest first. Warns if latest.txt does not name any of them."""
     folders = step_folders(out)
     if folders and read_pointer(out, "latest") is None:
         note("warning", f"{out}/latest.txt names no checkpoint; looking at all of them")
@@ -180,19 +184,19 @@ def load_pretrained(
 
 
 def load_verified(folder: Path, **options: Any) -> Loaded:
-    """Returns load_folder(folder, **options). Verifies a folder that has a manifest while it is read."""
+    """Returns load_folder(folder, **options). If the folder has a manifest, verifies it at the same time."""
     if not (folder / MANIFEST).exists():
         return load_folder(folder, **options)
     with ThreadPoolExecutor(1) as pool, one_thread():
         loaded = pool.submit(load_folder, folder, **options)
-        verify_checkpoint(folder, training=False)  # names a damaged file before the error of reading it
+        verify_checkpoint(folder, training=False)  # raises first, and names the damaged file
         return loaded.result()
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Within this context torch uses one thread: a second would wait for a core that hashes files. The setting belongs
-    to the process, so one caller at a time has this context."""
+    """Returns a context in which torch uses one thread: more threads would wait for the cores that hash files. The
+    setting belongs to the process, so the context admits one caller at a time."""
     with THREADS_LOCK:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -203,7 +207,8 @@ def one_thread() -> Iterator[None]:
 
 
 def load_folder(folder: Path, **options: Any) -> Loaded:
-    """Returns what load_pretrained returns, but takes a folder from find_model_folder and does not verify it again."""
+    """Returns what load_pretrained returns for the model folder `folder`, without verifying it. Raises IntegrityError
+    if model and tokenizer do not belong together. `options` are those of load_model."""
     model = load_model(folder, **options)
     tokenizer = tokenizer_of(folder, model.vocab_size)
     if model.vocab_size < tokenizer.vocab_size:
@@ -217,7 +222,8 @@ def load_folder(folder: Path, **options: Any) -> Loaded:
 
 
 def tokenizer_of(folder: Path, vocab_size: int) -> Tokenizer:
-    """Returns the Tokenizer in a model folder; GPT-2's if the folder has none and GPT-2's vocabulary size."""
+    """Returns the Tokenizer in a model folder. If the folder has no tokenizer but the model has the vocabulary size of
+    GPT-2, returns GPT-2's tokenizer."""
     if vocab_size not in GPT2_VOCABULARIES or any((folder / name).exists() for name in TOKENIZER_FILES):
         return load_tokenizer(folder)
     note("info", f"{folder} holds no tokenizer; assuming gpt2's")

@@ -21,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json")
 
 PREFIX = "transformer."
-NAMES = {  # parts of our names -> Hugging Face's
+NAMES = {  # part of our name -> part of Hugging Face's name
     "token.": "wte.",
     "position.": "wpe.",
     "blocks.": "h.",
@@ -36,7 +36,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 HEADER_LIMIT = 1 << 20  # bytes; GPT-2 XL and its optimizer need 200,000
 MASKS = re.compile(r"^h\.\d+\.attn\.(bias|masked_bias)$")  # buffers in old files: causal masks
 
-# Settings of config.json that change the architecture, with GPT-2's values, and equivalent values.
+# Settings of config.json that change the architecture -> GPT-2's value; other values that are equivalent to it.
 GPT2_ONLY = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
@@ -54,7 +54,8 @@ EQUIVALENT = {"activation_function": "gelu_pytorch_tanh"}
 
 
 def huggingface_name(name: str) -> str:
-    """huggingface_name("blocks.3.mlp.fc.bias") -> "h.3.mlp.c_fc.bias"; files have PREFIX before it."""
+    """Returns Hugging Face's name for a parameter: huggingface_name("blocks.3.mlp.fc.bias") == "h.3.mlp.c_fc.bias".
+    Files have PREFIX before this name."""
     for ours, theirs in NAMES.items():
         name = name.replace(ours, theirs)
     return name
@@ -77,18 +78,19 @@ def weights_of(model: GPT) -> dict[str, Tensor]:
 
 
 def all_finite(value: Tensor) -> bool:
-    """Returns whether every element is finite. Minimum and maximum propagate NaN, and cost a tenth of isfinite."""
+    """Returns whether every element is finite. Minimum and maximum propagate NaN, and take a tenth of the time of
+    isfinite."""
     return bool(torch.stack(value.aminmax()).isfinite().all())
 
 
 def config_json(config: ModelConfig, vocab_size: int, eot: int) -> dict[str, Any]:
-    """Returns the content of config.json for a model of ours."""
+    """Returns the content of config.json for a model with this ModelConfig, vocabulary size and end-of-text id."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         **GPT2_ONLY,
         "vocab_size": vocab_size,
         "n_positions": config.block_size,
-        "n_ctx": config.block_size,  # llama.cpp's converter reads this one
+        "n_ctx": config.block_size,  # llama.cpp's converter reads n_ctx
         "n_embd": config.n_embd,
         "n_layer": config.n_layer,
         "n_head": config.n_head,
@@ -110,8 +112,8 @@ def config_json(config: ModelConfig, vocab_size: int, eot: int) -> dict[str, Any
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the paths of a folder's safetensors files: one, or the shards of an index. Raises InputError if it has
-    none, IntegrityError for a malformed index."""
+    """Returns the paths of a folder's safetensors files: a single file, or the shards that an index lists. Raises
+    InputError if there are none, IntegrityError if the index is malformed."""
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     index = read_json(folder / INDEX)
@@ -150,7 +152,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def stored_weights(folder: Path) -> dict[str, Tensor]:
-    """Returns the tensors in a folder's weight files, by name without PREFIX. Mask buffers are left out."""
+    """Returns name without PREFIX -> tensor, for the weight files of a folder. Leaves out the buffers of MASKS. Raises
+    IntegrityError if a name is stored twice or a file is damaged."""
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
         for stored_name, value in read_safetensors(path).items():
@@ -168,7 +171,8 @@ def stored_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, int]:
-    """Returns (ModelConfig, vocabulary size) of config.json. Raises InputError for another architecture."""
+    """Returns (ModelConfig, vocabulary size) of config.json. Raises InputError if the file is missing or describes
+    another architecture, IntegrityError if it is malformed."""
     values = read_json(folder / "config.json")
     if values is None:
         raise InputError(f"{folder}: no config.json; give a GPT-2 checkpoint folder, a run folder or a hub name")
@@ -197,7 +201,8 @@ def load_model(
 ) -> GPT:
     """Returns the GPT of a Hugging Face GPT-2 folder, with weights of type `dtype` on `device`. On a CPU, `together`
     puts the weights into one block of memory, which is faster to read and can be freed only as a whole. Does not verify
-    the folder: load_pretrained does."""
+    the folder, as load_pretrained does. Raises InputError for another architecture, IntegrityError for damaged
+    files."""
     config, vocab_size = read_config(folder)
     tensors = stored_weights(folder)
     # Even on the meta device 10^9 layers take hours to build, and torch cannot count the bytes of much larger tensors.
@@ -217,8 +222,9 @@ def load_model(
 
 
 def check_weights(folder: Path, model: GPT, tensors: dict[str, Tensor]) -> None:
-    """Raises IntegrityError naming up to five tensors that are missing, unknown or of another shape or type, InputError
-    for a head that is not the embedding. `model` may be on the meta device."""
+    """Raises IntegrityError if tensors are missing, unknown or of another shape or type than in `model`, and names up
+    to five of them; InputError if there is a head that differs from the embedding. `model` may be on the meta
+    device."""
     shapes = {huggingface_name(n): tuple(as_stored(model, n, p).shape) for n, p in model.named_parameters()}
     problems = [f"{name} is missing" for name in shapes if name not in tensors]
     problems += [f"{name} is unknown" for name in tensors if name not in shapes and name != HEAD]
@@ -236,8 +242,8 @@ def check_weights(folder: Path, model: GPT, tensors: dict[str, Tensor]) -> None:
 
 
 def fill(target: Tensor, name: str, value: Tensor, folder: Path) -> None:
-    """Fills the uninitialised tensor of our parameter `name` with its stored fp32 value. Raises IntegrityError for a
-    value that is not finite."""
+    """Copies the stored fp32 `value` of our parameter `name` to its uninitialised tensor `target`, and sets padding to
+    0. Raises IntegrityError if a value is not finite."""
     if not all_finite(value):
         raise IntegrityError(f"non-finite values in {huggingface_name(name)}: {folder}; use another checkpoint")
     if name.endswith(TRANSPOSED):

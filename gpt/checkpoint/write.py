@@ -54,7 +54,7 @@ def save_checkpoint(
 
 
 def write_model(folder: Path, weights: Tensors, model: GPT, tokenizer: Tokenizer, sampling: Json) -> None:
-    """Writes the Hugging Face part of a checkpoint."""
+    """Writes the files of a checkpoint that Hugging Face reads: weights, settings and tokenizer."""
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / "config.json", config_json(model.config, model.vocab_size, tokenizer.eot))
     eot = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
@@ -63,7 +63,8 @@ def write_model(folder: Path, weights: Tensors, model: GPT, tokenizer: Tokenizer
 
 
 def write_json(path: Path, values: Json) -> None:
-    """Writes or replaces a JSON file durably. It ends without a newline, so that no byte can be cut off unnoticed."""
+    """Writes or replaces a JSON file durably. The file ends without a newline, so that a missing last byte is always
+    noticed."""
     write_durably(path, json.dumps(values, indent=2, ensure_ascii=False))
 
 

@@ -1,7 +1,7 @@
 """The scripts train.py, sample.py and data/prepare.py as modules of this package, for the command `gpt`.
 
-A wheel carries the scripts and the presets in this folder. A checkout keeps them at its root, so they are also looked
-for there."""
+A wheel carries the scripts and the presets in this folder. In a checkout they are in its root
+and in data/, so these folders are searched too."""
 
 from pathlib import Path
 

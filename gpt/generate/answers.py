@@ -1,4 +1,5 @@
-"""The file of answers: a JSON line for each text, in the order of the prompts. After a kill a run continues with it."""
+"""The file of answers: a JSON line for each text, in the order of the prompts. After a kill, the
+same command continues the file."""
 
 import contextlib
 import itertools
@@ -21,7 +22,7 @@ SAME = f"give the prompts and --num_samples of before, or {OTHER}"
 
 
 def answer_line(prompt: Prompt, completion: Completion, escape: bool = False) -> str:
-    """Returns the JSON line of a Completion, without a line break; `escape` leaves only ASCII."""
+    """Returns the JSON line of a Completion, without a line break. With `escape`, the line is pure ASCII."""
     answer: dict[str, Any] = {
         "id": prompt.id,
         "prompt": prompt.text,
@@ -36,17 +37,17 @@ def answer_line(prompt: Prompt, completion: Completion, escape: bool = False) ->
 
 
 class Answers(NamedTuple):
-    """What a file of answers holds; a kill may have cut off what follows."""
+    """What is in a file of answers. A kill may have left a part of an answer behind the whole answers."""
 
     texts: int  # number of whole answers
     total: int  # number of answers that the file is to hold
-    end: int = 0  # bytes of the whole answers
-    size: int = 0  # bytes of the file
+    end: int = 0  # number of bytes of the whole answers
+    size: int = 0  # number of bytes of the file
 
 
 def read_answers(path: str, prompts: list[Prompt], samples: list[int]) -> Answers:
-    """Returns what the file `path` holds of the answers to these prompts, `samples` texts for each. Raises InputError
-    if it holds anything else."""
+    """Returns how many of the answers to `prompts` the file `path` holds; `samples` is the number of texts for each
+    prompt. Raises InputError if the file holds anything else, ResourceError if it cannot be read."""
     texts, end, total = 0, 0, sum(samples)
     if not os.path.exists(path):
         return Answers(0, total)
@@ -66,7 +67,7 @@ def read_answers(path: str, prompts: list[Prompt], samples: list[int]) -> Answer
 
 def read_answer(file: IO[bytes], prompt: Prompt, where: str) -> bool:
     """Reads a line and returns whether it is a whole answer to `prompt`: False at the end of the file, and for the
-    beginning of an answer that a kill has cut off. Raises InputError for anything else."""
+    beginning of an answer that a kill has cut off. Raises InputError, which begins with `where`, for any other line."""
     known = json.dumps({"id": prompt.id, "prompt": prompt.text}, ensure_ascii=False).removesuffix("}")
     begin = known.encode("utf-8", "backslashreplace") + b', "text": "'
     line = file.read(len(begin))  # shorter than `begin` only at the end of the file
@@ -111,13 +112,14 @@ def lock_answers(file: IO[str], path: str, answers: Answers) -> None:
 
 
 class AnswerBar(tqdm):
-    """A progress bar on stderr, if that is a terminal: finished texts, and tokens per second."""
+    """A progress bar on stderr, if stderr is a terminal. Shows the number of finished texts (at the start `texts`, of
+    `total`) and the tokens per second."""
 
     def __init__(self, texts: int, total: int):
         super().__init__(initial=texts, total=total, unit=" texts", mininterval=0.5, miniters=0, disable=None)
 
     def count(self, events: Events) -> Events:
-        """Yields the events, and counts their tokens and finished texts."""
+        """Yields the events, and adds their tokens and finished texts to the bar."""
         start = time.monotonic()
         for tokens, (sequence, piece) in enumerate(events, 1):
             self.set_postfix_str(f"{tokens / max(time.monotonic() - start, 1e-9):,.0f} tok/s", refresh=False)

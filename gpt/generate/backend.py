@@ -1,5 +1,5 @@
-"""What runs the model while it generates: plain torch, torch.compile, CUDA graphs, or C++ of our own. All of them
-compute the same, up to rounding."""
+"""The back ends that run the model during generation: plain torch, torch.compile, CUDA graphs and C++. All compute the
+same, up to rounding."""
 
 from __future__ import annotations
 
@@ -23,27 +23,28 @@ if TYPE_CHECKING:
 
 BUILD_PAYS = 4e10  # steps times parameters from which waiting some seconds for the kernels to be built saves time
 COMPILE_PAYS = 200_000  # steps from which compiling for a GPU, about a minute, takes less time than it saves
-MOST_SHAPES = 64  # for which one process compiles a function: numbers of rows, kinds of settings
+MOST_SHAPES = 64  # shapes for which a process compiles one function: numbers of rows, kinds of settings
 
 
 class Backend:
-    """Plain torch on any device, and the interface of the others."""
+    """The back end in plain torch, for any device, and the base class of the others."""
 
     captures = False  # whether steps are launched as CUDA graphs
     narrow = False  # whether `choose` may leave a row undecided: see sampling.choose
 
     def __init__(self, model: GPT, ops: Ops = REFERENCE):
         self.model, self.ops, self.choose_ids = model, ops, choose
-        # Whether `decode` reads the cache beyond a row's length, with the weight 0.
+        # Whether `decode` reads values beyond a row's length, which it multiplies by 0.
         self.reads_beyond = ops.cached_attention is cached_attention
 
     def slots(self, rows: int) -> int:
-        """Returns the number of row slots for `rows`. Above 4 it is a multiple of 4: a CPU's matrix products in fp32
-        round differently in the 5th to 7th row than in the others, so a text would depend on its slot."""
+        """Returns the number of row slots for `rows` texts side by side. Above 4 it is a multiple of 4: a CPU's matrix
+        products in fp32 round differently in the 5th to 7th row than in the others, so a text would depend on its
+        slot."""
         return rows if rows <= 4 else math.ceil(rows / 4) * 4
 
     def prefill(self, ids: torch.Tensor, cache: KVCache) -> None:
-        """Reads ids (1, T) into a cache of one row."""
+        """Appends the keys and values of ids (1, T) to a cache of one row."""
         with no_cudnn_attention(self.model.device):
             self.model.hidden(ids, cache, self.ops)
 
@@ -66,7 +67,7 @@ class Backend:
 
 
 class Captured(Backend):
-    """Plain torch and Triton on a GPU, its steps launched as CUDA graphs."""
+    """Plain torch and Triton on a GPU. Steps are launched as CUDA graphs."""
 
     captures = narrow = True
 
@@ -75,8 +76,8 @@ class Captured(Backend):
 
 
 class Compiled(Backend):
-    """The step compiled; on a GPU its kernels are captured too. On a CPU `choose` is not compiled: it reads results to
-    decide how much to sort."""
+    """Plain torch, compiled by torch.compile; on a GPU, steps are launched as CUDA graphs too. On a CPU `choose` is not
+    compiled, because it reads results to decide how much to sort."""
 
     def __init__(self, model: GPT):
         on_gpu = model.device.type == "cuda"
@@ -88,7 +89,7 @@ class Compiled(Backend):
 
 
 class Native(Backend):
-    """C++ on a CPU: the whole forward pass, and the choice."""
+    """C++ on a CPU, for the whole forward pass and for the choice of the next ids."""
 
     def __init__(self, model: GPT):
         super().__init__(model)
@@ -105,8 +106,8 @@ BACKENDS = {"eager": Backend, "captured": Captured, "compiled": Compiled, "nativ
 
 
 def pick_backend(name: str, model: GPT, steps: int, rows: int) -> str:
-    """Returns the key in BACKENDS that `name` stands for. "auto" depends on the device, the number of decode steps and,
-    on a CPU, a short measurement. Raises InputError for a back end that cannot run here."""
+    """Returns the key in BACKENDS that `name` stands for. "auto" depends on the device, the number of decode `steps`
+    and, on a CPU, a short measurement with `rows` rows. Raises InputError for a back end that cannot run here."""
     device = model.device.type
     if name == "auto" and device == "cpu":
         work = steps * count_parameters(model.config, model.vocab_size)
@@ -122,8 +123,9 @@ def pick_backend(name: str, model: GPT, steps: int, rows: int) -> str:
 
 
 def compile_static(function: Callable) -> Callable:
-    """Returns `function`, compiled for the shapes of its calls. More than MOST_SHAPES are an error: torch would go on
-    uncompiled, at a tenth of the speed, with a warning at most."""
+    """Returns `function`, compiled anew for each combination of argument shapes. A call raises an error if there would
+    be more than MOST_SHAPES of them: otherwise torch would go on uncompiled, at a tenth of the speed, with a warning at
+    most."""
     compiled = torch.compile(function, dynamic=False, fullgraph=True)
 
     def call(*arguments: Any) -> Any:
@@ -134,7 +136,8 @@ def compile_static(function: Callable) -> Callable:
 
 
 def no_cudnn_attention(device: torch.device) -> AbstractContextManager:
-    """Returns a context without cuDNN's attention, which takes up to a second to plan each new length."""
+    """Returns a context in which torch does not use cuDNN's attention, which takes up to a second to plan each new
+    length."""
     if device.type != "cuda":
         return contextlib.nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -1,4 +1,4 @@
-"""Texts in row slots: which text a row holds, prefill, steps, sliding past the context, refilling.
+"""Texts in row slots: which text a row holds, prefill, steps, sliding past the context, refilling slots.
 
 Shapes: R row slots, S cache positions (block_size). Each text in progress (a Sequence) holds one slot. All slots
 advance together by one token per step, and a slot whose text has ended takes the next waiting text."""
@@ -19,16 +19,17 @@ from gpt.generate.step import CapturedStep, Results, Step, memory_errors
 
 
 class Launch(NamedTuple):
-    """Steps in flight."""
+    """Steps that are launched together and whose results are not read yet."""
 
     wait: Callable[[], Results]
     slots: list[Sequence | None]  # what each row held at the start; None for an idle row, or if its results are dropped
-    lengths: np.ndarray  # (R,) positions that each row's cache held when they began
+    lengths: np.ndarray  # (R,) positions that each row's cache held at the start
 
 
 class Decoder:
     """R row slots over one static cache, R being `backend.slots(rows)`. A text does not depend on the texts in other
-    rows, only on R: each row is prefilled by itself, and in a step no row's arithmetic depends on another row."""
+    rows, only on R: each row is prefilled by itself, and in a step no row's arithmetic depends on another row. The ids
+    in `banned` are never chosen."""
 
     def __init__(self, backend: Backend, rows: int, eot: int, banned: Collection[int] = ()):
         self.model = backend.model
@@ -39,7 +40,7 @@ class Decoder:
         self.reset(None)
 
     def reset(self, report: int | None) -> None:
-        """Drops what an earlier call, perhaps an interrupted one, has left here."""
+        """Drops the texts of an earlier call, which may have been interrupted. `report` is that of `events`."""
         self.slots: list[Sequence | None] = [None] * len(self.step)  # an idle row continues with arbitrary tokens
         self.prompts: list[list[int] | None] = [None] * len(self.step)  # the prompt that each row's cache begins with
         self.in_flight: deque[Launch] = deque()
@@ -69,11 +70,13 @@ class Decoder:
                 self.model.train()
 
     def must_wait(self) -> bool:
-        """Returns whether the next launch needs the results of all before it: a row is full, or none has work."""
+        """Returns whether the next launch needs the results of all earlier ones: if a row is full, or no row holds a
+        text."""
         return self.lengths.max() == self.capacity or not any(self.slots)
 
     def fill_slots(self, waiting: Iterator[Sequence]) -> Events:
-        """Starts the next waiting sequences in the free slots. One that asks for no tokens is finished at once."""
+        """Starts the next `waiting` sequences in the free slots. A sequence with max_new_tokens 0 ends at once; its
+        event is yielded."""
         for slot in range(len(self.slots)):
             while self.slots[slot] is None and (sequence := next(waiting, None)) is not None:
                 if sequence.params.max_new_tokens == 0:
@@ -83,8 +86,8 @@ class Decoder:
 
     @torch.inference_mode()
     def start(self, slot: int, sequence: Sequence) -> None:
-        """Gives `slot` to `sequence`. All of its prompt but the last id, which the next step reads, goes into the
-        cache: copied from a row that begins with the same prompt, if there is one."""
+        """Gives `slot` to `sequence`. Fills the row's cache with the prompt except its last id, which the next step
+        reads: by copying a row whose cache begins with the same prompt, if there is one, else by prefilling."""
         source = next((row for row, prompt in enumerate(self.prompts) if prompt is sequence.prompt), None)
         ids = self.on_device(sequence.prompt)
         if source is None:
@@ -99,7 +102,7 @@ class Decoder:
         return to_device(torch.tensor(ids), self.step.device)
 
     def launch(self) -> None:
-        """Starts the next steps: as many as one launch may have, or one where a row is almost full."""
+        """Launches the next steps: `launcher.most` of them, or one step if a row is almost full."""
         if self.lengths.max() == self.capacity:
             self.make_room()
         room = self.capacity - self.lengths.max()
@@ -115,7 +118,7 @@ class Decoder:
     @torch.inference_mode()
     def make_room(self) -> None:
         """Shortens full rows. Learned positions cannot slide inside a cache, so the last S // 2 ids of the text, the
-        last chosen one included, are prefilled again from position 0. An idle row is emptied."""
+        newest id included, are prefilled again from position 0. Empties full rows that are idle."""
         for slot in np.flatnonzero(self.lengths == self.capacity).tolist():
             sequence = self.slots[slot]
             self.prompts[slot] = None
@@ -129,7 +132,8 @@ class Decoder:
             self.lengths[slot] = len(kept) - 1
 
     def deliver(self, launch: Launch) -> Events:
-        """Gives the tokens of a launch to its sequences; tokens chosen past a text's end are dropped."""
+        """Waits for a launch, appends its tokens to its sequences and yields their events. Drops tokens that were
+        chosen after the end of a text. Raises NonFiniteError if logits are not finite."""
         for number, (ids, logprobs, likeliest) in enumerate(launch.wait()):
             for slot, sequence in enumerate(launch.slots):
                 if sequence is None or sequence.finish_reason:
@@ -148,8 +152,9 @@ class Decoder:
 
     @torch.inference_mode()
     def repeat(self, slot: int, sequence: Sequence, launch: Launch, number: int) -> None:
-        """Takes a row back to before step `number` of `launch`, whose few candidates did not decide its choice; from
-        now on steps look at all tokens. The row's later steps no longer count: none of them prefilled it again."""
+        """Takes a row back to its state before step `number` of `launch`, in which the few candidates did not decide
+        the choice; from now on steps look at all tokens. Drops the results of the row's later steps. None of them
+        prefilled the row again, so the cache before this step is still right."""
         self.step.narrow = False
         for later in (launch, *self.in_flight):
             later.slots[slot] = None

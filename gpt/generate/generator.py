@@ -24,31 +24,32 @@ from gpt.model import GPT
 from gpt.quantize import to_int8
 from gpt.text.tokenizer import Tokenizer
 
-MOST_ROWS = {"cpu": 8, "mps": 16, "cuda": 64}  # row slots where the user names no number: more gain little
-CACHE_SHARE = 0.5  # of the free memory, that their caches may fill
+MOST_ROWS = {"cpu": 8, "mps": 16, "cuda": 64}  # row slots if the user sets no `rows`: more slots gain little
+CACHE_SHARE = 0.5  # share of the free memory that the caches of the rows may fill
 PromptIds = Iterable[int | str] | None  # None: 1, 2, …
 
 
 class TextGenerator:
-    """A model with its tokenizer. `defaults`, as in generation_config.json, replace those of SamplingParams; `backend`
-    is a key of BACKENDS or "auto"."""
+    """A model with its tokenizer. `defaults` (name -> value, as in generation_config.json) replace the defaults of
+    SamplingParams; `backend` is a key of BACKENDS or "auto"."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, defaults: dict[str, Any] | None = None, backend: str = "auto"):
         self.model, self.tokenizer, self.backend = model, tokenizer, backend
         known = fields(SamplingParams)
         usable = {name: value for name, value in (defaults or {}).items() if name in known}
         self.defaults = {name: value for name, value in usable.items() if type(value) in (int, known[name].type)}
-        self.backends: dict[str, Backend] = {}  # those in use so far, by name, for the weights of `versions`
+        self.backends: dict[str, Backend] = {}  # name -> back end made so far, for the weights of `versions`
         self.versions: list[tuple] = []
-        self.idle_decoder: Decoder | None = None  # the last one; its cache and its captured steps are used again
+        self.idle_decoder: Decoder | None = None  # the last Decoder, for its cache and its captured steps
 
     @classmethod
-    @torch.inference_mode(False)  # weights loaded within that mode could not be trained later
+    @torch.inference_mode(False)  # weights loaded in inference mode could not be trained later
     def load(
         cls, path: str | Path, device: str = "auto", dtype: str = "auto", quantize: str = "none", backend: str = "auto"
     ) -> "TextGenerator":
-        """Returns the TextGenerator of a checkpoint folder, run folder or hub name, on a device and in a precision by
-        name; `quantize` is "none" or "int8"."""
+        """Returns the TextGenerator of a checkpoint folder, run folder or hub name. The other arguments take the values
+        of the options of sample.py. Raises InputError for an unknown name or device, IntegrityError for a damaged
+        checkpoint."""
         on_device = pick_device(device)
         precision = pick_dtype(dtype, on_device)
         set_precision(precision)
@@ -65,8 +66,9 @@ class TextGenerator:
         """Returns for each prompt (a string or several) a list of `num_samples` Completions.
 
         `settings` are fields of GenerationParams and SamplingParams: generate(["Once upon"], max_new_tokens=100,
-        top_p=0.95). `prompt_ids` (numbers or strings; else 1, 2, …) make the random numbers of prompts differ. Raises
-        InputError for bad settings or a prompt longer than the context, NonFiniteError for damaged weights."""
+        top_p=0.95). `prompt_ids`, a number or string per prompt (default: 1, 2, …), give prompts different random
+        numbers. Raises InputError for bad settings or a prompt longer than the context, NonFiniteError for damaged
+        weights, ResourceError if memory runs out."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         params = self.params(**settings)
         events = in_order(self.events(prompts, [params] * len(prompts), prompt_ids))
@@ -74,7 +76,8 @@ class TextGenerator:
         return [completions[i : i + params.num_samples] for i in range(0, len(completions), params.num_samples)]
 
     def stream(self, prompt: str, prompt_id: int | str = 1, **settings: Any) -> Iterator[str]:
-        """Returns an iterator over the pieces of one text as they become certain; joined they are the text."""
+        """Returns an iterator over the pieces of one text, each as soon as no later token can change it; the joined
+        pieces are the text. The arguments are those of `generate`."""
         params = self.params(**settings)
         if params.num_samples != 1:
             raise InputError(f"num_samples {params.num_samples}: a stream is one text; use generate")
@@ -82,12 +85,12 @@ class TextGenerator:
         return (piece for _, piece in events if piece)
 
     def score(self, text: str, stride: int = 0) -> Score:
-        """Returns how well the model predicts `text`: see score_text."""
+        """Returns how well the model predicts `text`: see `score_text`."""
         return score_text(self.model, self.tokenizer, text, stride)
 
     def params(self, **settings: Any) -> GenerationParams:
-        """Returns the GenerationParams of these settings over the checkpoint's defaults, with a seed. Raises
-        InputError."""
+        """Returns the GenerationParams with `settings` over the checkpoint's defaults; draws a seed if none is set.
+        Raises InputError for an unknown setting or a bad value."""
         known = fields(GenerationParams)
         for name in settings.keys() - known.keys():
             raise InputError(f"unknown setting {name}; {suggestion(name, known)}")
@@ -100,10 +103,10 @@ class TextGenerator:
     def events(
         self, prompts: list[str], params: list[GenerationParams], prompt_ids: PromptIds = None, skip: int = 0
     ) -> Events:
-        """Returns an iterator over events (Sequence, piece of text) in the order in which tokens come: the one loop
-        behind generate, stream and sample.py. `params` are those of each prompt; the first one gives `rows`. The first
-        `skip` texts are left out. Errors in settings, and notes about the back end, come from this call, not from the
-        iterator: a caller can print the prompt in between."""
+        """Returns an iterator over events (Sequence, piece of text), in the order in which tokens are chosen; generate,
+        stream and sample.py use it. `params` has an entry per prompt; `rows` is read from the first. Leaves out the
+        first `skip` texts. Raises errors in settings and prints notes about the back end at the call, not during the
+        iteration, so a caller can print the prompt in between."""
         ids = list(range(1, len(prompts) + 1) if prompt_ids is None else prompt_ids)
         if len(ids) != len(prompts):
             raise InputError(f"prompt_ids: {len(ids)} for {len(prompts)} prompts; give one for each")
@@ -144,13 +147,14 @@ class TextGenerator:
         return pick_backend(self.backend, self.model, steps, rows), rows
 
     def fitting_rows(self, texts: int) -> int:
-        """Returns the number of rows for this many texts: no more than gain speed on this device, or than have room in
-        memory."""
+        """Returns the number of rows for `texts` texts: at most as many as gain speed on this device and as fit into
+        CACHE_SHARE of the free memory."""
         fitting = int(free_memory(self.model.device) * CACHE_SHARE) // row_bytes(self.model)
         return max(1, min(texts, MOST_ROWS[self.model.device.type], fitting))
 
     def decode(self, sequences: Iterable[Sequence], backend: str, rows: int, report: int | None) -> Events:
-        """Generates the sequences. The Decoder is nobody else's meanwhile, and idle afterwards."""
+        """Generates the sequences and yields their events. Meanwhile no other call uses the same Decoder; afterwards it
+        is idle."""
         decoder = self.take_decoder(backend, rows)
         try:
             yield from decoder.events(sequences, report)
@@ -159,7 +163,8 @@ class TextGenerator:
 
     @torch.inference_mode(False)  # these tensors outlive the call, so they must not be inference tensors
     def take_decoder(self, name: str, rows: int) -> Decoder:
-        """Returns a Decoder that is not in use: the idle one if it fits, else a new one."""
+        """Returns a Decoder that is not in use: the idle one if it has this back end and number of slots, else a new
+        one."""
         if weight_versions(self.model) != self.versions:  # back ends keep addresses and copies of the weights
             self.backends.clear()
         if name not in self.backends:
@@ -169,17 +174,17 @@ class TextGenerator:
         self.idle_decoder = None
         if decoder and decoder.step.backend is backend and len(decoder.step) == backend.slots(rows):
             return decoder
-        del decoder  # its cache would take memory from the new one's
+        del decoder  # its cache would take the memory that the new cache needs
         return Decoder(backend, rows, self.tokenizer.eot, self.unused_ids())
 
     def unused_ids(self) -> list[int]:
-        """Returns the ids that stand for no text and must never be chosen."""
+        """Returns the ids that are no token: they must never be chosen."""
         special = set(self.tokenizer.encoding._special_tokens.values())
         return [i for i in np.flatnonzero(self.tokenizer.byte_lengths() == 0).tolist() if i not in special]
 
 
 def weight_versions(model: GPT) -> list[tuple]:
-    """Returns a value that differs after every change of the weights: addresses, types, and how often each was changed
-    in place. Tensors made in inference mode count no changes."""
+    """Returns a value that differs after every change of the weights: address, type, and the number of changes in place
+    of each tensor. torch does not number the changes of tensors that were made in inference mode."""
     tensors = [*model.parameters(), *model.buffers()]
     return [(t.data_ptr(), t.dtype, None if t.is_inference() else t._version) for t in tensors]

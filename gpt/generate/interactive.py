@@ -1,4 +1,4 @@
-"""The interactive mode: what is typed is appended to a text, the model continues it, and stays in memory."""
+"""The interactive mode: appends what is typed to a text and lets the model, which stays in memory, continue it."""
 
 import contextlib
 import io
@@ -24,15 +24,16 @@ An empty line continues the text as it is. Ctrl-C stops the text that is being w
 /help  /quit"""
 SETTABLE = [name for name in (*SETTINGS, "rows", "allow_special") if name != "num_samples"]
 LONGEST_TEXT = 1 << 18  # characters kept of the text so far: far more than a context holds
-MOST_LINES = 1000  # of history
+MOST_LINES = 1000  # lines of history that are kept
 Write = Callable[[str], object]
 
 
 def interact(
     generator: TextGenerator, settings: dict[str, Any], seed: int, write: Write, first: str | None = None
 ) -> None:
-    """Answers what is typed, by `write`, until the input ends. `first` counts as typed first. `settings` are those of
-    GenerationParams that the user gave; `seed` is used if they have none."""
+    """Lets the model continue each line that is typed, and passes the text to `write`, until the input ends. `first`,
+    if not None, is treated as if it were typed first. `settings` are the fields of GenerationParams that the user gave;
+    `seed` is used if they have no seed."""
     session = Session(generator, settings, seed, write)
     terminal = bool(sys.stdin and sys.stdin.isatty() and sys.stdout.isatty())
     with history() if terminal else contextlib.nullcontext():
@@ -47,7 +48,7 @@ def interact(
 
 
 def attempt(action: Callable[[str], None], line: str) -> None:
-    """Calls `action(line)`. Ctrl-C and foreseen errors end that action alone."""
+    """Calls `action(line)`. Ctrl-C and foreseen errors end the action, not the program."""
     try:
         action(line)
     except KeyboardInterrupt:
@@ -60,8 +61,8 @@ def attempt(action: Callable[[str], None], line: str) -> None:
 
 
 def typed_lines(terminal: bool) -> Iterator[str]:
-    """Yields the lines that are typed or piped in, without their ends. On a terminal Ctrl-C empties the line, and the
-    second in a row leaves."""
+    """Yields the lines that are typed or piped in, without their ends. On a terminal, Ctrl-C empties the line, and a
+    second Ctrl-C in a row ends the input."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline="\n")
     interrupts = 0  # in a row
@@ -84,8 +85,8 @@ def typed_lines(terminal: bool) -> Iterator[str]:
 
 @contextlib.contextmanager
 def history() -> Iterator[None]:
-    """A context for line editing, where the system has it, with the lines of earlier sessions. A history that cannot be
-    read or written is no error."""
+    """Returns a context in which lines can be edited, and earlier sessions' lines recalled, if the system has readline.
+    Ignores a history that cannot be read or written."""
     try:
         import readline
     except ImportError:  # Windows, whose console edits lines by itself
@@ -115,11 +116,12 @@ class Session:
     def __init__(self, generator: TextGenerator, settings: dict[str, Any], seed: int, write: Write):
         self.generator, self.write = generator, write
         self.settings = {"seed": seed} | settings
-        self.keeps_seed = "seed" in settings  # for a new text
+        self.keeps_seed = "seed" in settings  # whether a new text begins with the same seed
         self.text, self.turn = "", 1  # each turn has random numbers of its own
 
     def obey(self, line: str) -> None:
-        """Runs a command, which begins with "/", or lets the model continue the text after any other line."""
+        """Runs a command, which begins with "/"; adds any other line to the text and lets the model continue. Raises
+        InputError for an unknown command."""
         line = from_flag(line, "line")
         command, _, words = line.strip().partition(" ")
         if not line.startswith("/"):
@@ -137,8 +139,8 @@ class Session:
         return self.generator.params(**self.settings | {"truncate": True})
 
     def extend(self, typed: str) -> None:
-        """Adds `typed`, and what the model makes of it, to the text. After Ctrl-C the text has what was written; after
-        an Error it is as before."""
+        """Adds `typed`, and the model's continuation, to the text. After Ctrl-C the text keeps what was written so far;
+        after an Error it is the text before the call."""
         gap = "\n" if typed and self.text and not self.text.endswith("\n") else ""
         before, begin = self.text, self.text + gap + typed
         events = self.generator.events([begin], [self.params()], [self.turn])
@@ -157,7 +159,8 @@ class Session:
             self.text = self.text[-LONGEST_TEXT:]
 
     def reset(self) -> None:
-        """Begins a new text. It is the same as before, for the same typing, only if a seed was given."""
+        """Begins a new text. If a seed was given, the same typing then gives the same text; else a new seed is
+        drawn."""
         self.text, self.turn = "", 1
         if not self.keeps_seed:
             self.settings["seed"] = secrets.randbelow(1 << 32)

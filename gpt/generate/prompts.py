@@ -1,6 +1,6 @@
-"""Where prompts come from: a flag, stdin, a text file (a prompt a line) or JSONL ({"id"?, "prompt", settings} a line).
+"""Reads prompts from a flag, stdin, a text file (a prompt a line) or JSONL ({"id"?, "prompt", settings} a line).
 
-Also how a setting that was read as JSON, there or in the interactive mode, is checked."""
+Also checks settings that were read as JSON, from such a file or in the interactive mode."""
 
 import json
 import sys
@@ -17,8 +17,8 @@ from gpt.generate.sequence import GenerationParams
 
 MOST_BYTES = 64 << 20
 MOST = (1 << 64) - 1  # the largest whole number of a setting
-TYPES = {name: field.type for name, field in fields(GenerationParams).items()} | {"seed": int}  # null is no seed
-# The settings that a prompt of a JSONL file may have of its own.
+TYPES = {name: field.type for name, field in fields(GenerationParams).items()} | {"seed": int}  # JSON's null is no seed
+# The settings that a line of a JSONL file may set for its prompt.
 SETTINGS = ("max_new_tokens", *fields(SamplingParams), "stop", "seed", "num_samples", "ignore_eot")
 
 
@@ -26,12 +26,12 @@ SETTINGS = ("max_new_tokens", *fields(SamplingParams), "stop", "seed", "num_samp
 class Prompt:
     id: int | str  # gives the prompt random numbers of its own; the line's number, from 1, unless JSONL has an id
     text: str
-    settings: dict[str, Any] = field(default_factory=dict)  # those of SETTINGS that this prompt alone has
+    settings: dict[str, Any] = field(default_factory=dict)  # settings for this prompt alone, by names in SETTINGS
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Returns the Prompts of a file, in its order, each with an id of its own. Raises InputError naming file and
-    line."""
+    """Returns the Prompts of a file, in its order, each with an id of its own. Raises InputError, with file and line,
+    if the file cannot be read or has no prompts, or for a malformed line."""
     try:
         with open(path, "rb") as file:
             data = file.read(MOST_BYTES + 1)
@@ -39,7 +39,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         raise InputError(f"{path or '--prompts'}: {error.strerror}; give a readable text or .jsonl file") from None
     lines = decoded(data, str(path)).split("\n")
     if not lines[-1]:
-        lines.pop()  # the file's last line break begins no further prompt
+        lines.pop()  # no prompt begins after the last line break
     numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1)]
     if str(path).endswith(".jsonl"):
         prompts = from_jsonl(numbered, path)
@@ -51,7 +51,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 
 def from_jsonl(numbered: list[tuple[int, str]], path: str | Path) -> list[Prompt]:
-    """Returns the Prompts of (number, line) pairs; empty lines hold none."""
+    """Returns the Prompts of (number, line) pairs from the JSONL file `path`; skips blank lines. Raises InputError for
+    a malformed line or an id that occurs twice."""
     prompts: list[Prompt] = []
     line_of: dict[int | str, int] = {}
     for number, line in numbered:
@@ -67,7 +68,8 @@ def from_jsonl(numbered: list[tuple[int, str]], path: str | Path) -> list[Prompt
 
 
 def from_json(line: str, where: str, number: int) -> Prompt:
-    """Returns the Prompt of a line of JSON."""
+    """Returns the Prompt of a line of JSON. If the line has no id, `number` becomes the id. Raises InputError, which
+    begins with `where`, for a malformed line."""
     values = json_object(line, "prompt", where)
     text, prompt_id = values.pop("prompt"), values.pop("id", number)
     if type(prompt_id) not in (int, str):
@@ -79,8 +81,8 @@ def from_json(line: str, where: str, number: int) -> Prompt:
 
 
 def checked(values: dict[str, Any], known: Collection[str]) -> tuple[dict[str, Any], list[str]]:
-    """Returns settings that were read as JSON, with the types of their fields in GenerationParams, and their problems
-    in words. Only names in `known` are allowed. A string may stand for a list of one."""
+    """Returns `values`, settings that were read as JSON, in the types of their fields in GenerationParams, and a list
+    of their problems in words. Names outside `known` are a problem. `stop` may be a string instead of a list."""
     settings: dict[str, Any] = {}
     problems = []
     for name, value in values.items():

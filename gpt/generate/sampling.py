@@ -43,7 +43,7 @@ class SamplingParams:
 
     @property
     def filtering(self) -> bool:
-        """Whether some tokens are left out: greedy leaves out all but one."""
+        """Whether these settings leave out some tokens; greedy leaves out all but one."""
         return self.temperature == 0 or self.top_k > 0 or round(self.top_p * DRAWS) < DRAWS or self.min_p > 0
 
     def problems(self) -> list[str]:
@@ -69,19 +69,19 @@ class Filters:
         self.temperature = torch.zeros(rows, device=device)
         self.top_k = torch.zeros(rows, dtype=torch.int64, device=device)  # 0 is off
         self.top_p = torch.zeros(rows, dtype=torch.int64, device=device)  # in units of 1 / DRAWS; DRAWS is off
-        self.min_p = torch.full((rows,), -math.inf, device=device)  # its logarithm; -inf is off
+        self.min_p = torch.full((rows,), -math.inf, device=device)  # logarithm of min_p; -inf is off
         self.penalty = torch.ones(rows, device=device)
-        self.params: dict[int, SamplingParams] = {}  # of the rows that are not idle
+        self.params: dict[int, SamplingParams] = {}  # row -> its SamplingParams, for rows that are not idle
         self.update_kind()
 
     def set(self, row: int, params: SamplingParams | None) -> None:
-        """Gives a row these SamplingParams; None makes it idle, which is greedy. Does not wait for the device."""
+        """Sets the SamplingParams of a row; None makes the row idle, which is greedy. Does not wait for the device."""
         if params is None:
             self.params.pop(row, None)
             params = SamplingParams(temperature=0)
         else:
             self.params[row] = params
-        if params.temperature == 0:  # as a filter: a top-p of 0 keeps the likeliest token
+        if params.temperature == 0:  # a top-p of 0 keeps the likeliest token alone
             params = replace(params, top_k=0, top_p=0, min_p=0)
         self.temperature[row].fill_(within_float32(params.temperature) if params.temperature else 0)
         self.top_k[row].fill_(min(params.top_k, WORD))
@@ -98,7 +98,7 @@ class Filters:
 
     @property
     def kind(self) -> tuple[bool, bool, bool]:
-        """Whether all rows are greedy, whether any leaves tokens out, whether any has a repetition penalty."""
+        """Whether all rows are greedy, whether any row leaves tokens out, whether any row has a repetition penalty."""
         return self.greedy, self.filtering, self.penalizes
 
 
@@ -125,31 +125,32 @@ def choose(
     if banned is not None:
         logits = logits.index_fill(1, banned, -math.inf)
     if filters.greedy:
-        return logits.argmax(-1).masked_fill(~finite, NOT_FINITE)  # of a tie the lowest id
+        return logits.argmax(-1).masked_fill(~finite, NOT_FINITE)  # the lowest id of a tie
     weights, decided = kept_weights(logits, filters, narrow)
     return draw(weights, draws).masked_fill(~decided, UNDECIDED).masked_fill(~finite, NOT_FINITE)
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor | None, penalty: torch.Tensor) -> torch.Tensor:
-    """Returns logits (B, V) with those of `seen` tokens divided by the penalty (B, 1), or multiplied where negative;
-    always finite. Source: Keskar et al. 2019, arXiv:1909.05858, as in transformers."""
+    """Returns logits (B, V) in which those of `seen` tokens are divided by the penalty (B, 1) if they are positive,
+    else multiplied; always finite. Source: Keskar et al. 2019, arXiv:1909.05858, as in transformers."""
     assert seen is not None
     penalized = torch.where(logits < 0, logits * penalty, logits / penalty).clamp(-HUGE, HUGE)
     return torch.where(seen, penalized, logits)
 
 
 def draw(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Returns ids (B,), drawn from weights (B, V) by random numbers (B,) as at the top of this file."""
+    """Returns ids (B,), drawn from `weights` (B, V) int64 by the random numbers `draws` (B,): see the top of this
+    file."""
     sums = weights.cumsum(-1)
     target = sums[:, -1:] * draws[:, None] // DRAWS
     ids = torch.searchsorted(sums, target, right=True)[:, 0]
-    return ids.clamp(max=weights.shape[-1] - 1)  # only nan logits get past the end
+    return ids.clamp(max=weights.shape[-1] - 1)  # only a row with nan logits gets past the end
 
 
 def kept_weights(logits: torch.Tensor, filters: Filters, narrow: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the weights int64 (B, V) at each row's temperature, 0 for tokens that top-k, top-p or min-p leave out;
-    and which rows are decided (B,): all, unless `narrow`."""
-    # The maximum becomes 0 first: no temperature, however low, makes an infinity or a nan.
+    """Returns the weights (B, V) int64 at each row's temperature, 0 for tokens that top-k, top-p or min-p leave out,
+    and whether each row is decided, (B,) bool: always true unless `narrow`."""
+    # The maximum becomes 0 first, so that even the lowest temperature makes no infinity or nan.
     scaled = (logits - logits.amax(-1, keepdim=True)) / filters.temperature[:, None].clamp(min=TINY)
     weights = (scaled.softmax(-1) * UNITS).round().long()
     if not filters.filtering:
@@ -174,9 +175,10 @@ def ranking(values: torch.Tensor) -> torch.Tensor:
 def last_kept(
     scaled: torch.Tensor, weights: torch.Tensor, places: torch.Tensor, filters: Filters, candidates: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the place (B, 1) of the last token that each row's filters keep, judged by its likeliest `candidates`
-    (None: all tokens), and whether these decide it (B,). `scaled` (B, V) are logits over temperature, at most 0.
-    Sources: Holtzman et al. 2020, arXiv:1904.09751 (top-p); Nguyen et al. 2024, arXiv:2407.01082 (min-p)."""
+    """Returns the place (B, 1) of the last token that each row's filters keep, and whether the `candidates` likeliest
+    tokens (None: all) suffice to decide it, (B,) bool. `scaled` are logits over temperature, at most 0, `places` their
+    `ranking`, both (B, V). Sources: Holtzman et al. 2020, arXiv:1904.09751 (top-p); Nguyen et al. 2024,
+    arXiv:2407.01082 (min-p)."""
     vocabulary = places.shape[-1]
     width = min(candidates or vocabulary, vocabulary)
     best = places.topk(width, largest=False).values if width < vocabulary else places.sort(-1).values
@@ -184,7 +186,7 @@ def last_kept(
     top_k, top_p, min_p = filters.top_k[:, None], filters.top_p[:, None], filters.min_p[:, None]
     limited = (top_k > 0) & (top_k < vocabulary)
     border = values.gather(1, top_k.masked_fill(~limited, width).clamp(max=width) - 1)
-    keep = values >= border  # with ties, as transformers
+    keep = values >= border  # keeps ties, as transformers does
     sums = (weights * keep).cumsum(-1)
     keep &= (sums - weights) * DRAWS < sums[:, -1:].where(limited, total) * top_p
     keep &= values >= min_p
@@ -214,9 +216,9 @@ def random_draws(
 
 
 def philox(words: list[torch.Tensor], key: int) -> tuple[torch.Tensor, ...]:
-    """Returns the four words of Philox4x32-10 for four words and a 64-bit key; words are 32 bits, in int64 tensors.
-    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". int64 products wrap, which leaves their
-    low and high words right."""
+    """Returns the four output words of Philox4x32-10 for four input words and a 64-bit key; words are 32 bits, in int64
+    tensors. Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". int64 products overflow, but
+    their low and high 32 bits are right."""
     a, b, c, d = words
     low, high = key & WORD, key >> 32
     for _ in range(10):

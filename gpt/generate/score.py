@@ -1,4 +1,4 @@
-"""How well a model predicts a text: perplexity and bits per byte, by windows that overlap."""
+"""Scores how well a model predicts a text: perplexity and bits per byte, over windows that overlap."""
 
 import math
 from dataclasses import dataclass
@@ -29,9 +29,10 @@ class Score:
 
 @torch.inference_mode()
 def score_text(model: GPT, tokenizer: Tokenizer, text: str, stride: int = 0) -> Score:
-    """Returns the Score of `text` after an end-of-text. Windows of block_size tokens begin every `stride` (0: half a
-    window), so each token but those of the first window is predicted from at least block_size - stride before it; a
-    stride of block_size is fastest. Raises InputError for an empty text, or a stride that is longer than a window."""
+    """Returns the Score of `text`, predicted after an end-of-text. Windows of block_size tokens begin every `stride`
+    tokens (0: half a window), so the model sees at least block_size - stride tokens before each token, except in the
+    first window. A stride of block_size is fastest. Raises InputError if the text is empty or the stride is longer than
+    a window."""
     ids, size = tokenizer.encode(text), model.config.block_size
     stride = stride or max(1, size // 2)
     if not ids:

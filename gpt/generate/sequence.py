@@ -10,7 +10,7 @@ from gpt.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """Everything that decides what is generated from a prompt, apart from model, device and precision."""
+    """Everything that decides what is generated from a prompt, apart from model, device, precision and back end."""
 
     max_new_tokens: int = 200
     """tokens to generate after each prompt"""
@@ -52,17 +52,17 @@ class GenerationParams:
 @dataclass(frozen=True)
 class Completion:
     text: str  # without the prompt, the stop string and end-of-text
-    ids: list[int]  # all chosen ids except end-of-text; those of a stop string are included
+    ids: list[int]  # all chosen ids except end-of-text; includes the ids of a stop string
     finish_reason: str  # why the text ends: "length", or "stop" for end-of-text and stop strings
-    logprobs: list[float] | None  # of `ids`, in nats; None unless asked for
+    logprobs: list[float] | None  # of `ids`, in nats; None unless `logprobs` is set
     top_logprobs: list[list[tuple[int, float]]] | None = None
-    """for each of `ids` the likeliest ids at its position, with their log-probabilities; None unless asked for"""
+    """for each of `ids` the likeliest ids at its position, and their log-probabilities; None without `top_logprobs`"""
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A text in progress. Its random numbers depend on the seed of `params`, `prompt_id`, `sample` and the position of
-    a token alone."""
+    """A text in progress. Its random numbers depend on the seed in `params`, on `prompt_id`, on `sample` and on the
+    position of a token, and on nothing else."""
 
     place: int  # number of this text among all texts of a call, from 0
     prompt_number: int  # number of its prompt among the prompts, from 0
@@ -73,7 +73,7 @@ class Sequence:
     tokenizer: Tokenizer
     ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)  # of the text; "" where a token completes no character
-    finish_reason: str | None = None  # as in Completion; None until the text ends
+    finish_reason: str | None = None  # that of Completion; None until the text ends
 
     def __post_init__(self) -> None:
         self.stream = TextStream(self.params.stop)
@@ -81,8 +81,9 @@ class Sequence:
         self.top_logprobs: list[list[tuple[int, float]]] | None = [] if self.params.top_logprobs else None
 
     def take(self, chosen: int, logprob: float, likeliest: list[tuple[int, float]]) -> str:
-        """Appends the id `chosen`. Returns the piece of text that has become certain. `logprob` and `likeliest`, of
-        (id, log-probability), are read only if `params` asks for them."""
+        """Appends the id `chosen`, or ends the text if it is end-of-text. Returns the piece of text that has become
+        certain. Stores `logprob` and `likeliest`, a list of (id, log-probability), if `params` has `logprobs` or
+        `top_logprobs` set."""
         if chosen == self.tokenizer.eot:
             return self.finish("stop")
         self.ids.append(chosen)
@@ -99,7 +100,8 @@ class Sequence:
         return piece
 
     def finish(self, reason: str) -> str:
-        """Ends the text. Returns the piece that was held back."""
+        """Ends the text and returns the piece that was held back. `reason` becomes the finish_reason, unless this piece
+        completes a stop string."""
         piece = self.stream.push(b"", final=True)
         self.pieces.append(piece)
         self.finish_reason = "stop" if self.stream.stopped else reason
@@ -122,8 +124,8 @@ Events = Generator[Event, None, None]
 
 
 def in_order(events: Iterable[Event]) -> Events:
-    """Yields the events of one text after another, in the order of their places. Pieces of a later text wait, and come
-    joined as one event."""
+    """Yields the events of one text after another, by their `place`. The pieces of a later text wait until its turn
+    comes, and are then joined to one event."""
     waiting: dict[int, tuple[Sequence, list[str]]] = {}
     place = 0
     for sequence, piece in events:

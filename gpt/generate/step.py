@@ -1,4 +1,4 @@
-"""One token for every row: the step that generation repeats, on the device alone; and the same step as CUDA graphs.
+"""The step that generation repeats, one token for every row on the device alone; and the same step as CUDA graphs.
 
 Shapes: R rows, V vocabulary, T tokens of one text, N likeliest tokens that are reported."""
 
@@ -19,14 +19,15 @@ from gpt.generate.sequence import GenerationParams
 from gpt.kernels.cuda_graph import CudaGraph
 from gpt.model import GPT, KVCache
 
-DRAWS_AHEAD = 512  # positions whose random numbers are made at once: their 120 small operations cost as much as a step
+DRAWS_AHEAD = 512  # positions whose random numbers are made at once: the 120 operations for them take as long as a step
 WARM_UPS = 2  # steps before a capture: compilers and libraries initialise themselves in them
-TOKENS_PER_LAUNCH = 16  # of a CUDA graph, over all rows: with fewer the GPU waits, more are lost at the end of a text
+TOKENS_PER_LAUNCH = 16  # of all rows, per CUDA graph: fewer let the GPU wait, more are wasted at the end of a text
 NO_MEMORY = "out of memory|can't allocate memory|not enough memory"  # torch's words, on GPUs and on CPUs
 
 
 class Chosen(NamedTuple):
-    """What a step chose, on the device; log-probabilities only if they are asked for."""
+    """What a step chose, on the device. The log-probabilities are None if `Step.report` is None; the likeliest tokens
+    also if it is 0."""
 
     ids: torch.Tensor  # (R,); below 0 for a row without a choice: see sampling.choose
     logprobs: torch.Tensor | None = None  # (R,)
@@ -34,7 +35,7 @@ class Chosen(NamedTuple):
     top_logprobs: torch.Tensor | None = None  # (R, N)
 
     def apply(self, function: Callable[[torch.Tensor], Any]) -> list:
-        """Returns the results of `function` for the tensors, None for None."""
+        """Returns function(tensor) for each of the tensors, or None where a tensor is None."""
         return [None if tensor is None else function(tensor) for tensor in self]
 
 
@@ -42,17 +43,17 @@ Results = list[tuple[list, list, list]]  # of each step: ids, log-probabilities,
 
 
 class Step:
-    """The tensors of R rows and the step that changes them: each row's cache, next id, random numbers and settings.
-    They are changed in place, so that a captured step finds them at the same addresses."""
+    """The tensors of R rows (each row's cache, next id, random numbers and settings) and the step that changes them.
+    The tensors are changed in place, so that a captured step finds them at the same addresses."""
 
-    most, lag = 1, 0  # steps in one launch; launches that may be in flight when the results of one are read
+    most, lag = 1, 0  # steps in one launch; launches in flight while the results of an earlier one are read
 
     def __init__(self, backend: Backend, rows: int, eot: int, banned: Collection[int] = ()):
         model, device = backend.model, backend.model.device
         assert 0 <= eot < model.vocab_size
         self.backend, self.device, self.eot, self.vocab_size = backend, device, eot, model.vocab_size
         self.cache = new_cache(model, rows)
-        self.next = torch.full((rows,), eot, device=device)  # (R,) chosen, not yet in the cache
+        self.next = torch.full((rows,), eot, device=device)  # (R,) ids that are chosen but not yet in the cache
         self.turns = torch.zeros_like(self.next)  # (R,) tokens chosen since the start of each row's text
         self.launched = np.zeros(rows, dtype=np.int64)  # `turns` after all steps in flight, on the host
         self.draws = torch.zeros(rows, 2 * DRAWS_AHEAD, dtype=torch.int64, device=device)  # two blocks, used in turn
@@ -67,12 +68,12 @@ class Step:
         return len(self.launched)
 
     def choose_next(self) -> Chosen:
-        """Appends `next` to each row's cache and chooses the id after it."""
+        """Appends the keys and values of `next` to each row's cache, and chooses the id after it."""
         logits = self.backend.decode(self.next, self.cache)  # (R, V)
         logprobs = None if self.report is None else logits.log_softmax(-1)
         if self.seen is not None:
             self.seen.scatter_(1, self.next[:, None], True)
-        ids = self.backend.choose(logits, self)  # sets `next` and counts `turns`; may change the logits
+        ids = self.backend.choose(logits, self)  # sets `next`, increments `turns`; may change the logits
         if logprobs is None:
             return Chosen(ids)
         logprobs_of_ids = logprobs.gather(1, self.next[:, None])[:, 0]
@@ -90,14 +91,15 @@ class Step:
     # ---- rows
 
     def reset(self, report: int | None) -> None:
-        """Empties all rows and makes them idle."""
+        """Empties all rows and makes them idle. `report` is the number of likeliest tokens to report; None reports no
+        log-probabilities."""
         self.report, self.narrow = report, self.backend.narrow
         self.cache.lengths.zero_()
         for row in range(len(self)):
             self.filters.set(row, None)
 
     def prefill(self, row: int, ids: torch.Tensor) -> None:
-        """Empties a row and reads `ids` (T,) into its cache."""
+        """Empties a row and appends the keys and values of `ids` (T,) to its cache."""
         cache = self.cache.empty_row(row)
         if len(ids):
             self.backend.prefill(ids[None], cache)
@@ -109,8 +111,8 @@ class Step:
             self.seen = torch.zeros(len(self), self.vocab_size, dtype=torch.bool, device=self.device)
 
     def set_window(self, row: int, ids: torch.Tensor, turn: int) -> None:
-        """Makes `ids` (T,) a row's window after `turn` chosen tokens. The row's cache holds all of them but the last,
-        which the next step reads."""
+        """Makes `ids` (T,) the window of a row whose text has `turn` chosen tokens. The row's cache must hold all these
+        ids but the last, which the next step reads."""
         self.cache.set_length(row, len(ids) - 1)
         if self.backend.reads_beyond:
             self.cache.clear_beyond(row, len(ids) - 1)
@@ -122,8 +124,8 @@ class Step:
             self.seen[row, ids] = True
 
     def draw_ahead(self, row: int, key: tuple[int, int | str, int], steps: int) -> None:
-        """Makes a row's next block of random numbers if one of its next `steps` begins it; `key` is (seed, prompt id,
-        sample)."""
+        """Draws the next block of random numbers of a row, if the first of them is needed in the next `steps` steps.
+        `key` is (seed, prompt id, sample)."""
         start = math.ceil(self.launched[row] / DRAWS_AHEAD) * DRAWS_AHEAD
         if start < self.launched[row] + steps:
             place = start % self.draws.shape[1]
@@ -131,8 +133,8 @@ class Step:
 
 
 class CapturedStep:
-    """Launches a Step as CUDA graphs, which it captures when they are first needed: one launch for `most` steps, whose
-    results cross to the host while the next launch runs."""
+    """Launches a Step as CUDA graphs of up to `most` steps, each captured when it is first needed. The results of a
+    launch are copied to the host while the next launch runs."""
 
     lag = 1
 
@@ -144,7 +146,7 @@ class CapturedStep:
 
     @torch.inference_mode()
     def launch(self, count: int) -> Callable[[], Results]:
-        """As Step.launch."""
+        """See Step.launch."""
         step = self.step
         kind = (count, step.report, step.filters.kind, step.seen is None, step.narrow)
         with torch.cuda.device(step.device):  # streams and events belong to the current device
@@ -163,7 +165,7 @@ class CapturedStep:
         return wait
 
     def capture(self, count: int) -> tuple[CudaGraph, list[Chosen]]:
-        """Returns a graph of `count` steps and the tensors that it fills."""
+        """Returns a graph of `count` steps, and the tensors that every replay fills."""
         graph = CudaGraph(self.step.device, self.stream, self.pool)
         with unchanged(self.step):
             for _ in range(WARM_UPS):
@@ -174,7 +176,8 @@ class CapturedStep:
 
 @contextlib.contextmanager
 def unchanged(step: Step) -> Iterator[None]:
-    """A context for steps at position 0 whose results nobody reads: restores all that they change."""
+    """Returns a context for steps at position 0 whose results are not used; at its end, all that these steps change is
+    restored."""
     cache = step.cache
     first = [buffer[:, :, :1] for buffer in (*cache.keys, *cache.values)]
     tensors = [cache.lengths, step.next, step.turns, *first, *([] if step.seen is None else [step.seen])]
@@ -185,7 +188,8 @@ def unchanged(step: Step) -> Iterator[None]:
 
 
 def on_host(chosen: Chosen) -> tuple[list, list, list]:
-    """Returns a step's results as lists by row; the likeliest tokens as (id, log-probability)."""
+    """Returns the results of a step as lists by row: ids, log-probabilities, and the likeliest tokens as (id,
+    log-probability)."""
     ids, logprobs, top_ids, top_logprobs = chosen.apply(torch.Tensor.tolist)
     nothing = [None] * len(ids)
     if top_ids is None:
@@ -206,7 +210,7 @@ def new_cache(model: GPT, rows: int) -> KVCache:
 
 @contextlib.contextmanager
 def memory_errors(model: GPT, rows: int) -> Iterator[None]:
-    """Turns errors for a lack of memory into ResourceError."""
+    """Turns errors that say that memory ran out into a ResourceError."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -218,6 +222,6 @@ def memory_errors(model: GPT, rows: int) -> Iterator[None]:
 
 
 def row_bytes(model: GPT) -> int:
-    """Returns the bytes of one row's keys and values."""
+    """Returns the number of bytes that one row's keys and values take."""
     config = model.config
     return 2 * config.n_layer * config.block_size * config.n_embd * model.dtype.itemsize

@@ -7,8 +7,8 @@ class TextStream:
     """Assembles text from the bytes of one token after another.
 
     `push` returns a character when its last byte has arrived, and holds back text that may be the beginning of a stop
-    string. The pieces together are the text that decoding all bytes at once gives, up to the first stop string: the one
-    that is complete first (the longest, if several end there). Invalid bytes become U+FFFD."""
+    string. The joined pieces are the text that decoding all bytes at once gives, up to the first stop string: the stop
+    string that is complete first (the longest, if several end there). Invalid bytes become U+FFFD."""
 
     def __init__(self, stop: tuple[str, ...] = ()):
         self.stop = stop
@@ -17,7 +17,8 @@ class TextStream:
         self.stopped = False
 
     def push(self, data: bytes, final: bool = False) -> str:
-        """Adds bytes. Returns the text that no later byte can change; with `final`, all that was held back too."""
+        """Adds bytes. Returns the text that no later byte can change; with `final`, also the text that was held
+        back."""
         if self.stopped:
             return ""
         text = self.held + self.utf8.decode(data, final)

@@ -1,1 +1,1 @@
-"""Native code for CPUs: the model's forward pass and the choice of tokens, in C++ that is compiled where it is used."""
+"""Kernels: C++ for CPUs, compiled on the machine that uses it, and Triton for GPUs; CUDA graphs."""

@@ -36,10 +36,10 @@ FLAGS = [  # in order of preference; without OpenMP a library uses one thread
 BACKGROUND_NICENESS = 10  # with 19, a build on a busy machine may never end
 HEAD_START = 2  # seconds in which a background build leaves the machine to the program that started it
 BUILD_SECONDS = 600  # limit for a build
-WAIT_SECONDS = 120  # limit for waiting for another build, and then for one's own
+WAIT_SECONDS = 120  # limit for waiting for another build, and then for our own; ranks wait 300 seconds for each other
 RETRY_SECONDS = 24 * 3600  # after a compiler error; a system update may have repaired the compiler
-MESSAGE_CHARACTERS = 10_000  # kept of a compiler's message
-INTERRUPTED = re.compile(  # a compiler that says this did not run to its end, because of the state of the machine
+MESSAGE_CHARACTERS = 10_000  # of a compiler's message that are kept
+INTERRUPTED = re.compile(  # a compiler with such a message did not run to its end, because of the state of the machine
     r"signal terminated program|terminated with signal|due to signal|unable to execute command|out of memory"
     r"|memory exhausted|cannot allocate memory|bad_alloc|no space left|quota exceeded|read-only file system"
     r"|input/output error|stale file handle|resource temporarily unavailable|too many open files",
@@ -48,7 +48,8 @@ INTERRUPTED = re.compile(  # a compiler that says this did not run to its end, b
 
 
 def load_library(purpose: str = GENERATION) -> ctypes.CDLL | None:
-    """Returns the library, or None if it is not built or if another user may have written it. Never waits."""
+    """Returns the C++ library for `purpose`, or None if it is not built, is damaged, or may have been written by
+    another user. Never waits."""
     path = library_path(purpose)
     if path is None or not (is_ours(path.parent) and is_ours(path) and is_whole(path)):
         return None
@@ -72,8 +73,8 @@ def build_now(purpose: str = GENERATION) -> ctypes.CDLL | None:
 
 
 def start_background_build(purpose: str = GENERATION) -> bool:
-    """Starts a build at low priority, which goes on when this program ends. Returns False, and starts none, if the
-    library exists, cannot be built, or is being built by another process."""
+    """Starts a build of the library for `purpose` at low priority, which goes on when this program ends. Returns False,
+    and starts none, if the library exists, cannot be built, or is being built by another process."""
     builder = start_builder(purpose, "background")
     if builder is None:
         return False
@@ -85,7 +86,8 @@ def start_background_build(purpose: str = GENERATION) -> bool:
 
 
 def library_path(purpose: str = GENERATION) -> Path | None:
-    """Returns the path for these sources, flags, CPU, compiler and torch. None without a compiler or a home folder."""
+    """Returns the path of the library for `purpose`, whose name depends on sources, flags, CPU, compiler and torch.
+    Returns None if there is no compiler or no home folder."""
     command, folder = compiler(), cache_folder()
     if command is None or folder is None:
         return None
@@ -96,7 +98,7 @@ def library_path(purpose: str = GENERATION) -> Path | None:
 
 
 def compiler() -> list[str] | None:
-    """Returns the words of the command that compiles C++, or None without one."""
+    """Returns the words of the command that compiles C++, or None if there is no compiler."""
     if os.name == "nt":
         return None
     for words in (split_command(os.environ.get("CXX", "")), ["c++"], ["g++"], ["clang++"]):
@@ -108,7 +110,7 @@ def compiler() -> list[str] | None:
 
 @functools.cache  # warns once
 def split_command(text: str) -> list[str]:
-    """Returns the words of CXX, or [] with a warning if a quote is not closed."""
+    """Returns the words of `text`, the value of CXX; [] with a warning if a quote is not closed."""
     try:
         return shlex.split(text)
     except ValueError as error:
@@ -120,7 +122,7 @@ def split_command(text: str) -> list[str]:
 
 
 def is_ours(path: Path) -> bool:
-    """Returns whether a file or folder exists, belongs to this user, and no other user may write to it."""
+    """Returns whether a file or folder exists, belongs to this user, and can be written by no other user."""
     try:
         status = path.stat()
     except OSError:
@@ -129,7 +131,8 @@ def is_ours(path: Path) -> bool:
 
 
 def is_whole(path: Path) -> bool:
-    """Returns whether a library ends in its own sha256. The system would kill a program that loads a truncated one."""
+    """Returns whether a library ends in the sha256 of the bytes before it. The system would kill a program that loads a
+    truncated library."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -153,8 +156,8 @@ def needs_build(path: Path) -> bool:
 
 
 def start_builder(purpose: str, *arguments: str, wait_seconds: float = 0) -> subprocess.Popen[bytes] | None:
-    """Starts a process that holds the lock and calls `run_builder(path, purpose, *arguments)`. Returns None if there is
-    no need or no way to build, or if another process still holds the lock after `wait_seconds`."""
+    """Starts a process that holds the lock and calls `run_builder(path, purpose, *arguments)`. Returns None if a build
+    is not needed or not possible, or if another process still holds the lock after `wait_seconds`."""
     path = library_path(purpose)
     if path is None or not needs_build(path):
         return None
@@ -179,7 +182,8 @@ def start_builder(purpose: str, *arguments: str, wait_seconds: float = 0) -> sub
 
 
 def lock_and_sweep(lock: BinaryIO, folder: Path, purpose: str, wait_seconds: float) -> bool:
-    """Takes the lock and removes the leftovers of killed builds. Returns False if another process keeps the lock."""
+    """Locks the file `lock` and removes what killed builds for `purpose` left in `folder`. Returns False if another
+    process still holds the lock after `wait_seconds`."""
     try:
         if not lock_file(lock, wait_seconds):
             return False
@@ -191,8 +195,8 @@ def lock_and_sweep(lock: BinaryIO, folder: Path, purpose: str, wait_seconds: flo
 
 
 def run_builder(path: str, purpose: str, priority: str = "normal") -> None:
-    """Builds a library. Only for the leader of a process group: after BUILD_SECONDS it kills the group, and with it the
-    compiler."""
+    """Builds the library `path`. Must run in the leader of a process group: after BUILD_SECONDS it kills the group, the
+    compiler included."""
     signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGKILL))
     signal.alarm(BUILD_SECONDS)
     if priority == "background":
@@ -202,9 +206,9 @@ def run_builder(path: str, purpose: str, priority: str = "normal") -> None:
 
 
 def compile_library(path: Path, purpose: str) -> None:
-    """Writes the library, with the first of FLAGS that the compiler accepts. If it accepts none, writes date and
-    message about FLAGS[0] to `<library>.failed`. Raises ResourceError or OSError, and writes neither, if the compiler
-    does not run to its end."""
+    """Writes the library `path`, built with the first of FLAGS that the compiler accepts. If the compiler accepts none,
+    writes the date and its message about FLAGS[0] to `<library>.failed`. Raises ResourceError or OSError, and writes
+    neither, if the compiler does not run to its end."""
     sources, messages = [str(FOLDER / name) for name in SOURCES[purpose]], []
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"building-{purpose}-") as folder:
         target = Path(folder) / path.name
@@ -222,10 +226,10 @@ def compile_library(path: Path, purpose: str) -> None:
 
 
 def run_compiler(arguments: list[str]) -> str:
-    """Returns "", or the compiler's message if it rejects its input. Raises ResourceError if it was killed or if memory
-    or disk space ran out, which says nothing about the input; OSError if it cannot be started."""
+    """Returns "", or the compiler's message if it rejects its input. Raises ResourceError if the compiler was killed or
+    if memory or disk space ran out, which says nothing about the input; OSError if it cannot be started."""
     command = [*(compiler() or ["c++"]), *arguments]
-    english = os.environ | {"LC_ALL": "C"}  # for INTERRUPTED
+    english = os.environ | {"LC_ALL": "C"}  # INTERRUPTED searches for English messages
     # The compiler inherits the standard input, so that it keeps the lock if it outlives a killed builder.
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=english)
     if run.returncode == 0:

@@ -1,7 +1,7 @@
 """CUDA graphs: a function's kernels are recorded once, and then launched all together.
 
 The host needs some microseconds to launch a kernel. Where kernels are short, the GPU waits for the host; a graph needs
-one launch for all. The functions recorded here read nothing on the host and change tensors in place."""
+one launch for all. The functions recorded here read no values on the host and change tensors in place."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,8 @@ class CudaGraph:
         self.result: Any = None
 
     def warm_up(self, function: Callable[[], Any]) -> Any:
-        """Returns function(), run on the stream of the recording: libraries keep a workspace for each stream."""
+        """Runs function() on the stream of the recording and returns its result. Libraries keep a workspace for each
+        stream, so running it elsewhere would not prepare the recording."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             result = function()
@@ -27,7 +28,8 @@ class CudaGraph:
 
     def capture(self, function: Callable[[], Any]) -> Any:
         """Records function() without running it; returns its result, which every replay fills anew. Raises RuntimeError
-        if the function waits for the GPU, or memory runs out; then random numbers and current stream are as before."""
+        if the function waits for the GPU or memory runs out; the state of the random numbers and the current stream are
+        then restored."""
         generator = torch.cuda.default_generators[self.stream.device.index]
         state = generator.clone_state()
         # "thread_local": another thread may fetch the next batch during the recording.

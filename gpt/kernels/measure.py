@@ -1,6 +1,6 @@
-"""Which of two ways is faster on this machine: measured within a fifth of a second, and kept for a day in the cache.
+"""Measures which of two functions is faster on this machine, and keeps the answer in the cache folder for a day.
 
-`auto` settings rest on these answers, not on lists of instruction sets: a CPU may have an instruction, or a compiler
+`auto` settings use these answers, not lists of instruction sets: a CPU may have an instruction, or a compiler
 may use it, and plain torch may still be faster. Another program that takes a core meanwhile can falsify a measurement,
 so an answer holds for a day only."""
 
@@ -18,20 +18,22 @@ from typing import Any
 from gpt.errors import Error
 from gpt.files import cache_folder, make_private, read_json, write_durably
 
-ROUNDS = 5  # of which the best counts: other programs can only slow a round down
+ROUNDS = 5  # the best one is used: other programs can only slow a round down
 BUDGET = 0.2  # seconds, after which no round begins
-MARGIN = 1.1  # the factor by which a way must be faster to replace the other one
+MARGIN = 1.1  # the factor by which a function must be faster to replace the other one
 VALID_SECONDS = 24 * 3600
 
 Way = Callable[[], object]
 
 
 def faster(question: str, contest: Callable[[], tuple[Way, Way]]) -> bool:
-    """Returns whether the second way of `contest()` is faster than the first, the plain one. `question` names the
-    comparison: an answer of this machine that is less than a day old is read from the cache folder.
+    """Returns whether the second function of `contest()` is faster than the first, the plain one. `question` names the
+    comparison. If the cache folder holds an answer of this machine that is less than a day old, returns it without a
+    measurement.
 
-    The plain way is replaced by one that is MARGIN times as fast, and a later measurement takes it back if the plain
-    one is MARGIN times as fast then: between two ways that are about equal the answer stays the same."""
+    Without an earlier answer, the second function must be MARGIN times as fast to win. A measurement turns an earlier
+    answer around only if the loser is now MARGIN times as fast, so between two functions of about equal speed the
+    answer stays the same."""
     answers, now = read_answers(), int(time.time())
     match answers.get(question):
         case {"faster": bool(before), "time": int(then)}:
@@ -46,8 +48,8 @@ def faster(question: str, contest: Callable[[], tuple[Way, Way]]) -> bool:
 
 
 def speed_ratio(plain: Way, other: Way) -> float:
-    """Returns how many times as fast `other` is. Runs the two in turns, so that a slow moment of the machine falls on
-    both, and each once before, to warm up."""
+    """Returns how many times as fast as `plain` the function `other` is, by the best time of each. Runs the two in
+    turns, so that a slow moment of the machine affects both."""
     end = time.perf_counter() + BUDGET
     best = [seconds(plain), seconds(other)]
     for _ in range(ROUNDS):
@@ -66,13 +68,13 @@ def seconds(way: Way) -> float:
 
 
 def answers_path() -> Path | None:
-    """Returns the file of answers for this CPU and torch; None without a cache folder."""
+    """Returns the file of answers for this CPU and torch, or None if there is no cache folder."""
     folder, identity = cache_folder(), repr((cpu_identity(), torch_version()))
     return folder and folder / f"measured-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
 
 
 def read_answers() -> dict[str, Any]:
-    """Returns question -> answer. A damaged file holds none."""
+    """Returns question -> answer; {} if the file is missing or damaged."""
     path = answers_path()
     try:
         return (path and read_json(path)) or {}
@@ -81,7 +83,7 @@ def read_answers() -> dict[str, Any]:
 
 
 def write_answers(answers: dict[str, Any]) -> None:
-    """Writes the answers. Ignores errors: without a file the next program measures again."""
+    """Writes the answers. Ignores errors: if there is no file, the next program measures again."""
     path = answers_path()
     if path:
         with contextlib.suppress(OSError):
@@ -91,7 +93,7 @@ def write_answers(answers: dict[str, Any]) -> None:
 
 @functools.cache
 def cpu_identity() -> tuple[str, list[str]]:
-    """Returns the properties of the CPU on which its instruction sets depend."""
+    """Returns the type of the machine and the lines of /proc/cpuinfo on which its instruction sets depend."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

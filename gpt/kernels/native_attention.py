@@ -17,15 +17,15 @@ class Attention(ctypes.Structure):
 
 
 class NativeAttention:
-    """Computes what attention.causal_attention computes. Calls it for other types than bf16, for dropout and for heads
-    of an odd width."""
+    """Computes in C++ what attention.causal_attention computes. Calls causal_attention for other types than bf16, for
+    dropout and for heads of an odd width."""
 
     def __init__(self, library: ctypes.CDLL):
         self.function = library.gpt_causal_attention
         self.function.restype = Number
 
     def __call__(self, qkv: torch.Tensor, heads: int, dropout: float = 0.0) -> torch.Tensor:
-        """qkv (B, T, 3 C) -> (B, T, C)"""
+        """Returns the attention (B, T, C) of qkv (B, T, 3 C): see attention.causal_attention."""
         width = qkv.shape[-1] // (3 * heads)
         if qkv.dtype != torch.bfloat16 or dropout or width % 2:
             return causal_attention(qkv, heads, dropout)
@@ -40,8 +40,9 @@ class NativeAttention:
         d_out: torch.Tensor | None = None,
         d_qkv: torch.Tensor | None = None,
     ) -> None:
-        """Fills `out` (B, T, C) and `log_sums` (B, H, T). With the gradient `d_out` fills the gradient `d_qkv` instead.
-        Raises MemoryError."""
+        """Computes `out` (B, T, C) and `log_sums` (B, H, T), the log-sum-exp of each query's scores, in place. If
+        `d_out` (B, T, C), the gradient of `out`, is given, computes instead the gradient `d_qkv` (B, T, 3 C) from all
+        of these. Raises MemoryError if memory does not suffice."""
         rows, positions, width = out.shape
         sizes = rows, positions, heads, width // heads, torch.get_num_threads()
         call = Attention(*sizes, *map(address, (qkv, out, log_sums, d_out, d_qkv)))
@@ -50,7 +51,8 @@ class NativeAttention:
 
 
 class AttentionFunction(torch.autograd.Function):
-    """Keeps for the backward pass the inputs, the outputs and the log-sum-exp of each query's scores."""
+    """The autograd function of NativeAttention. Keeps the inputs, the outputs and the log-sum-exp of each query's
+    scores for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, qkv: torch.Tensor, heads: int, run: Callable) -> torch.Tensor:

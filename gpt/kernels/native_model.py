@@ -50,7 +50,8 @@ class Batch(ctypes.Structure):
 
 
 def supports(model: GPT) -> bool:
-    """Returns whether the library can run a model: on the CPU, its matrices contiguous and of one type, as in KINDS."""
+    """Returns whether the library can run `model`: it must be on the CPU, with contiguous matrices of one type, and its
+    types must be in KINDS."""
     weights = matrices(model)
     return (
         model.device.type == "cpu"
@@ -69,8 +70,8 @@ def linear_layers(block: Block) -> list[torch.nn.Linear]:
 
 
 def move_together(tensors: list[torch.Tensor]) -> None:
-    """Moves tensors of one type into one block of memory with large pages, where the system has such pages and the
-    tensors do not share a block already."""
+    """Moves tensors of one type into one block of memory with large pages. Does nothing if the system has no such pages
+    or the tensors share a block already."""
     places = None if lie_together(tensors) else empty_together([tensor.shape for tensor in tensors], tensors[0].dtype)
     if places:
         for tensor, place in zip(tensors, places, strict=True):
@@ -78,12 +79,12 @@ def move_together(tensors: list[torch.Tensor]) -> None:
 
 
 class NativeModel:
-    """A GPT that `supports` accepts, run by the library. May move the model's matrices: see move_together."""
+    """A GPT that `supports` accepts, run by the library. May move the model's matrices: see `move_together`."""
 
     @torch.no_grad()
     def __init__(self, model: GPT, library: ctypes.CDLL):
         move_together(matrices(model))
-        self.tensors: list[torch.Tensor] = []  # the library reads them; kept, though the model may get others
+        self.tensors: list[torch.Tensor] = []  # the library reads their memory, even after the model got other weights
         self.caches: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # KVCache -> Cache, rows, logits
         self.config, self.vocab_size, self.dtype = model.config, model.vocab_size, model.dtype
         layers = (Layer * len(model.blocks))(*(self.layer(cast(Block, block)) for block in model.blocks))
@@ -96,9 +97,10 @@ class NativeModel:
         self.function.restype, self.function.argtypes = Number, [Pointer, Pointer, Pointer]
 
     def decode(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Appends ids (R,), one per row, to the cache; returns the logits (R, V) after them, which the next call
-        overwrites. Raises ValueError for an id or a position that does not exist."""
-        if cache not in self.caches:  # to describe a cache of many layers takes as long as a step of a small model
+        """Appends the keys and values of ids (R,), one id per row, to the cache; returns the logits (R, V) of the next
+        token, which the next call overwrites. Raises ValueError for an id outside the vocabulary or a position beyond
+        block_size, MemoryError if memory does not suffice."""
+        if cache not in self.caches:  # describing a cache of many layers takes as long as a step of a small model
             rows = torch.arange(len(ids))
             self.caches[cache] = self.describe(cache), rows, torch.empty(len(ids), self.vocab_size)
         described, rows, logits = self.caches[cache]
@@ -125,7 +127,8 @@ class NativeModel:
         wanted: torch.Tensor | None = None,
         logits: torch.Tensor | None = None,
     ) -> None:
-        """Runs tokens, each with its row and place in the cache; fills `logits` with those of the tokens `wanted`."""
+        """Runs the model on all `ids`, each at its row in `rows` and its position in `places`, tensors of the same
+        shape. Fills `logits` (W, V) with the logits of the tokens numbered `wanted` (W,)."""
         outputs = 0 if wanted is None else len(wanted)
         arguments = map(address, (ids, rows, places, wanted, logits))
         batch = Batch(ids.numel(), outputs, torch.get_num_threads(), *arguments)

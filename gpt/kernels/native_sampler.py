@@ -44,7 +44,8 @@ class NativeSampler:
         return self.call(logits, filters, draws[:, None], seen, banned)()
 
     def choose(self, logits: torch.Tensor, step: Any) -> torch.Tensor:
-        """As Backend.choose. The tensors of a Step stay where they are, so they are described once."""
+        """See Backend.choose. The tensors of a Step keep their addresses, so they are described to the library only
+        once."""
         key = logits.data_ptr(), step.seen is None, step.filters.penalizes
         before, call = self.calls.get(step, (None, None))
         if before != key:
@@ -71,7 +72,7 @@ class NativeSampler:
         sizes = *logits.shape, logits.stride(0), 0 if banned is None else len(banned), draws.shape[1], eot
         addresses = {name: address(tensor) for name, tensor in tensors.items()}
         choice = Choice(*sizes, torch.get_num_threads(), **addresses)
-        choice.tensors = tensors  # keeps them: the library reads their memory
+        choice.tensors = tensors  # keeps the tensors: the library reads their memory
 
         def run() -> torch.Tensor:
             self.function(ctypes.byref(choice))

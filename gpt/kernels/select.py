@@ -1,5 +1,5 @@
 """Selects the precision, the kernels and the native back end for a model: by the device and, on a CPU, by what is built
-and what a short measurement finds faster. Other packages reach the kernels through this module alone."""
+and what a short measurement finds faster. Other packages reach the C++ and Triton kernels through this module alone."""
 
 import ctypes
 import functools
@@ -20,15 +20,15 @@ from gpt.kernels.native_sampler import NativeSampler
 from gpt.model import GPT, REFERENCE, KVCache, ModelConfig, Ops
 from gpt.quantize import to_int8
 
-PROBE_VOCABULARY = 8192  # of a measured model: the head of a larger one takes longer and says the same
+PROBE_VOCABULARY = 8192  # of a measured model: a larger head takes longer and gives the same answer
 
 
 # ---- precision
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Returns the torch.dtype of a precision name. "auto" is bf16 on GPUs that have it, fp16 on older ones, and on a
-    CPU whichever of fp32 and bf16 a short measurement finds faster."""
+    """Returns the torch.dtype of a precision name. "auto" is bf16 on CUDA GPUs that have it, else fp16 from capability
+    7.0 on; on a CPU it is whichever of fp32 and bf16 a short measurement finds faster; elsewhere fp32."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
@@ -38,7 +38,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def bf16_is_faster() -> bool:
-    """Returns whether this CPU multiplies bf16 matrices faster than fp32 ones: 64 tokens by a matrix of GPT-2 small."""
+    """Returns whether this CPU multiplies matrices faster in bf16 than in fp32: 64 tokens by a matrix of GPT-2
+    small."""
 
     def contest() -> tuple[Way, Way]:
         x, weight = torch.ones(64, 768), torch.ones(768, 768)
@@ -52,18 +53,18 @@ def bf16_is_faster() -> bool:
 
 
 def can_build() -> bool:
-    """Returns whether this machine has a C++ compiler, so that it has native kernels or can get them."""
+    """Returns whether this machine has a C++ compiler. Without it there are no native kernels."""
     return build.compiler() is not None
 
 
 def native_attention(wait: bool) -> NativeAttention | None:
-    """Returns the C++ attention for training, or None if it is not built: see load_or_build."""
+    """Returns the C++ attention for training, or None if it is not built: see `load_or_build`."""
     library = load_or_build(build.TRAINING, wait)
     return None if library is None else NativeAttention(library)
 
 
 def attention_is_faster(attention: NativeAttention, config: ModelConfig, dtype: torch.dtype) -> bool:
-    """Returns whether forward and backward pass of the C++ attention are faster than those of torch's, measured with
+    """Returns whether forward and backward pass of the C++ attention are faster than torch's attention, measured with
     this model's heads, width and block_size."""
     heads, positions, width = config.n_head, config.block_size, config.n_embd
 
@@ -84,12 +85,13 @@ def attention_is_faster(attention: NativeAttention, config: ModelConfig, dtype: 
 
 
 def native_is_ready(model: GPT, wait: bool) -> bool:
-    """Returns whether the C++ is built and can run this model: see load_or_build."""
+    """Returns whether the C++ library for generation is built and can run this model. `wait`: see `load_or_build`."""
     return supports(model) and load_or_build(build.GENERATION, wait) is not None
 
 
 def native_parts(model: GPT) -> tuple[NativeModel, NativeSampler]:
-    """Returns the forward pass of a model and the sampler, if native_is_ready. May move the model's matrices."""
+    """Returns the C++ forward pass of a model and the C++ sampler. Requires `native_is_ready`. May move the model's
+    matrices."""
     library = build.load_library(build.GENERATION)
     assert library is not None
     return NativeModel(model, library), NativeSampler(library)
@@ -97,8 +99,8 @@ def native_parts(model: GPT) -> tuple[NativeModel, NativeSampler]:
 
 @torch.inference_mode()
 def native_is_faster(model: GPT, rows: int) -> bool:
-    """Returns whether the C++ decodes faster than plain torch, by steps of a model of one layer that is otherwise like
-    this one."""
+    """Returns whether the C++ decodes `rows` rows faster than plain torch, measured with steps of a model of one layer
+    that is otherwise like `model`."""
     config, rows = model.config, 1 << (min(rows, 8) - 1).bit_length()  # 1, 2, 4 or 8
     types = f"{model.token.weight.dtype}, {model.dtype}, {rows} rows, {torch.get_num_threads()} threads"
     shape = f"width {config.n_embd}, {config.n_head} heads, {config.block_size} positions, {model.vocab_size} tokens"
@@ -113,8 +115,8 @@ def native_is_faster(model: GPT, rows: int) -> bool:
 
 
 def one_layer_like(model: GPT) -> GPT:
-    """Returns a GPT of one layer that is otherwise like `model`, filled with a constant: zeros would lie in one page of
-    memory."""
+    """Returns a GPT of one layer, with at most PROBE_VOCABULARY tokens, that is otherwise like `model`. Its weights are
+    all 0.01: memory that is never written would be a single page of zeros."""
     with torch.device("meta"):
         probe = GPT(replace(model.config, n_layer=1), min(model.vocab_size, PROBE_VOCABULARY)).eval()
     values = {name: torch.full(p.shape, 0.01, dtype=model.dtype) for name, p in probe.named_parameters()}
@@ -135,7 +137,7 @@ def load_or_build(purpose: str, wait: bool) -> ctypes.CDLL | None:
 
 
 def gpu_ops(device: torch.device) -> Ops:
-    """Returns the Ops that generate on a GPU: REFERENCE where Triton cannot be used."""
+    """Returns the Ops for generation on a GPU: REFERENCE if Triton cannot be used."""
     attention = triton_attention(device)
     if attention is None:
         return REFERENCE
@@ -149,8 +151,8 @@ def gpu_ops(device: torch.device) -> Ops:
 
 @functools.cache
 def triton_attention(device: torch.device) -> Callable | None:
-    """Returns the Triton kernel for attention, or None with a note where Triton is missing or cannot compile: its first
-    launch needs a C compiler and Python's headers."""
+    """Returns the Triton kernel for attention. Returns None, and prints a note, if Triton is missing or cannot compile:
+    its first launch needs a C compiler and Python's headers."""
     try:
         from gpt.kernels.triton_attention import decode_attention
 

@@ -15,8 +15,9 @@ def attend(  # type: ignore[no-untyped-def]
     q, keys, values, positions, out, row_stride, head_stride, H, S, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Computes one row and head: softmax over the positions from 0 to the row's own, block by block with a running
-    maximum and sum, as in FlashAttention (Dao et al. 2022, arXiv:2205.14135). The other rows change nothing in it."""
+    """Computes one row and head: softmax over the positions from 0 to the row's position, block by block with a running
+    maximum and sum, as in FlashAttention (Dao et al. 2022, arXiv:2205.14135). The result does not depend on other
+    rows."""
     row, head = tl.program_id(0), tl.program_id(1)
     lane = tl.arange(0, WIDTH)  # WIDTH: D rounded up to a power of two
     query = tl.load(q + row * row_stride + head * head_stride + lane, mask=lane < D, other=0.0).to(tl.float32) * scale

@@ -1,4 +1,4 @@
-"""Reads back what runs have recorded: losses by step, tokens and time, and settings; compares them."""
+"""Reads and compares what runs have recorded: their settings, and their losses by step, tokens and time."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ from gpt.train.metrics_file import METRICS, parse_record
 
 @dataclass(frozen=True)
 class Point:
-    """One line of a run's metrics; None for a number that it lacks."""
+    """One line of a run's metrics; a number that the line lacks is None."""
 
     step: int
     tokens: float | None
@@ -28,7 +28,7 @@ class Point:
 
 @dataclass(frozen=True)
 class History:
-    """A run: its name, its points by rising steps, its settings ({} if they cannot be read)."""
+    """A run: its name, its points by rising steps, and its settings ({} if they cannot be read)."""
 
     name: str
     points: list[Point]
@@ -44,23 +44,25 @@ class History:
         return [point for point in self.points if point.val_loss is not None]
 
     def best(self) -> Point | None:
-        """Returns the first point with the lowest validation loss, or None. As in training, step 0 does not count."""
+        """Returns the first point with the lowest validation loss, or None if there is none. Ignores step 0, as
+        training does."""
         return min((p for p in self.evaluations() if p.step > 0), key=attrgetter("val_loss"), default=None)
 
     def first_at(self, loss: float) -> Point | None:
-        """Returns the first evaluation whose loss is at most `loss`, or None."""
+        """Returns the first point whose validation loss is at most `loss`, or None if there is none."""
         return next((p for p in self.points if p.val_loss is not None and p.val_loss <= loss), None)
 
 
 def common_loss(histories: list[History]) -> float | None:
-    """Returns the lowest validation loss that all runs with evaluations have reached: the worst of their best ones."""
+    """Returns the lowest validation loss that all runs with evaluations have reached: the highest of their best losses.
+    Returns None if no run has evaluations."""
     bests = [best for history in histories if (best := history.best())]
     return max(map(attrgetter("val_loss"), bests), default=None)
 
 
 def differing(histories: list[History]) -> dict[str, list[Any]]:
-    """Returns setting -> its value in each run (None where a run lacks it), for settings that differ, `out` aside. Runs
-    without settings do not count as different."""
+    """Returns setting -> its value in each run (None if the run lacks it), for the settings that differ, except `out`.
+    Compares only runs that have settings."""
     known = [history.settings for history in histories if history.settings]
     names = dict.fromkeys(name for settings in known for name in settings if name != "out")
     return {
@@ -74,8 +76,8 @@ def differing(histories: list[History]) -> dict[str, list[Any]]:
 
 
 def read_histories(folders: Iterable[str | Path]) -> list[History]:
-    """Returns the History of each run folder. Its name is the folder's, or the whole path if two names are the same.
-    Raises InputError for a folder without metrics."""
+    """Returns the History of each run folder. The name of a History is that of its folder, or the whole path if two
+    folders have the same name. Raises InputError for a folder without metrics, ResourceError if they cannot be read."""
     paths = [Path(folder) for folder in folders]
     for path in paths:
         if not os.path.isfile(path / METRICS):  # Path.is_file raises for a name that is too long
@@ -88,7 +90,7 @@ def read_histories(folders: Iterable[str | Path]) -> list[History]:
 
 
 def read_points(path: Path) -> list[Point]:
-    """Returns the points of a metrics.jsonl. Warns of damaged lines, except for an unfinished last one. Raises
+    """Returns the points of a metrics.jsonl. Warns of damaged lines, except for an unfinished last line. Raises
     ResourceError for a file that cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -102,8 +104,8 @@ def read_points(path: Path) -> list[Point]:
 
 
 def in_order(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns records by rising steps. A record removes those of later steps before it, which a crash has left in the
-    file, and is merged with one of its own step."""
+    """Returns records by rising steps. A record removes the records before it whose step is later, which a crash has
+    left in the file, and is merged with a record of the same step."""
     ordered: list[dict[str, Any]] = []
     for record in records:
         while ordered and ordered[-1]["step"] > record["step"]:
@@ -122,12 +124,14 @@ def point_of(record: dict[str, Any]) -> Point:
 
 
 def finite(value: Any) -> Any:
-    """Returns a value from JSON if it is a finite number, else None. JSON may hold NaN and integers beyond floats."""
+    """Returns a value from JSON if it is a finite number, else None. JSON may hold NaN and integers beyond the range of
+    floats."""
     return value if type(value) in (int, float) and abs(value) <= sys.float_info.max else None
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Returns the settings in a run's config.toml; {} if there is none, and with a warning if it cannot be read."""
+    """Returns the settings in a run's config.toml; {} if there is no such file, or, with a warning, if it cannot be
+    read."""
     path = folder / "config.toml"
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))

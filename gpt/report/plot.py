@@ -71,8 +71,8 @@ def main() -> None:
 
 
 class RunPicture:
-    """Draws loss.png of a run in training. The first drawing that fails is a warning. Without matplotlib it draws
-    nothing and says so once."""
+    """Draws loss.png of a run during training, once per call. Warns of the first drawing that fails. If matplotlib is
+    missing, says so once and draws nothing."""
 
     def __init__(self, folder: Path):
         self.folder, self.has_failed = folder, False
@@ -94,7 +94,7 @@ class RunPicture:
 
 
 def check_drawable(histories: list[History], axis: str) -> None:
-    """Warns of each run without losses to draw against `axis`. Raises InputError if no run has any."""
+    """Warns of each run that has no losses to draw against `axis`. Raises InputError if no run has losses."""
     empty = [history.name for history in histories if not losses_of(history, axis)]
     if len(empty) == len(histories):
         raise InputError(f"no losses by {axis} yet: {', '.join(empty)}; train for longer or choose another --x")
@@ -103,7 +103,7 @@ def check_drawable(histories: list[History], axis: str) -> None:
 
 
 def losses_of(history: History, axis: str) -> list[tuple[float, float]]:
-    """Returns (place, loss) of all training and validation losses of a run."""
+    """Returns (place on `axis`, loss) of all training and validation losses of a run."""
     return history.curve("loss", axis) + history.curve("val_loss", axis)
 
 
@@ -111,7 +111,8 @@ def losses_of(history: History, axis: str) -> list[tuple[float, float]]:
 
 
 def table(histories: list[History], loss: float | None) -> list[str]:
-    """Returns lines of text: the results of each run, then, of several, the settings that differ."""
+    """Returns the table as lines of text: the results of each run and, if there are several, the settings that differ.
+    `loss` is the loss to reach; if it is None, the two columns about it are left out."""
     heading = ["run", "steps", "tokens", "seconds", "val_loss", "best", "at step"]
     heading += [] if loss is None else [f"seconds to {loss:.4f}", f"tokens to {loss:.4f}"]
     lines = aligned([heading, *(results(history, loss) for history in histories)])
@@ -126,7 +127,7 @@ def table(histories: list[History], loss: float | None) -> list[str]:
 
 
 def results(history: History, loss: float | None) -> list[str]:
-    """Returns the cells of a run; without a loss to reach, two fewer."""
+    """Returns the cells of a run. If `loss` is None, the two cells about reaching it are left out."""
     return [
         history.name,
         *cells(history.points[-1:], step=",", tokens=",", seconds=",.1f"),
@@ -137,13 +138,14 @@ def results(history: History, loss: float | None) -> list[str]:
 
 
 def cells(point: Sequence[Point | None], **formats: str) -> list[str]:
-    """Returns numbers of the point, name=format, as text; "-" for each if the point or the number is missing."""
+    """Returns a text for each field of a Point that `formats` names, in its format. `point` holds one Point, or None,
+    or nothing; the text is "-" if the Point or the number is missing."""
     values = [getattr(point[0] if point else None, name, None) for name in formats]
     return ["-" if value is None else format(value, form) for value, form in zip(values, formats.values(), strict=True)]
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
-    """Returns rows of cells as lines of text, the first column aligned to the left, the others to the right."""
+    """Returns rows of cells as lines of text; the first column is aligned to the left, all others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
 
@@ -152,7 +154,8 @@ def aligned(rows: list[list[str]]) -> list[str]:
 
 
 def draw(histories: list[History], axis: str, loss: float | None, form: str) -> bytes:
-    """Returns the picture as a file of format `form`: png, svg or pdf. Raises InputError without matplotlib."""
+    """Returns the picture as a file of format `form`: png, svg or pdf. For several runs, draws a line at `loss`, unless
+    that is None. Raises InputError if matplotlib is missing."""
     try:
         import matplotlib.style
         from matplotlib.figure import Figure  # not pyplot, which looks for a screen
@@ -160,7 +163,7 @@ def draw(histories: list[History], axis: str, loss: float | None, form: str) -> 
     except ImportError as error:
         raise InputError(f"no picture: {error}; {INSTALL}") from None
     content = io.BytesIO()
-    # Not the user's own style; and a "$" in a name begins no formula.
+    # Without the user's own style. A "$" in a name must not begin a formula.
     with matplotlib.style.context({"text.parse_math": False}, after_reset=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
         figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -179,7 +182,8 @@ def draw(histories: list[History], axis: str, loss: float | None, form: str) -> 
 
 
 def draw_runs(axes: Any, histories: list[History], axis: str) -> None:
-    """Draws both losses of each run in one colour and under the run's name, but of a single run in two colours."""
+    """Draws training and validation loss. Of several runs, each has one colour and its name as label; of a single run,
+    each loss has a colour."""
     is_one = len(histories) == 1
     axes.set_title(legible(histories[0].name) if is_one else "validation (marked) and training")
     for place, history in enumerate(histories):
@@ -192,7 +196,7 @@ def draw_runs(axes: Any, histories: list[History], axis: str) -> None:
 
 
 def draw_training(axes: Any, curve: list[tuple[float, float]], color: str, label: str | None) -> None:
-    """Draws a training loss; of many points the running mean, before the points in a pale colour."""
+    """Draws a training loss. If there are many points, draws them in a pale colour and their running mean in front."""
     if not curve:
         return
     places, losses = np.array(curve).T
@@ -212,8 +216,8 @@ def draw_validation(axes: Any, curve: list[tuple[float, float]], color: str, mar
 
 
 def top_of_view(histories: list[History], axis: str) -> float | None:
-    """Returns the upper end of the picture: a little above the losses, but without the first twentieth of each run of
-    40 points or more, because the fall from there would press the rest flat."""
+    """Returns the upper limit of the loss axis, a little above the losses, or None if all are equal. Ignores the first
+    twentieth of each run of 40 points or more: the fall there would leave little height for the rest."""
     losses: list[float] = []
     for history in histories:
         curve = losses_of(history, axis)
@@ -224,5 +228,6 @@ def top_of_view(histories: list[History], axis: str) -> float | None:
 
 
 def legible(name: str) -> str:
-    """Returns a name as matplotlib is to show it: it leaves out labels that begin with "_"."""
+    """Returns a name as a label for matplotlib, which leaves out labels that begin with "_", so "./" goes before
+    these."""
     return f"./{printable(name)}" if name.startswith("_") else printable(name)

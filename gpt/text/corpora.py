@@ -17,7 +17,8 @@ NOT_SOURCES = ("site-packages", "dist-packages", "__pycache__", "test", "tests",
 
 
 def corpus_sources(name: str, url: str, spool_folder: Path) -> tuple[list[TextSource], dict[str, Any]]:
-    """Returns the sources of a built-in corpus, and its entries in the manifest."""
+    """Returns the sources of the built-in corpus `name`, and its entries in the manifest. `url` replaces the address of
+    shakespeare unless it is empty; the download goes to `spool_folder`."""
     return standard_library() if name == "stdlib" else shakespeare(url or SHAKESPEARE, spool_folder)
 
 

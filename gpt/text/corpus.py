@@ -15,8 +15,8 @@ from gpt.text.windows import Windows, require_tokens, validation_batches
 
 class Corpus:
     """The shards in `folder` as training windows and a validation set. `foreign_tokenizer` names the tokenizer of
-    shards that do not name theirs. If `verify` is "full", `verifier` checks their sha256 in the background once it is
-    started. Raises InputError if there is too little text for one batch."""
+    shards that do not name theirs. If `verify` is "full", the thread `verifier` checks the sha256 of the shards in the
+    background once it is started. Raises InputError if there is too little text for one batch."""
 
     def __init__(
         self, folder: Path, foreign_tokenizer: str, verify: str, block_size: int, global_batch_size: int, seed: int
@@ -46,7 +46,8 @@ class Corpus:
     def validation(
         self, batch_size: int, eval_tokens: int, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields the batches (ids, targets) of the validation set, always the same: those of rank `rank` of `ranks`."""
+        """Yields the batches of rank `rank` of `ranks` of the validation set, as ids and targets (batch_size,
+        block_size): see `validation_batches`. They are the same at every call."""
         return validation_batches(self.readers["val"], self.block_size, batch_size, eval_tokens, rank, ranks)
 
     def close(self) -> None:
@@ -55,7 +56,8 @@ class Corpus:
 
 
 def open_tokenizer(dataset: Dataset, foreign_tokenizer: str) -> Tokenizer:
-    """Returns the tokenizer of a data folder; `foreign_tokenizer` names that of a foreign one."""
+    """Returns the tokenizer that the manifest of `dataset` names, else the tokenizer called `foreign_tokenizer` ("":
+    gpt2). Raises InputError if both are given, or if the tokenizer in the folder is not that of the manifest."""
     if dataset.tokenizer is None:
         return load_tokenizer(foreign_tokenizer or "gpt2")
     if foreign_tokenizer:
@@ -68,8 +70,8 @@ def open_tokenizer(dataset: Dataset, foreign_tokenizer: str) -> Tokenizer:
 
 
 def check_tokenizer(owner: str, entry: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Raises InputError unless `entry`, of the tokenizer that `owner` was made with, is that of the data's
-    `tokenizer`."""
+    """Raises InputError unless `tokenizer`, that of the data, has the identity in `entry`. `entry` is the manifest
+    entry of the tokenizer with which `owner` was made."""
     if entry["identity"] != tokenizer.identity:
         raise InputError(
             f"tokenizers differ: {owner} has {entry['name']} ({entry['identity'][:12]}), the data {tokenizer.name} "

@@ -17,10 +17,11 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def fetch(url: str, file: IO[bytes], sha256: str | None = None, limit: int = 1 << 30) -> None:
-    """Writes what `url` answers to the binary `file`.
+    """Downloads `url` into the binary `file`.
 
     Raises InputError for a URL that is not https (http is allowed to this machine alone), ResourceError if the network
-    or the server fails, IntegrityError for more than `limit` bytes or another sha256 than the pinned one."""
+    or the server fails, IntegrityError for more than `limit` bytes or another sha256 than `sha256` (None: not
+    checked)."""
     check_url(url)
     digest, size = hashlib.sha256(), 0
     try:
@@ -53,7 +54,8 @@ def check_url(url: str) -> None:
 
 
 def connect(url: str) -> requests.Response:
-    """Returns the open answer of `url`. Raises requests.RequestException or ValueError if there is none in time.
+    """Returns the open response of `url`. Raises requests.RequestException or ValueError if there is none within
+    CONNECT_SECONDS.
 
     The request runs in a thread of its own, because nothing else ends a name look-up that hangs."""
     future: Future[requests.Response] = Future()
@@ -75,7 +77,7 @@ def connect(url: str) -> requests.Response:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """Returns the first of a chain of errors: the system's reason, which requests wraps several times."""
+    """Returns the first error in a chain of errors. requests wraps the system's error several times."""
     while error.__context__ is not None:
         error = error.__context__
     return error

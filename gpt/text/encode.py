@@ -24,7 +24,7 @@ from gpt.text.huggingface import pattern_name
 from gpt.text.split import Part
 from gpt.text.tokenizer import Tokenizer
 
-CHUNK_CHARACTERS = 1 << 16  # larger ones gain little speed, and memory that the allocator never gives back
+CHUNK_CHARACTERS = 1 << 16  # larger chunks gain little speed, and take memory that the allocator never returns
 # Text up to its last sure place. cl100k and o200k: before a space as in gpt2; a newline may follow punctuation in one
 # piece, but nothing except more newlines (or "/") follows a newline.
 UP_TO_CUT = {
@@ -44,7 +44,8 @@ class Unit(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What a batch adds to a split."""
+    """The ids that a batch adds to a split, the documents that begin in them, and the bytes of text that they stand
+    for."""
 
     split: str
     ids: np.ndarray  # uint32 (tokens,)
@@ -53,10 +54,10 @@ class Encoded(NamedTuple):
 
 
 def units_of(parts: Iterable[Part], pattern: str, size: int = CHUNK_CHARACTERS) -> Iterator[Unit]:
-    """Yields `parts` as Units of about `size` characters. Their ids are those of encoding each document whole; of a
-    document that the split divides, those of each side whole.
+    """Yields `parts` as Units of about `size` characters. Encoding the Units gives the ids of encoding each document
+    whole, or each side of a document that the split divides.
 
-    A document without a sure place to cut, or of an unknown pattern, stays whole."""
+    A document stays whole if it has no sure place to cut or its pattern is unknown."""
     up_to_cut, previous = UP_TO_CUT.get(pattern_name(pattern) or ""), None
     for (split, document, name), stretch in itertools.groupby(parts, key=lambda part: part[:3]):
         starts = document != previous
@@ -67,7 +68,7 @@ def units_of(parts: Iterable[Part], pattern: str, size: int = CHUNK_CHARACTERS) 
 
 
 def chunks_of(texts: Iterable[str], up_to_cut: re.Pattern[str] | None, size: int) -> Iterator[str]:
-    """Yields the joined `texts` in chunks of about `size` characters. No chunk ends in the last text."""
+    """Yields the joined `texts` in chunks of about `size` characters. Never cuts inside the last of the texts."""
     chunk = ""
     for text, following in itertools.pairwise(itertools.chain(texts, [""])):
         start = len(chunk)
@@ -79,7 +80,7 @@ def chunks_of(texts: Iterable[str], up_to_cut: re.Pattern[str] | None, size: int
 
 
 def batches_of(units: Iterable[Unit], size: int = CHUNK_CHARACTERS) -> Iterator[list[Unit]]:
-    """Yields lists of units with at least `size` characters together, the last list excepted."""
+    """Yields lists of units with at least `size` characters together; only the last list may have fewer."""
     batch: list[Unit] = []
     length = 0
     for unit in units:
@@ -93,8 +94,8 @@ def batches_of(units: Iterable[Unit], size: int = CHUNK_CHARACTERS) -> Iterator[
 
 
 def encode_batches(batches: Iterable[list[Unit]], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
-    """Yields the Encoded of each batch and split, in order. At most three batches per worker are under way. Threads are
-    enough: tiktoken releases Python's lock while it encodes."""
+    """Yields the Encoded of each batch and split, in order, from `workers` threads. At most three batches per thread
+    are under way. Threads are enough: tiktoken releases Python's lock while it encodes."""
     with ThreadPoolExecutor(workers) as pool:
         under_way: deque[Future[list[Encoded]]] = deque()
         for batch in batches:
@@ -112,7 +113,7 @@ def encode_batch(tokenizer: Tokenizer, batch: list[Unit]) -> list[Encoded]:
 
 
 def encode_units(tokenizer: Tokenizer, split: str, units: list[Unit]) -> Encoded:
-    """Returns the Encoded of units of one split. Raises InputError naming the document that cannot be encoded."""
+    """Returns the Encoded of units of one split. If a document cannot be encoded, raises InputError, which names it."""
     ids: list[np.ndarray] = []
     for unit in units:
         if unit.starts:

@@ -1,4 +1,4 @@
-"""The input as a whole: read once from end to end, counted, found good, and divided."""
+"""Gathers the input of data/prepare.py: reads all of it once, counts and checks it, and decides how to split it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from gpt.text.corpora import corpus_sources
 from gpt.text.sources import Reading, TextSource, find_sources, read_pieces
 from gpt.text.split import Part, Split, Survey, choose_split, chosen_by_hash, divide, survey_documents
 
-TRAINING_BYTES = 1 << 26  # of text that a bpe:N tokenizer is trained on
+TRAINING_BYTES = 1 << 26  # bytes of text that a bpe:N tokenizer is trained on
 
 
 @dataclass(frozen=True)
 class GatheredInput:
-    """The input after the first pass: its files, its counts, and the decision how it divides."""
+    """The input after the first pass: its sources, their counts, and how they are split."""
 
     reading: Reading
     sources: list[TextSource]
@@ -23,10 +23,10 @@ class GatheredInput:
     survey: Survey
     val_survey: Survey
     split: Split
-    origin: dict[str, Any]  # for the manifest: the built-in corpus, and the number of files passed over
+    origin: dict[str, Any]  # for the manifest: the built-in corpus, and how many files were passed over
 
     def parts(self) -> Iterator[Part]:
-        """Yields the parts of the input: of both splits, unless validation has files of its own."""
+        """Yields the parts of the input, for both splits; if --val gives files, for training alone."""
         return divide(read_pieces(self.sources, self.reading), self.split, self.survey)
 
     def val_parts(self) -> Iterator[Part]:
@@ -35,13 +35,13 @@ class GatheredInput:
             yield part._replace(split="val")
 
     def count(self, name: str) -> int:
-        """Returns a count of both surveys together: count("documents")."""
+        """Returns a count, such as count("documents"), summed over both surveys."""
         return getattr(self.survey, name) + getattr(self.val_survey, name)
 
 
 def gather_input(config: Any, spool_folder: Path) -> GatheredInput:
-    """Returns the GatheredInput of prepare's settings, after one pass over all of it. Raises InputError if there is
-    nothing to train or validate on."""
+    """Reads all of the input once and returns its GatheredInput. `config` is a PrepareConfig. Raises InputError if the
+    input cannot be read, or if there is nothing to train or validate on."""
     sources, skipped = find_sources(config.inputs, spool_folder)
     val_sources, val_skipped = find_sources(config.val, spool_folder)
     origin: dict[str, Any] = {"files_passed_over": skipped + val_skipped}
@@ -71,7 +71,8 @@ def named(sources: list[TextSource]) -> str:
 
 
 def training_sample(data: GatheredInput) -> Iterator[str]:
-    """Yields texts of the training split to train a tokenizer on, about TRAINING_BYTES at most, chosen by hash."""
+    """Yields texts of the training split, about TRAINING_BYTES of them at most, chosen by hash, to train a tokenizer
+    on."""
     share = TRAINING_BYTES / max(data.survey.bytes, 1)
     for part in data.parts():
         if part.split == "train" and (share >= 1 or chosen_by_hash(part.text, share, b"tokenizer")):

@@ -1,5 +1,5 @@
-"""A byte-level BPE between tiktoken's form (bytes -> rank, and a pattern) and Hugging Face's (`tokenizer.json`, or
-`vocab.json` + `merges.txt`). Plain data in both directions; no Hugging Face code runs.
+"""Converts a byte-level BPE between tiktoken's form (bytes -> rank, and a pattern) and Hugging Face's form
+(`tokenizer.json`, or `vocab.json` and `merges.txt`). Both are plain data; no Hugging Face code runs.
 
 Byte-pair encoding begins with single bytes and joins, again and again, the neighbours whose union has the lowest rank.
 tiktoken stores the ranks; Hugging Face stores the merges, which are the pairs in the order of the ranks:
@@ -8,9 +8,9 @@ tiktoken stores the ranks; Hugging Face stores the merges, which are the pairs i
     encoding  "abc" = a b c -> ab c -> abc
     merges    [(a, b), (ab, c)]     each token is the union of the pair that the lower ranks leave of it
 
-A table that leaves more than two parts of some token (above with abc: 3 and ab: 4, three of abc) has no such list. Then
-every way to split every token in two is a merge, and `ignore_merges` makes Hugging Face look up whole pieces first,
-which together is what tiktoken does."""
+If the lower ranks leave more than two parts of some token, there is no such list: in the example with abc: 3 and ab: 4,
+they leave a b c of abc. Then every way to split every token in two is written as a merge, and `ignore_merges` makes
+Hugging Face look up whole pieces first. Together this gives the ids that tiktoken gives."""
 
 import itertools
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ from gpt.errors import InputError, IntegrityError, ResourceError
 from gpt.files import JSON_LIMIT, read_json
 
 END_OF_TEXT = "<|endoftext|>"
-# The spellings of each known pattern: tiktoken's (possessive, hence fast), Hugging Face's, others met in files.
+# The spellings of each known pattern: tiktoken's spelling (possessive, hence fast), Hugging Face's spelling, others.
 # Hugging Face's engine reads `{1,3}+` as a repeated group and `$` as the end of any line: it must get its own spelling.
 GPT2_PATTERNS = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
@@ -49,7 +49,7 @@ Pair = tuple[bytes, ...]
 @dataclass(frozen=True)
 class Vocabulary:
     """What defines a byte-level BPE: `ranks` (bytes -> id, which is also the order of merging), the split pattern in
-    tiktoken's spelling, the special tokens (text -> id) and the one that ends a text."""
+    tiktoken's spelling, the special tokens (text -> id), and `end_of_text`, the special token that ends a text."""
 
     name: str
     ranks: dict[bytes, int]
@@ -59,7 +59,7 @@ class Vocabulary:
 
 
 def pattern_name(pattern: str | None) -> str | None:
-    """Returns the name in PATTERNS of a pattern in any known spelling, or None."""
+    """Returns the name in PATTERNS of a pattern in any known spelling, or None if the pattern is unknown."""
     return next((name for name, spellings in PATTERNS.items() if pattern in spellings), None)
 
 
@@ -75,7 +75,7 @@ BYTE_OF = {character: byte for byte, character in CHARACTER_OF.items()}
 
 
 def spelled(token: bytes) -> str:
-    """spelled(b" the") -> "Ġthe" """
+    """Returns the characters that spell `token`: spelled(b" the") == "Ġthe"."""
     return "".join(map(CHARACTER_OF.__getitem__, token))
 
 
@@ -153,7 +153,8 @@ def pre_tokenizer_of(pattern: str, byte_level: dict[str, Any]) -> dict[str, Any]
 
 
 def merges_of(ranks: dict[bytes, int]) -> tuple[list[Pair], bool]:
-    """Returns the merges of a rank table in order, and whether each token has exactly one (see above)."""
+    """Returns the merges of a rank table in order, and whether each token has exactly one merge: see the top of this
+    file."""
     tokens = [token for token, _ in by_id(ranks) if len(token) > 1]
     merges = [merge_below(ranks, token) for token in tokens]
     if all(len(parts) == 2 for parts in merges):
@@ -162,8 +163,8 @@ def merges_of(ranks: dict[bytes, int]) -> tuple[list[Pair], bool]:
 
 
 def merge_below(ranks: dict[bytes, int], token: bytes) -> Pair:
-    """Returns the parts that byte-pair encoding leaves of `token` with the ranks below its own; among equal ranks the
-    leftmost pair merges first."""
+    """Returns the parts that byte-pair encoding leaves of `token` with the ranks below that of `token`; among equal
+    ranks the leftmost pair merges first."""
     limit = ranks[token]
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
@@ -189,8 +190,8 @@ def splits_of(ranks: dict[bytes, int], token: bytes) -> list[Pair]:
 def read_folder(folder: Path) -> Vocabulary:
     """Returns the Vocabulary of a data folder, a checkpoint or a Hugging Face folder.
 
-    Raises InputError, naming the component, for what is not a byte-level BPE with a known pattern; IntegrityError for a
-    malformed file."""
+    Raises InputError if there is no tokenizer, or if it is not a byte-level BPE with a known pattern, and names the
+    component; IntegrityError for a malformed file."""
     path, config = folder / "tokenizer.json", read_json(folder / "tokenizer_config.json") or {}
     stored = read_json(path)
     try:
@@ -264,7 +265,8 @@ def check_components(path: Path, stored: dict[str, Any], model: dict[str, Any]) 
 
 
 def known_pattern(path: Path, pre_tokenizer: dict[str, Any] | None, config: dict[str, Any]) -> str:
-    """Returns the pattern of a `pre_tokenizer` entry in tiktoken's spelling. Raises InputError for an unknown one."""
+    """Returns, in tiktoken's spelling, the pattern of `pre_tokenizer`, an entry of tokenizer.json. Raises InputError
+    for an unknown pattern."""
     steps = [pre_tokenizer or {}]
     if steps[0].get("type") == "Sequence":
         steps = steps[0]["pretokenizers"]
@@ -285,7 +287,8 @@ def known_pattern(path: Path, pre_tokenizer: dict[str, Any] | None, config: dict
 
 
 def ranks_of(path: Path, vocab: dict[str, int], special_tokens: dict[str, int]) -> dict[bytes, int]:
-    """Returns the ordinary tokens of a Hugging Face vocabulary as bytes -> id."""
+    """Returns the ordinary tokens of a Hugging Face vocabulary as bytes -> id. Raises InputError for a token that is
+    not spelled in bytes."""
     ordinary = {text: rank for text, rank in vocab.items() if text not in special_tokens}
     try:
         joined = unspelled("".join(ordinary))  # all at once: token by token takes four times as long
@@ -297,7 +300,7 @@ def ranks_of(path: Path, vocab: dict[str, int], special_tokens: dict[str, int]) 
 
 
 def check_merges(path: Path, ranks: dict[bytes, int], merges: Iterable[Any], ignore_merges: bool) -> None:
-    """Raises InputError unless the merges mean what the ids as ranks mean, in tiktoken's way of merging."""
+    """Raises InputError unless Hugging Face, with these merges, encodes as tiktoken does with the ids as ranks."""
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
     expected, pure = merges_of(ranks)
     spellings = [(spelled(left), spelled(right)) for left, right in expected]
@@ -314,7 +317,8 @@ def eos_token(config: dict[str, Any]) -> str:
 
 
 def end_of_text(path: Path, special_tokens: dict[str, int], config: dict[str, Any]) -> str:
-    """Returns the special token that separates documents: <|endoftext|>, else the one named as `eos_token`."""
+    """Returns the special token that separates documents: <|endoftext|>, else the token that is named as `eos_token`.
+    Raises InputError if there is neither."""
     name = END_OF_TEXT if END_OF_TEXT in special_tokens else eos_token(config)
     if name not in special_tokens:
         raise InputError(f"{path}: no end-of-text token; needs {END_OF_TEXT}, or an eos_token in tokenizer_config.json")

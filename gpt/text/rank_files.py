@@ -14,7 +14,7 @@ from gpt.errors import InputError, IntegrityError, ResourceError
 from gpt.files import cache_folder, make_private, read_json
 from gpt.text.huggingface import Vocabulary, read_limited
 
-LIMIT_BYTES = 1 << 26  # of a download; the largest file has 3.6 MB
+LIMIT_BYTES = 1 << 26  # limit for a download; the largest file has 3.6 MB
 HOST = "https://openaipublic.blob.core.windows.net/"
 P50K = {"encodings/p50k_base.tiktoken": "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069"}
 O200K = {"encodings/o200k_base.tiktoken": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"}
@@ -63,8 +63,8 @@ def named_encoding(name: str) -> tiktoken.Encoding:
     """Returns tiktoken's encoding `name`, whose files it downloads if the cache folder lacks them.
 
     tiktoken itself downloads without a time limit and deletes a damaged file first, so the files of RANK_FILES are put
-    in its cache folder before it looks for them. Encodings of plug-ins and newer versions are left to tiktoken.
-    Raises InputError if a file cannot be had, IntegrityError if the one in the cache is damaged."""
+    in its cache folder before it looks for them. Encodings of plug-ins and newer versions are left to tiktoken. If a
+    download fails, raises InputError for a missing file, IntegrityError for a damaged file in the cache."""
     folder = tiktoken_cache()
     for path, sha256 in RANK_FILES.get(name, {}).items():
         ensure_cached(name, HOST + path, sha256, folder)
@@ -75,8 +75,9 @@ def named_encoding(name: str) -> tiktoken.Encoding:
 
 
 def tiktoken_cache() -> Path:
-    """Returns tiktoken's cache folder. Sets TIKTOKEN_CACHE_DIR to a private folder if the user has not set it: tiktoken
-    would take one in /tmp where others can write. Raises InputError if there is no home folder."""
+    """Returns tiktoken's cache folder. Sets TIKTOKEN_CACHE_DIR to a private folder if the user has not set it:
+    otherwise tiktoken would use a folder in /tmp, where other users can write. Raises InputError if there is no home
+    folder."""
     if not os.environ.get("TIKTOKEN_CACHE_DIR"):
         cache = cache_folder()
         if cache is None:
@@ -86,8 +87,9 @@ def tiktoken_cache() -> Path:
 
 
 def ensure_cached(name: str, url: str, sha256: str, folder: Path) -> None:
-    """Downloads `url` into tiktoken's cache folder unless it is there. A damaged file stays until a good one replaces
-    it. Raises IntegrityError for a damaged file, InputError for a missing one, if the download fails."""
+    """Downloads `url`, a file of the encoding `name`, into tiktoken's cache folder, unless a file with this `sha256` is
+    there. A damaged file stays until a good one replaces it. If the download fails, raises IntegrityError for a damaged
+    file, InputError for a missing one. Raises ResourceError if the file cannot be stored."""
     path = folder / hashlib.sha1(url.encode()).hexdigest()  # tiktoken's name for it
     damaged = path.exists()
     if damaged and hashlib.sha256(read_limited(path)).hexdigest() == sha256:
@@ -103,7 +105,7 @@ def ensure_cached(name: str, url: str, sha256: str, folder: Path) -> None:
                 f"tokenizer file {path}: sha256 mismatch (expected {sha256}); restore it or go online"
             ) from None
         raise InputError(f"tokenizer {name} needs a file: {error}, to {path}") from None
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4()}.tmp")  # several processes may be here at once
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4()}.tmp")  # several processes may download it at the same time
     try:
         make_private(folder)
         temporary.write_bytes(data.getvalue())

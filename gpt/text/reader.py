@@ -14,8 +14,8 @@ BLOCK_BYTES = 1 << 22  # read size while hashing
 
 
 class TokenReader:
-    """The shards of one split as a single stream of ids. Several threads may use it. Raises IntegrityError for an id
-    that the tokenizer does not have or a file that has become shorter, ResourceError if reading fails."""
+    """The shards of one split as a single stream of ids. Several threads may use it. Its methods raise IntegrityError
+    for an id that the tokenizer does not have or a file that has become shorter, ResourceError if reading fails."""
 
     def __init__(self, shards: Iterable[Shard], vocab_size: int):
         self.shards, self.vocab_size = tuple(shards), vocab_size
@@ -31,7 +31,7 @@ class TokenReader:
         return index, start - int(self.starts[index])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Returns ids `start` to `start + count` of the stream, int64 (count,)."""
+        """Returns ids `start` to `start + count` (exclusive) of the stream, int64 (count,)."""
         ids = np.empty(count, dtype=np.int64)
         index, first = self.place(start)
         done = 0
@@ -48,8 +48,8 @@ class TokenReader:
 
 
 def read_ids(file: PositionedFile, shard: Shard, first: int, count: int, vocab_size: int) -> tuple[bytes, np.ndarray]:
-    """Returns ids `first` to `first + count` of a shard, as bytes and as numbers. Raises IntegrityError if the file has
-    become shorter or an id is not below `vocab_size`."""
+    """Returns ids `first` to `first + count` (exclusive) of a shard, as bytes and as numbers. Raises IntegrityError if
+    the file has become shorter or an id is not below `vocab_size`."""
     dtype = np.dtype(shard.dtype).newbyteorder("<")
     data = file.read(shard.offset + first * dtype.itemsize, count * dtype.itemsize)
     if len(data) != count * dtype.itemsize:
@@ -66,8 +66,8 @@ def read_ids(file: PositionedFile, shard: Shard, first: int, count: int, vocab_s
 
 
 class Verifier(threading.Thread):
-    """Checks sha256 and ids of all shards in the background, ahead of training. `check` raises the error found so far;
-    `wait` also waits for the end, before a checkpoint is written."""
+    """Checks sha256 and ids of all shards in a background thread. `check` raises the error found so far, if any; `wait`
+    first waits until all shards are checked. Call `wait` before a checkpoint is written."""
 
     def __init__(self, shards: Iterable[Shard], vocab_size: int):
         super().__init__(name="verify-shards", daemon=True)
@@ -78,7 +78,7 @@ class Verifier(threading.Thread):
         try:
             for shard in self.shards:
                 verify(shard, self.vocab_size)
-        except Exception as error:  # of every kind: shards that were not checked must not pass
+        except Exception as error:  # any error: shards that were not checked must not pass
             self.error = error
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""Token shards on disk: write, open, check. The format is llm.c's published one plus a manifest, `dataset.json`.
+"""Token shards on disk: write, open, check. The format is that of llm.c, plus a manifest, `dataset.json`.
 
 A shard is a header of 256 little-endian int32 (magic, version, token count) and then the ids: uint16 with magic
 20240520 and version 1, uint32 with magic 20240801 and version 7. A folder is valid once its manifest, written last,
@@ -47,7 +47,9 @@ class ShardWriter:
         self.file: IO[bytes] | None = None
 
     def write(self, ids: np.ndarray, documents: int = 0, source_bytes: int = 0) -> None:
-        """Appends `ids`, the first of which begin `documents` documents and stand for `source_bytes` bytes of text."""
+        """Appends `ids`, which begin `documents` documents and stand for `source_bytes` bytes of text. If they go into
+        several shards, these two numbers are added to the first. Raises InputError for an id that does not fit the
+        dtype."""
         ids = np.asarray(ids)
         if len(ids) and int(ids.max()) > np.iinfo(self.dtype).max:
             raise InputError(f"token id {ids.max()} does not fit {self.dtype.name}; use --dtype uint32")
@@ -65,7 +67,7 @@ class ShardWriter:
                 self.close()
 
     def open(self) -> IO[bytes]:
-        """Begins the next shard; its header gets the token count at the end."""
+        """Begins the next shard and returns its file. `close` writes the token count into its header."""
         name = f"{self.split}_{len(self.entries):06d}.bin"
         self.path = self.folder / name
         with writing(self.path):
@@ -75,7 +77,7 @@ class ShardWriter:
         return self.file
 
     def close(self) -> list[dict[str, Any]]:
-        """Completes the current shard, if there is one."""
+        """Completes the current shard, if there is one. Returns the entries of all shards."""
         if self.file is not None:
             with writing(self.path):
                 self.file.seek(0)
@@ -137,13 +139,14 @@ class Shard:
     offset: int  # bytes before the first id
     dtype: str
     tokens: int
-    sha256: str | None  # None in a foreign folder
+    sha256: str | None  # None in a foreign folder: see Dataset
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The splits of a folder. `tokenizer` is the manifest's entry for it, or None in a foreign folder; `notice` is a
-    line for the user (what is assumed, what is not read), or empty."""
+    """The splits of a folder. `tokenizer` is the manifest's entry for the tokenizer, or None in a foreign folder, which
+    has no manifest and comes from another program; `notice` is a line for the user (what is assumed, what is not read),
+    or ""."""
 
     folder: Path
     splits: dict[str, tuple[Shard, ...]]
@@ -152,7 +155,7 @@ class Dataset:
 
     @property
     def shard_list(self) -> dict[str, list[list[Any]]]:
-        """Name, tokens and sha256 of every shard, which checkpoints store."""
+        """Split -> [name, tokens, sha256] of every shard, as checkpoints store it."""
         return {
             split: [[s.path.name, s.tokens, s.sha256] for s in shards] for split, shards in sorted(self.splits.items())
         }
@@ -161,8 +164,8 @@ class Dataset:
 def open_dataset(folder: Path, foreign_tokenizer: str = "") -> Dataset:
     """Returns the Dataset of a folder with a manifest, or of a foreign one; checks headers, lengths and names.
 
-    `foreign_tokenizer` names what a foreign folder was made with. Raises InputError for a folder that holds no shards,
-    IntegrityError for a damaged one."""
+    `foreign_tokenizer` names the tokenizer of a foreign folder ("": not known). Raises InputError for a folder that
+    holds no shards, IntegrityError for a damaged folder."""
     folder = Path(folder)
     if not is_folder(folder):
         raise InputError(f"{folder}: no such data folder; make one with: python data/prepare.py INPUT --out {folder}")
@@ -202,7 +205,7 @@ def listed_shard(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
 
 
 def warn_unlisted(folder: Path, splits: dict[str, tuple[Shard, ...]]) -> str:
-    """Returns a line about shard-like files that the manifest does not list, or ""."""
+    """Returns a warning about .bin files that the manifest does not list, or "" if there are none."""
     listed = {shard.path.name for shards in splits.values() for shard in shards}
     others = sorted(p.name for p in folder.glob("*.bin") if p.name not in listed)
     return f"warning: {folder}: not in the manifest, not read: {', '.join(others)}" if others else ""
@@ -210,7 +213,8 @@ def warn_unlisted(folder: Path, splits: dict[str, tuple[Shard, ...]]) -> str:
 
 def open_foreign(folder: Path, tokenizer: str) -> Dataset:
     """Returns the Dataset of shards that other programs made: public `*train*.bin` with llm.c's header, nanoGPT's
-    headerless `train.bin`, uint16 `.npy`."""
+    headerless `train.bin`, uint16 `.npy`. Raises InputError if there are no training shards, or if `tokenizer` is ""
+    and not all shards are uint16 with a header, for which gpt2 is assumed."""
     if any(folder.glob("*.tmp")):
         raise InputError(f"{folder}: an unfinished data preparation; run it again")
     paths = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".npy"))
@@ -230,7 +234,8 @@ def open_foreign(folder: Path, tokenizer: str) -> Dataset:
 
 
 def split_of(name: str) -> str | None:
-    """Returns the split that a foreign file's name says: split_of("medieval_train_000.bin") -> "train" """
+    """Returns the split in the name of a foreign file: "train" for "medieval_train_000.bin". Returns None if there is
+    no split in it."""
     return next((split for split in SPLITS if split in name), None)
 
 
@@ -276,7 +281,8 @@ def check_header(path: Path) -> Shard:
 
 
 def check_size(shard: Shard) -> Shard:
-    """Returns `shard`. Raises IntegrityError unless its file has the size that it should have."""
+    """Returns `shard`. Raises IntegrityError unless its file has the size that its offset, dtype and number of tokens
+    give."""
     size, expected = size_of(shard.path), shard.offset + shard.tokens * np.dtype(shard.dtype).itemsize
     if size != expected:
         raise IntegrityError(
@@ -301,8 +307,8 @@ class PositionedFile:
         self.file: IO[bytes] = persist(path, open, path, "rb", 0)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Returns the `size` bytes at `offset`; fewer only where the file ends. Raises ResourceError if the system
-        refuses READ_TRIES times."""
+        """Returns the `size` bytes at `offset`; fewer only if the file ends before. Raises ResourceError if reading
+        fails READ_TRIES times."""
         data = b""
         while block := persist(self.path, self.read_some, offset + len(data), size - len(data)):
             data += block
@@ -318,8 +324,8 @@ class PositionedFile:
 
 
 def persist(path: Path, action: Callable[..., Result], *arguments: Any) -> Result:
-    """Returns `action(*arguments)`, tried again a moment later if the system refuses. Raises ResourceError the last
-    time."""
+    """Returns `action(*arguments)`. After an OSError, calls it again RETRY_SECONDS later. Raises ResourceError, which
+    names `path`, after READ_TRIES failures."""
     for _ in range(READ_TRIES):
         try:
             return action(*arguments)

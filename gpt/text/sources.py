@@ -1,6 +1,6 @@
-"""Documents out of files. The user names files, folders, globs or stdin; these become sources, and sources pieces.
+"""Reads documents. The files, folders, globs or stdin that the user names become TextSources, which become Pieces.
 
-A document is a file for text, a line for JSONL, stdin as a whole. A large document comes in several pieces, so that
+A document is a text file, a line of JSONL, or stdin as a whole. A large document comes in several pieces, so that
 memory does not grow with it."""
 
 import codecs
@@ -53,7 +53,8 @@ class TextSource:
 
 @dataclass(frozen=True)
 class Reading:
-    """How bytes become documents."""
+    """How the bytes of files become text: the encoding, what happens to bad bytes, and the field of a JSONL object that
+    holds its text."""
 
     encoding: str = "utf-8"
     errors: str = "strict"  # strict, replace or skip
@@ -64,10 +65,11 @@ class Reading:
 
 
 def find_sources(inputs: Iterable[str], spool_folder: Path) -> tuple[list[TextSource], int]:
-    """Returns the sources that `inputs` name, in order, and the number of files and linked folders that were passed
-    over in folders.
+    """Returns the sources that `inputs` name, in order, and the number of files and linked folders in folders that were
+    passed over. Copies stdin to a temporary file in `spool_folder`.
 
-    Raises InputError for a name without file, a pipe, a device, a link that leads nowhere or an unreadable folder."""
+    Raises InputError for a name that no file has, a pipe, a device, a link that leads nowhere or an unreadable
+    folder."""
     sources, skipped = [], 0
     for name in inputs:
         if name == "-":
@@ -81,8 +83,8 @@ def find_sources(inputs: Iterable[str], spool_folder: Path) -> tuple[list[TextSo
 
 
 def matches(name: str) -> list[str]:
-    """Returns the files and folders that a name or pattern stands for, sorted. A pattern with ** stands for files
-    alone, for it finds those in folders by itself."""
+    """Returns the files and folders that a name or pattern stands for, sorted. A pattern with ** gives files alone,
+    because it finds the files inside folders by itself. Raises InputError if there are none."""
     if os.path.lexists(name):
         return [name]
     paths = sorted(set(glob.glob(name, recursive=True)))
@@ -94,7 +96,7 @@ def matches(name: str) -> list[str]:
 
 
 def spool(stream: IO[bytes], folder: Path) -> IO[bytes]:
-    """Returns an unnamed temporary copy of `stream`, because every document is read twice."""
+    """Returns an unnamed temporary copy of `stream` in `folder`, because every document is read twice."""
     try:
         copy = tempfile.TemporaryFile(dir=folder)
         shutil.copyfileobj(stream, copy, BLOCK_BYTES)
@@ -112,13 +114,14 @@ def file_source(name: str | Path) -> TextSource:
 
 
 def plain_suffix(name: str | Path) -> str:
-    """Returns the suffix below `.gz`: plain_suffix("a.jsonl.gz") -> ".jsonl" """
+    """Returns the suffix of a name without its `.gz`: plain_suffix("a.jsonl.gz") == ".jsonl"."""
     return Path(str(name).lower().removesuffix(".gz")).suffix
 
 
 def folder_sources(folder: str) -> tuple[list[TextSource], int]:
-    """Returns the sources in a folder and below, sorted by their path from there, and the number of files and linked
-    folders passed over: hidden ones and other kinds."""
+    """Returns the sources in a folder and its subfolders, sorted by their path from there, and the number of files and
+    linked folders that were passed over. Passes over hidden files, files with other suffixes, and linked folders.
+    Raises InputError if there are no sources."""
     paths, skipped = [], 0
     for parent, folders, files in os.walk(folder, onerror=refuse_folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -143,8 +146,8 @@ def refuse_folder(error: OSError) -> None:
 
 
 def read_pieces(sources: Iterable[TextSource], reading: Reading) -> Iterator[Piece]:
-    """Yields the pieces of all documents of `sources`, in order. Raises InputError, naming file and place, for what
-    cannot be read as the documents it should hold."""
+    """Yields the pieces of all documents of `sources`, in order. Raises InputError, naming file and place, for text
+    that cannot be decoded or a line that is not the JSON it should be; ResourceError if reading fails."""
     readers = {"text": text_pieces, "jsonl": jsonl_pieces, "python": python_pieces}
     numbers = itertools.count()
     for source in sources:
@@ -167,14 +170,14 @@ def open_source(source: TextSource) -> contextlib.AbstractContextManager[Any]:
 
 
 def text_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterator[int]) -> Iterator[Piece]:
-    """Yields the pieces of one document, which is the whole file."""
+    """Yields the pieces of one document, which is the whole file. `numbers` gives the number of the next document."""
     document = next(numbers)
     for text, replaced, readable in decode(name, file, iter(lambda: file.read(BLOCK_BYTES), b""), reading):
         yield Piece(document, name, text, replaced, readable)
 
 
 def jsonl_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterator[int]) -> Iterator[Piece]:
-    """Yields a piece for each line that is not blank."""
+    """Yields a piece for each line that is not blank: every such line is a document."""
     if "\n".encode(reading.encoding).removeprefix(codecs.BOM_UTF8) != b"\n":
         raise InputError(f"{name}: lines cannot be told apart in {reading.encoding}; convert it to UTF-8")
     for number, line in enumerate(file, 1):
@@ -190,7 +193,7 @@ def jsonl_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterator
 
 
 def python_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterator[int]) -> Iterator[Piece]:
-    """Yields a Python source file, decoded by its coding line as Python does."""
+    """Yields a Python source file as one piece, decoded by its coding line as Python does."""
     document, data = next(numbers), file.read()
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
@@ -205,9 +208,10 @@ def python_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterato
 def decode(
     name: str, file: IO[bytes], blocks: Iterable[bytes], reading: Reading, begins: bool = True
 ) -> Iterator[tuple[str, int, bool]]:
-    """Yields the text of `blocks`, which come from `file`, as (text, number of characters replaced, True). Drops the
-    byte order mark if the file `begins` with them. If bad bytes drop the document, the last tuple is ("", 0, False);
-    else they raise InputError."""
+    """Yields the text of `blocks`, which come from `file`, as (text, number of characters replaced, True). If the
+    blocks are the start of the file (`begins`), drops a byte order mark. Bad bytes become U+FFFD if `reading.errors` is
+    "replace"; if it is "skip", the last tuple is ("", 0, False); else they raise InputError, which begins with
+    `name`."""
     errors = MARK_BAD_BYTES if reading.errors == "replace" else "strict"
     try:
         for text in itertools.chain(codecs.iterdecode(blocks, reading.encoding, errors), [""]):
@@ -226,8 +230,8 @@ def decode(
 
 
 def without_surrogates(text: str) -> tuple[str, int]:
-    """Returns `text` with lone surrogates as U+FFFD, and how many there were. UTF-8 cannot hold them; JSON can, and bad
-    bytes become some."""
+    """Returns `text` with lone surrogates replaced by U+FFFD, and their number. UTF-8 cannot hold lone surrogates. They
+    come from JSON, and from bad bytes that `decode` replaces."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

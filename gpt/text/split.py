@@ -1,5 +1,5 @@
-"""Training or validation? A first pass over all documents counts and checks them; from that the split is decided, and
-the second pass follows it."""
+"""Splits documents into training and validation. A first pass counts and checks all documents. The result decides
+how to split them, and a second pass does so."""
 
 import hashlib
 import itertools
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 from gpt.errors import InputError
 from gpt.text.sources import Piece
 
-HASH_DOCUMENTS = 100  # fewer documents, or one over a tenth of the text: the tail is the fairer validation set
+HASH_DOCUMENTS = 100  # with fewer, or one larger than HASH_SHARE of the text, the tail is the fairer validation set
 HASH_SHARE = 0.1
-DROPPED, HASHED_TO_TRAIN, HASHED_TO_VAL = range(3)  # what the first pass knows of a document
+DROPPED, HASHED_TO_TRAIN, HASHED_TO_VAL = range(3)  # the fate of a document after the first pass
 
 
 @dataclass
 class Survey:
-    """The result of the first pass. Counts are of kept documents; blank and undecodable ones are dropped."""
+    """The result of the first pass. Counts are of kept documents; blank and undecodable documents are dropped."""
 
     documents: int = 0
     characters: int = 0
@@ -26,16 +26,18 @@ class Survey:
     empty_docs: int = 0
     undecodable: int = 0
     replaced: int = 0
-    hashed_to_val: int = 0  # documents
-    repeated: int = 0  # documents whose text is in `others`
+    hashed_to_val: int = 0  # number of documents
+    repeated: int = 0  # number of documents whose digest is in `others`
     fates: bytearray = field(default_factory=bytearray)  # DROPPED, HASHED_TO_TRAIN or HASHED_TO_VAL of each document
-    digests: set[Any] = field(default_factory=set)  # of kept documents, if asked for
+    digests: set[Any] = field(default_factory=set)  # of kept documents, with `keep_digests`
 
 
 def survey_documents(
     pieces: Iterable[Piece], fraction: float, others: Container[bytes] = (), keep_digests: bool = False
 ) -> Survey:
-    """Returns the Survey of `pieces`. `others` are digests of documents that should not come again."""
+    """Returns the Survey of `pieces`. `fraction` is the share of documents that the hash assigns to validation.
+    Documents whose digests are in `others` are counted as repeated. With `keep_digests`, the Survey holds the
+    digests."""
     survey = Survey()
     for _, group in itertools.groupby(pieces, key=lambda piece: piece.document):
         document = Document(group)
@@ -59,7 +61,7 @@ def survey_documents(
 
 
 class Document:
-    """The counts of one document, given its pieces."""
+    """The counts and the digest of one document, computed from its pieces."""
 
     def __init__(self, pieces: Iterable[Piece]):
         self.characters = self.bytes = self.replaced = 0
@@ -77,7 +79,7 @@ class Document:
 
 
 def chosen_by_hash(text: str, fraction: float, salt: bytes = b"") -> bool:
-    """Returns whether the hash of `text` chooses it among the `fraction` of all texts; equal texts always agree.
+    """Returns whether the hash of `text` is in the lowest `fraction` of all hashes; for equal texts always the same.
     Choices for different purposes need different salts to be independent."""
     return digest_below(hashlib.sha256(salt + text.encode("utf-8")).digest()[:8], fraction)
 
@@ -91,7 +93,8 @@ def digest_below(digest: bytes, fraction: float) -> bool:
 
 @dataclass(frozen=True)
 class Split:
-    """`rule` is files, hash, tail or none; a tail begins at character `cut` of all documents' text."""
+    """How documents are split. `rule` is "files", "hash", "tail" or "none". With "tail", validation begins at character
+    `cut` of the text of all kept documents. `reason` is for the user."""
 
     rule: str
     fraction: float = 0.0
@@ -100,8 +103,8 @@ class Split:
 
 
 def choose_split(asked: str, fraction: float, survey: Survey, has_files: bool) -> Split:
-    """Returns the Split for `--val_split asked` and the documents surveyed. Raises InputError if a side would be
-    empty."""
+    """Returns the Split for `--val_split asked` and the documents surveyed. `has_files`: whether --val gives files.
+    Raises InputError if training or validation would be empty."""
     if has_files:
         return Split("files", reason="the files given with --val")
     if fraction == 0:
@@ -137,7 +140,8 @@ class Part(NamedTuple):
 
 
 def divide(pieces: Iterable[Piece], split: Split, survey: Survey) -> Iterator[Part]:
-    """Yields the kept documents of `pieces`, in order and each part in its split. Only a tail can divide a document."""
+    """Yields the kept documents of `pieces`, in order and each part in its split. Only the rule "tail" can divide a
+    document."""
     position = 0  # in the text of all kept documents
     for piece in pieces:
         fate = survey.fates[piece.document] if piece.document < len(survey.fates) else DROPPED

@@ -51,13 +51,13 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, end-of-text and unused ones included."""
+        """Number of ids, including end-of-text and unused ids."""
         return self.encoding.n_vocab
 
     @functools.cached_property
     def identity(self) -> str:
         """sha256 (hex) of the behaviour: the (bytes, id) list, the special tokens, the ids of the probe texts. The
-        pattern's spelling does not count: tiktoken has changed gpt2's twice."""
+        spelling of the pattern is not part of it: tiktoken has changed that of gpt2 twice."""
         parts = [f"{rank} {token.hex()}" for token, rank in by_id(self.encoding._mergeable_ranks)]
         parts += [f"{rank} special {text}" for text, rank in by_id(self.encoding._special_tokens)]
         parts += [" ".join(map(str, self.encode(probe))) for probe in PROBES]
@@ -74,11 +74,11 @@ class Tokenizer:
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Returns the ids of `text`, in which `<|endoftext|>` is ordinary text unless `allow_special`; lone surrogates
-        count as U+FFFD. Raises InputError for a text that the tokenizer cannot split."""
+        become U+FFFD. Raises InputError for a text that the tokenizer cannot split."""
         return self.encode_to_numpy(text, allow_special).tolist()
 
     def encode_to_numpy(self, text: str, allow_special: bool = False) -> np.ndarray:
-        """Returns the ids as `encode` does, uint32 (tokens,). Several threads can encode side by side."""
+        """Returns the ids as `encode` does, uint32 (tokens,). Several threads can encode at the same time."""
         allowed = self.encoding.special_tokens_set if allow_special else frozenset()
         try:
             return self.encoding.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
@@ -106,7 +106,8 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def byte_lengths(self) -> np.ndarray:
-        """Returns the bytes of text that each id stands for, int64 (vocab_size,); 0 for special and unused ids."""
+        """Returns the number of bytes of text that each id stands for, int64 (vocab_size,); 0 for special and unused
+        ids."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         ranks = self.encoding._mergeable_ranks
         lengths[list(ranks.values())] = list(map(len, ranks))
@@ -128,7 +129,8 @@ def load_tokenizer(source: str | Path, training_text: Iterable[str] | None = Non
     """Returns the Tokenizer that `source` names: a tiktoken name, "byte", "bpe:N" (trained on `training_text`), a
     `.tiktoken` rank file with its JSON beside it, or a data, run, checkpoint or Hugging Face folder.
 
-    Raises InputError for another name and for a tokenizer that cannot be had; IntegrityError for a damaged file."""
+    Raises InputError for another name, and for a tokenizer that is not supported or whose files are missing;
+    IntegrityError for a damaged file."""
     source = str(source)
     if source == "byte":
         ranks = {bytes([byte]): byte for byte in range(256)}
@@ -145,7 +147,7 @@ def load_tokenizer(source: str | Path, training_text: Iterable[str] | None = Non
 
 
 def step_folder(folder: Path) -> Path:
-    """Returns the step folder of a run folder that is its best, else its newest; any other folder itself."""
+    """Returns the best step folder of a run folder, else the newest; returns any other folder itself."""
     return read_pointer(folder, "best") or next(iter(step_folders(folder)), folder)
 
 
@@ -154,7 +156,8 @@ def choices() -> list[str]:
 
 
 def tokenizer_from(vocabulary: Vocabulary, source: str) -> Tokenizer:
-    """Returns the Tokenizer of a Vocabulary. Raises InputError naming `source` if tiktoken would panic on it."""
+    """Returns the Tokenizer of a Vocabulary. Raises InputError, which names `source`, if tiktoken would not accept
+    it."""
     check_vocabulary(vocabulary, source)
     try:
         encoding = tiktoken.Encoding(
@@ -201,7 +204,8 @@ def trained_tokenizer(source: str, training_text: Iterable[str] | None) -> Token
 
 
 def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
-    """Returns a byte-level BPE with GPT-2's pattern and `size` ids before end-of-text, trained on `texts`."""
+    """Returns a byte-level BPE with GPT-2's pattern and `size` ids before end-of-text, trained on `texts`. Raises
+    InputError if the texts give fewer ids, or if the package tokenizers is missing."""
     try:
         import tokenizers
     except ImportError:
@@ -235,8 +239,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int | N
 
 
 def check_engine(tokenizer: Tokenizer, text: str) -> None:
-    """Raises InputError if an unknown pattern means something else in Hugging Face's engine. Without `tokenizers`
-    installed nothing is checked."""
+    """Raises InputError if Hugging Face's engine, with `text` as tokenizer.json, encodes one of PROBES differently.
+    Does nothing if the package tokenizers is missing."""
     try:
         import tokenizers
     except ImportError:

@@ -31,7 +31,7 @@ class Windows:
     def __init__(self, reader: TokenReader, block_size: int, seed: int):
         require_tokens("train", reader, block_size)
         self.reader, self.block_size, self.seed = reader, block_size, seed
-        self.offsets = min(block_size, len(reader) - block_size)  # how many offsets an epoch may have
+        self.offsets = min(block_size, len(reader) - block_size)  # number of possible offsets of an epoch
         self.per_epoch = (len(reader) - self.offsets) // block_size
 
     def start(self, n: np.ndarray) -> np.ndarray:
@@ -50,7 +50,7 @@ class Windows:
         return f"{self.reader.shards[index].path.name} offset {offset}"
 
     def take(self, first: int, count: int) -> np.ndarray:
-        """Returns windows `first` to `first + count` of the run: ids (count, block_size + 1), int64."""
+        """Returns windows `first` to `first + count` (exclusive) of the run: ids (count, block_size + 1), int64."""
         starts = self.start(np.arange(first, first + count, dtype=np.int64))
         return np.stack([self.reader.read(int(start), self.block_size + 1) for start in starts])
 
@@ -66,7 +66,8 @@ class Prefetch:
         self.next: dict[tuple[int, int], Future[Any]] = {}  # (first, count) -> the batch that is being read
 
     def take(self, first: int, count: int) -> Any:
-        """Returns this rank's part of windows `first` to `first + count`, of equal parts in the order of the ranks."""
+        """Returns this rank's share of windows `first` to `first + count`: the ranks get equal shares, in their order.
+        Then the share of the next `count` windows is read in the background."""
         current = self.next.pop((first, count), None) or self.submit(first, count)
         batch = current.result()
         self.next = {(first + count, count): self.submit(first + count, count)}
@@ -85,7 +86,7 @@ def validation_batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the first `eval_tokens` targets (0 = all) of a split in order, as ids (B, T) and targets (B, T), B =
     batch_size and T = block_size. Padding, with target IGNORED, fills the last window and the last batch. The ranks
-    take turns, and each gets equally many batches; its last one may be all padding."""
+    take turns and get equally many batches; the last batch of a rank may be all padding."""
     total = len(reader) - 1 if eval_tokens == 0 else min(eval_tokens, len(reader) - 1)
     size = block_size * batch_size
     for turn in range(0, total, size * ranks):
@@ -110,7 +111,7 @@ def require_tokens(split: str, reader: TokenReader, block_size: int) -> None:
 
 def permute(index: np.ndarray, size: int, key: tuple[int, int]) -> np.ndarray:
     """Returns the image of each `index` (int64) under a permutation of range(size) that `key` picks: a Feistel network
-    on the next even number of bits, repeated until the value is below `size` (Black and Rogaway 2002)."""
+    on the next even number of bits, applied again until the value is below `size` (Black and Rogaway 2002)."""
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half_bits) - 1)
     shift = np.uint64(half_bits)

@@ -8,8 +8,8 @@ import torch
 
 
 class AdamW:
-    """`groups` are dicts of "params" and "weight_decay"; set "lr" before every step, to a number or a float32 tensor on
-    the device. `state` holds "step", "exp_avg" and "exp_avg_sq" of each parameter."""
+    """The optimizer AdamW. `groups` are dicts of "params" and "weight_decay"; set "lr" before every step, to a number
+    or a float32 tensor on the device. `state` holds "step", "exp_avg" and "exp_avg_sq" of each parameter."""
 
     def __init__(self, groups: list[dict], beta1: float, beta2: float, eps: float):
         self.param_groups = [group for group in groups if group["params"]]
@@ -18,8 +18,8 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, found_inf: torch.Tensor) -> None:
-        """Updates all parameters that have a gradient, in place. Where the device scalar `found_inf` is 1 nothing
-        changes, and the host does not wait to know."""
+        """Updates all parameters that have a gradient, in place. If the device scalar `found_inf` is 1, nothing
+        changes; the host does not wait for its value."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             states = [self.state_of(p) for p in parameters]

@@ -1,4 +1,4 @@
-"""How long a run is, what happens how often, and how far it has come."""
+"""The length of a run, how often it logs, evaluates and saves, and how far it has come."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -23,7 +23,8 @@ class BatchConfig:
         return []
 
     def problems_on(self, ranks: int) -> list[str]:
-        """Returns what is wrong with these values for so many ranks, each of which takes an equal share."""
+        """Returns what is wrong with these values on `ranks` ranks, each of which takes an equal share of the batch;
+        empty if nothing is."""
         total, micro = self.global_batch_size, self.micro_batch_size
         unit = ranks * max(micro, 1)
         if total % unit == 0:
@@ -85,36 +86,38 @@ class RhythmConfig:
 
 @dataclass
 class Progress:
-    """How far a run is: all that a checkpoint must know besides weights and optimizer."""
+    """How far a run is: its counts, its training time and its best evaluation, for checkpoints."""
 
     step: int = 0
     windows_seen: int = 0
     tokens: int = 0
-    train_seconds: float = 0.0  # without evaluation and saving
+    train_seconds: float = 0.0  # without the time of evaluation and saving
     best_loss: float | None = None
     best_step: int = 0
-    evaluated_step: int | None = None  # the last evaluated one
+    evaluated_step: int | None = None  # the last step that was evaluated
     evals_without_best: int = 0
     micro_batch_size: int = 0
     wandb_id: str = ""
 
     def advance(self, windows: int, block_size: int) -> None:
-        """Counts one optimizer step over `windows` windows."""
+        """Adds one optimizer step over `windows` windows of `block_size` tokens."""
         self.step += 1
         self.windows_seen += windows
         self.tokens += windows * block_size
 
     def due(self, every: int) -> bool:
-        """Returns whether something is due that happens every so many steps (0 = never)."""
+        """Returns whether something that happens every `every` steps (0 = never) is due at this step. At step 0 nothing
+        is."""
         return self.step > 0 and every > 0 and self.step % every == 0
 
     def evaluation_due(self, every: int, always: bool) -> bool:
-        """Returns whether this step is still to be evaluated: one of every so many, or `always`."""
+        """Returns whether to evaluate at this step: it is not evaluated yet, and it is one of every `every` steps, or
+        `always` is set."""
         return self.evaluated_step != self.step and (always or self.due(every))
 
     def evaluated(self, loss: float) -> bool:
-        """Notes a validation loss of this step. Returns whether it is a new best; a loss that is not finite, and the
-        one before the first step, never is."""
+        """Stores the validation loss of this step. Returns whether it is a new best; a loss that is not finite, or that
+        of step 0, never is."""
         self.evaluated_step = self.step
         if self.step == 0:
             return False
@@ -135,8 +138,8 @@ class Budget:
     windows_per_epoch: int
 
     def total_steps(self, progress: Progress) -> int:
-        """Returns the length of the run in steps. A change of the batch size on resume changes it. Under max_minutes it
-        is an estimate from the pace so far."""
+        """Returns the step at which the first limit ends the run. It changes if the batch size changes on resume. Under
+        max_minutes it is an estimate from the pace so far."""
         length, left = self.length, []
         if length.max_steps:
             left.append(length.max_steps - progress.step)
@@ -157,5 +160,5 @@ class Budget:
         return 0 < self.length.patience <= progress.evals_without_best
 
     def spent(self, progress: Progress) -> bool:
-        """Returns whether a limit or the patience is reached."""
+        """Returns whether the run has reached a limit or used up its patience."""
         return self.out_of_patience(progress) or progress.step >= self.total_steps(progress)

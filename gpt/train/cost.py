@@ -1,4 +1,4 @@
-"""What pays: estimates from FLOPs, whether to compile a run, to capture its steps, or to wait for C++ kernels.
+"""Estimates from FLOPs whether it saves time to compile a run, to capture its steps, or to wait for C++ kernels.
 
 constant            what it decides                              where it comes from
 EAGER_SHARE         speed of an uncompiled step on a GPU         nanoGPT's published eager speed; not measured here
@@ -6,7 +6,7 @@ COMPILING_SECONDS   the time that torch.compile takes            6 to 48 s on tw
 COMPILING_SAVES     the least share of a step that it saves      nanoGPT's published speeds, compiled and not
 KERNELS_PAY         whether a run waits until kernels are built  1.3 s of building, 10 s of training on a CPU
 LAUNCHES            kernels of one layer of an uncompiled step   counted in a profile: 15 forward, 30 backward
-LAUNCH_SECONDS      the host's time for each                     an estimate for PyTorch without compilation
+LAUNCH_SECONDS      the host's time to launch one kernel         an estimate for PyTorch without compilation
 LAUNCHES_MATTER     from which share of the time to capture      an estimate: then a capture gains, or loses nothing
 """
 
@@ -31,7 +31,7 @@ GPU_PEAKS = {
     "V100": 125e12,
     "T4": 65e12,
 }
-EAGER_SHARE = 0.25  # of that peak
+EAGER_SHARE = 0.25  # share of the peak
 COMPILING_SECONDS = 60
 COMPILING_SAVES = 0.3
 KERNELS_PAY = 1e12  # FLOPs of a run
@@ -41,14 +41,14 @@ LAUNCHES_MATTER = 0.25  # of the time of the matrix products
 
 
 def compiling_pays(flops: float, device: torch.device) -> bool:
-    """Returns whether a run of so many FLOPs on a GPU saves more time than compiling takes. (On a CPU a step of GPT-2
-    124M gains nothing.)"""
+    """Returns whether compiling a run of `flops` FLOPs on a GPU saves more time than it takes. (On a CPU, compiling
+    gains nothing for a step of GPT-2 124M.)"""
     return COMPILING_SAVES * flops / eager_speed(device) > COMPILING_SECONDS
 
 
 def launches_matter(flops: float, layers: int, device: torch.device) -> bool:
-    """Returns whether the GPU waits for the host, which launches the kernels of a micro-batch of so many FLOPs in
-    `layers` layers."""
+    """Returns whether the GPU waits for the host to launch the kernels of a micro-batch of `flops` FLOPs in `layers`
+    layers."""
     return layers * LAUNCHES * LAUNCH_SECONDS > LAUNCHES_MATTER * flops / eager_speed(device)
 
 
@@ -59,7 +59,7 @@ def eager_speed(device: torch.device) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the FLOP/s that the device can reach in this precision: from a table for GPUs, measured for CPUs; 0.0 if
+    """Returns the highest FLOP/s of the device in this precision: from GPU_PEAKS for GPUs, measured for CPUs; 0.0 if
     unknown."""
     if device.type == "cuda":
         return gpu_peak(torch.cuda.get_device_name(device)) if dtype != torch.float32 else 0.0
@@ -74,8 +74,9 @@ def gpu_peak(name: str) -> float:
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, too_long: float = 0.05) -> float:
-    """Returns the best of a few square matrix products, in about a tenth of a second. They grow until one takes
-    `too_long` seconds: a type that the CPU only emulates is a hundred times slower than another."""
+    """Returns the FLOP/s of the fastest of a few square matrix products; takes about a tenth of a second. The matrices
+    grow until a product takes `too_long` seconds: a type that the CPU only emulates is a hundred times slower than
+    another."""
     best = 0.0
     for size in (128, 256, 512, 1024, 1024, 1024, 1024):
         a = torch.ones(size, size, dtype=dtype, device=device)

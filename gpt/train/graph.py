@@ -1,5 +1,4 @@
-"""A training step as a CUDA graph: the step of a small model is hundreds of short kernels, which the host launches more
-slowly than the GPU runs them."""
+"""A training step as a CUDA graph, for small models, whose steps launch hundreds of short kernels."""
 
 from collections.abc import Callable
 
@@ -8,14 +7,14 @@ import torch
 from gpt.errors import note
 from gpt.kernels.cuda_graph import CudaGraph
 
-WARM_UPS = 3  # steps before the capture: optimizers make their state in them, libraries set themselves up
+WARM_UPS = 3  # steps before the capture, in which optimizers create their state and libraries initialise themselves
 
 
 class GraphedStep:
-    """Runs `step(batch, lr)`, on tensors: the first steps as they are, then captured by `graph`, a CudaGraph, and
-    replayed. The results are the same to the bit where float32 holds `lr` exactly. All that a step keeps for the next
-    one must stay at its address. If a capture fails, a note says so, steps go on uncaptured, and `clear()` drops what
-    the failed one left."""
+    """Calls `step(batch, lr)` with tensors: runs the first WARM_UPS steps directly, then captures a step in `graph`, a
+    CudaGraph, and replays it. The results are the same to the bit if float32 holds `lr` exactly. Tensors that a step
+    keeps for the next one must stay at their addresses. If the capture fails, warns, calls `clear()` to drop what it
+    left, and runs all further steps directly."""
 
     def __init__(self, step: Callable, graph: CudaGraph, clear: Callable[[], None]):
         self.step, self.graph, self.clear = step, graph, clear
@@ -42,7 +41,7 @@ class GraphedStep:
         try:
             self.graph.capture(self.run)
             self.captured = True
-        except RuntimeError as error:  # of torch and CUDA; out of memory is one too
+        except RuntimeError as error:  # from torch or CUDA, out of memory included
             self.clear()
-            reason = str(error.__context__ or error).partition("\n")[0]  # ending the recording fails, too
+            reason = str(error.__context__ or error).partition("\n")[0]  # the recording's end fails and hides the cause
             note("warning", f"no CUDA graph, steps are launched one by one: {reason}")

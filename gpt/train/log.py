@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, a progress bar or plain lines, wandb if asked for, and exit.json."""
+"""Writes what a run reports: metrics.jsonl, a progress bar or plain lines, wandb if it is set, and exit.json."""
 
 import collections
 import contextlib
@@ -41,13 +41,13 @@ class Log:
         self.bar = tqdm(total=total_steps, initial=max(step, 0), unit="step", dynamic_ncols=True, disable=hidden)
 
     def advance(self, total_steps: int) -> None:
-        """Counts one more step; `total_steps` is the present estimate of the run's length."""
+        """Moves the bar on by one step; `total_steps` is the present estimate of the run's length."""
         self.bar.total = total_steps
         with ignore_write_errors(sys.stderr):
             self.bar.update()
 
     def write(self, record: dict, total_steps: int) -> None:
-        """Records the numbers of one step: a dict with "step" first."""
+        """Writes the numbers of one step to all outputs. `record` is name -> number, with "step" first."""
         self.metrics.write(record)
         if self.bar.disable or "val_loss" in record:
             tell(plain_line(record, total_steps))
@@ -70,7 +70,8 @@ class Log:
             self.wandb_run = None
 
     def sync(self) -> None:
-        """Puts all metrics on the disk before a checkpoint, so that they never lag behind one. Raises ResourceError."""
+        """Flushes all metrics to the disk. Call it before a checkpoint is saved, so that they never lag behind one.
+        Raises ResourceError if writing fails."""
         self.metrics.sync()
 
     def draw_losses(self) -> None:
@@ -78,7 +79,7 @@ class Log:
         self.next_drawing, self.is_drawn = time.monotonic() + SECONDS_BETWEEN_DRAWINGS, True
 
     def close(self) -> None:
-        """Closes the bar, the file and wandb, and draws the last state."""
+        """Closes the bar, the file and wandb. Draws the losses if there are new ones, except after Ctrl-C."""
         with ignore_write_errors(sys.stderr):
             self.bar.close()
         self.metrics.close()
@@ -91,9 +92,9 @@ class Log:
 
 
 class Recorder:
-    """Turns the numbers of steps into records for a Log (None on ranks that do not write). The host reads them one step
-    late, so that it never waits for the device. A step that was not finite ends the run there, before anything is
-    saved."""
+    """Turns the numbers of steps into records for `log` (None on ranks that do not write). The host reads the numbers
+    of a step when the next step is launched, so that it does not wait for the device. There a step that was not finite
+    ends the run, before anything is saved."""
 
     def __init__(
         self, log: Log | None, log_every: int, state: State, budget: Budget, windows: Windows, machine: Runtime
@@ -105,12 +106,12 @@ class Recorder:
         self.pending: tuple[int, int, float, Callable[[], list], int] | None = None
         self.record: dict | None = None
         self.next_window = state.progress.windows_seen
-        self.recent: collections.deque[float] = collections.deque(maxlen=100)  # finite losses
+        self.recent: collections.deque[float] = collections.deque(maxlen=100)  # the last finite losses
         self.logged_tokens, self.logged_seconds = state.progress.tokens, state.progress.train_seconds
 
     def step(self, lr: float, numbers: torch.Tensor) -> None:
-        """Notes the step just made: its learning rate and, as a tensor (3,) on the device, its loss, its gradient norm
-        and whether both are finite."""
+        """Takes the numbers of the step that was just launched: `lr`, and `numbers` (3,), on the device: loss, gradient
+        norm and whether both are finite. First calls `read` for the step before."""
         self.read()
         self.pending = (self.progress.step, self.progress.tokens, lr, self.fetch(numbers), self.next_window)
         self.next_window = self.progress.windows_seen
@@ -118,8 +119,9 @@ class Recorder:
             self.log.advance(self.budget.total_steps(self.progress))
 
     def read(self, hold: bool = False) -> None:
-        """Reads the numbers of the last step and logs them if that is due. With `hold` the record waits for the
-        evaluation of the step; the next read logs it in any case. Raises NonFiniteError."""
+        """Reads the numbers of the last step, and logs them every `log_every` steps. With `hold` the record waits for
+        the evaluation of this step; the next `read` logs it in any case. Raises NonFiniteError as LossScaler.check
+        does."""
         if self.pending is not None:
             record = self.record_of(*self.pending)
             self.pending = None
@@ -130,7 +132,7 @@ class Recorder:
 
     def evaluated(self, losses: tuple[float, float] | None) -> bool:
         """Logs an evaluation, (nats per token, bits per byte), together with the numbers of its step. Returns whether
-        it is a new best. None stands for an evaluation that was cut short."""
+        it is a new best. `losses` is None if the evaluation was cut short."""
         self.read(hold=True)
         if losses is None:
             return False
@@ -141,14 +143,15 @@ class Recorder:
         return self.progress.evaluated(val_loss)
 
     def record_of(self, step: int, tokens: int, lr: float, fetch: Callable[[], list], first_window: int) -> dict:
-        """Returns the record of a step whose numbers `fetch()` returns. Raises NonFiniteError."""
+        """Returns the record of a step whose numbers `fetch()` returns. Raises NonFiniteError as LossScaler.check
+        does."""
         loss, norm, finite = fetch()
         self.scaler.check(step, bool(finite), loss, "" if finite else self.windows.place(first_window))
         self.watch(step, loss)
         return {"step": step, "tokens": tokens, "loss": loss, "lr": lr, "grad_norm": norm}
 
     def watch(self, step: int, loss: float) -> None:
-        """Warns of a loss far above the recent ones: twice their mean, and by a nat at least."""
+        """Warns if a loss is above twice the mean of the recent losses and more than 1 nat above the mean."""
         mean = sum(self.recent) / len(self.recent) if len(self.recent) >= 10 else math.inf
         if loss > max(2 * mean, mean + 1):
             note("warning", f"loss spike at step {step}: {loss:.1f}, mean {mean:.1f}")
@@ -156,7 +159,7 @@ class Recorder:
             self.recent.append(loss)
 
     def write(self, record: dict) -> None:
-        """Adds the training time, and the speed if a step was made, to a record and logs it."""
+        """Adds the training time to a record, and the speed if the record has a loss, and logs it."""
         if "loss" in record:
             seconds = self.progress.train_seconds - self.logged_seconds
             speed = (record["tokens"] - self.logged_tokens) / seconds if seconds else 0.0
@@ -169,7 +172,7 @@ class Recorder:
 
 
 def plain_line(record: dict, total_steps: int) -> str:
-    """Returns a record as a plain line: "step 20/100  loss 3.214  lr 6.0e-04  …"."""
+    """Returns the text of a record: "step 20/100 loss 3.214 lr 6.0e-04 …"."""
     parts = [f"step {record['step']}/{total_steps}"]
     if "loss" in record:
         parts += [f"loss {record['loss']:.4f}", f"lr {record['lr']:.2e}", f"grad_norm {record['grad_norm']:.2f}"]
@@ -183,7 +186,7 @@ def plain_line(record: dict, total_steps: int) -> str:
 
 
 def short(record: dict) -> str:
-    """Returns a record for the end of the progress bar."""
+    """Returns the short text of a record, for the end of the progress bar."""
     mfu = f" mfu {100 * record['mfu']:.0f}%" if record["mfu"] else ""
     return f"loss {record['loss']:.3f} {record['tok_per_s']:,.0f} tok/s{mfu}"
 
@@ -200,7 +203,7 @@ def start_log(config: Any, progress: Progress, budget: Budget, draw: Callable) -
 
 
 def start_wandb(project: str, run_id: str | None, out: Path, config: dict) -> Any:
-    """Returns a wandb run, continued if wandb knows `run_id`. Returns None, with a warning, if that fails."""
+    """Returns a new wandb run, or the run `run_id` continued. If that fails, warns and returns None."""
     try:
         import wandb
 
@@ -220,7 +223,8 @@ def start_wandb(project: str, run_id: str | None, out: Path, config: dict) -> An
 
 @contextlib.contextmanager
 def exit_record(out: Path, ranks: Ranks) -> Iterator[None]:
-    """Writes why the run failed, on any rank, or was stopped to `out/exit.json`: torchrun's exit code says nothing."""
+    """Returns a context that writes to `out/exit.json` why the run failed, on any rank, or was stopped: torchrun's exit
+    code does not tell. Removes an older exit.json. Only rank 0 does this."""
     if not ranks.leads:
         yield
         return

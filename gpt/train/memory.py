@@ -11,7 +11,7 @@ from gpt.model import ModelConfig, count_parameters, hidden_parameters, padded_v
 from gpt.train.budget import Progress
 
 MIB = 1024**2
-MUON_BYTES = 18  # working memory of Muon's step per weight between embedding and head
+MUON_BYTES = 18  # of working memory of Muon's step, per weight between embedding and head
 USABLE = 0.6  # share of the free memory that a chosen micro-batch may fill
 MOST_CPU_TOKENS = 4096  # per micro-batch on a CPU: more gains nothing
 
@@ -24,9 +24,9 @@ def estimate(
     device: torch.device,
     optimizer: str = "adamw",
 ) -> dict[str, int]:
-    """Returns the bytes of weights (fp32), gradients, optimizer state and activations in training. Activations are
-    those of one micro-batch in `dtype` at their peak in the backward pass, or Muon's working memory after it, if that
-    is more."""
+    """Returns the number of bytes of weights (fp32), gradients, optimizer state and activations in training.
+    Activations are those of one micro-batch in `dtype` at their peak in the backward pass, or Muon's working memory
+    after it, if that is more."""
     parameters = count_parameters(model_config, vocab_size)
     tokens = micro_batch_size * model_config.block_size
     passing = extra_for_backward(model_config, device)
@@ -43,10 +43,10 @@ def estimate(
 def kept_for_backward(
     config: ModelConfig, vocab_size: int, micro_batch_size: int, dtype: torch.dtype, device: torch.device
 ) -> int:
-    """Returns the bytes that the forward pass over a micro-batch keeps for the backward pass."""
+    """Returns the number of bytes that the forward pass over a micro-batch keeps for the backward pass."""
     padded = padded_vocabulary(vocab_size)
     c, width = config.n_embd, torch.finfo(dtype).bits // 8
-    per_layer = 11 * width * c + 2 * 4 * c  # inputs of products and of GELU; of layer norms, in fp32
+    per_layer = 11 * width * c + 2 * 4 * c  # inputs of products and of GELU; inputs of layer norms, in fp32
     if keeps_scores(config, device):  # q, k, v in fp32, some twice; scores, the mask of dropout, and both multiplied
         per_layer += 4 * 4 * c + 3 * 4 * config.n_head * config.block_size
     else:
@@ -54,12 +54,13 @@ def kept_for_backward(
     if config.dropout:
         per_layer += 2 * c * (1 if device.type == "cuda" else width)  # masks
     per_token = config.n_layer * per_layer + (width + 4) * c + width * padded  # layers, last layer norm, logits
-    copies = 0 if dtype == torch.float32 else width * count_parameters(config, vocab_size)  # autocast's, of the weights
+    copies = 0 if dtype == torch.float32 else width * count_parameters(config, vocab_size)  # of weights, by autocast
     return micro_batch_size * config.block_size * per_token + copies
 
 
 def extra_for_backward(config: ModelConfig, device: torch.device) -> int:
-    """Returns the bytes per token that the backward pass needs in addition: gradients of one layer's attention."""
+    """Returns the number of bytes per token that the backward pass needs in addition: gradients of one layer's
+    attention."""
     return 4 * config.n_head * config.block_size if keeps_scores(config, device) else 0
 
 
@@ -86,8 +87,8 @@ def choose_micro_batch(
     device: torch.device,
     sharers: int = 1,
 ) -> int:
-    """Returns the largest divisor of the batch whose step fits into the free memory, which `sharers` processes
-    share."""
+    """Returns the largest divisor of `batch_size` with which a step fits into USABLE of the free memory, which
+    `sharers` processes share; 1 if none does. On a CPU a micro-batch has at most MOST_CPU_TOKENS tokens."""
     room = USABLE * free_memory(device) / sharers
     divisors = [n for n in range(batch_size, 0, -1) if batch_size % n == 0]
     for size in divisors:

@@ -19,7 +19,7 @@ class MetricsFile:
     def __init__(self, path: Path, step: int):
         self.path, self.unwritten, self.told = path, bytearray(), False
         try:
-            self.last_line = cut_metrics(path, step)  # of the file as it was opened
+            self.last_line = cut_metrics(path, step)  # the last line when the file was opened
             self.file = open(path, "ab", buffering=0, opener=no_link)
         except OSError as error:
             raise self.refused(error) from None
@@ -28,7 +28,7 @@ class MetricsFile:
         return ResourceError(f"{self.path}: {error.strerror}; free some space or make it writable")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends a record. What cannot be written now is kept, with a warning."""
+        """Appends a record. If writing fails, warns once and keeps the record for later."""
         record = {name: finite_or_none(value) for name, value in record.items()}
         try:
             record = self.merged(record)
@@ -40,8 +40,8 @@ class MetricsFile:
             self.told = True
 
     def merged(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Returns `record`, joined with the last line if that is of the same step: an earlier process wrote it before
-        its evaluation was cut short. That line is removed from the file."""
+        """Returns `record`, merged with the last line of the file if that has the same step: an earlier process wrote
+        it before its evaluation was cut short. Removes that line from the file."""
         line, self.last_line = self.last_line, ""
         if not line or json.loads(line)["step"] != record["step"]:
             return record
@@ -54,7 +54,7 @@ class MetricsFile:
         self.told = False
 
     def sync(self) -> None:
-        """Puts all records on the disk. Raises ResourceError."""
+        """Flushes all records to the disk. Raises ResourceError if that fails."""
         try:
             self.flush()
             os.fsync(self.file.fileno())
@@ -71,7 +71,7 @@ class MetricsFile:
 
 
 def logged_evaluation(out: Path, step: int) -> float | None:
-    """Returns the validation loss that the metrics of a run have for a step, or None."""
+    """Returns the validation loss that the metrics of a run have for a step, or None if they have none."""
     path = out / METRICS
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     losses = [record.get("val_loss") for record in map(parse_record, lines) if record and record["step"] == step]
@@ -80,7 +80,7 @@ def logged_evaluation(out: Path, step: int) -> float | None:
 
 def cut_metrics(path: Path, step: int) -> str:
     """Removes the lines beyond `step`, which an interrupted run may have written after its last checkpoint, and an
-    unfinished last one. Returns the last line that stays, or ""."""
+    unfinished last line. Returns the last line that stays, or ""."""
     if not path.exists():
         return ""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # the last is empty, or unfinished
@@ -91,12 +91,12 @@ def cut_metrics(path: Path, step: int) -> str:
 
 
 def finite_or_none(value: float) -> float | None:
-    """Returns the value, or None for NaN and infinity (of a skipped fp16 step), which JSON does not have."""
+    """Returns `value`, or None for NaN and infinity, which JSON does not have. They come from a skipped fp16 step."""
     return value if math.isfinite(value) else None
 
 
 def parse_record(line: str) -> dict[str, Any] | None:
-    """Returns the record in a line of metrics.jsonl, or None for a damaged line or one without a step."""
+    """Returns the record in a line of metrics.jsonl, or None if the line is damaged or has no step."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

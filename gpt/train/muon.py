@@ -31,8 +31,8 @@ ADAMW_RMS = 0.2  # root mean square of the elements of AdamW's steps at lr 1
 
 class MuonAdamW:
     """Muon for `matrices`, and `adamw` for other parameters; one learning rate serves both. A weight (3 C, C) holds the
-    three matrices of queries, keys and values, which are orthogonalized one by one. `dtype` is the precision of the
-    products, which `ranks` share. Groups, state and gate work as in AdamW; a matrix keeps "momentum"."""
+    three matrices of queries, keys and values, which are orthogonalized one by one. The products run in `dtype`, and
+    `ranks` share them. `param_groups`, `state` and `found_inf` are as in AdamW; the state of a matrix is "momentum"."""
 
     def __init__(
         self, matrices: list, adamw: AdamW, momentum: float, weight_decay: float, dtype: torch.dtype, ranks: Ranks
@@ -53,7 +53,7 @@ class MuonAdamW:
         if asks and found_inf:
             return
         gate = 1 - found_inf  # 0 makes every update below a no-op
-        lr = group["lr"] * gate  # a tensor in any case: the same bits from a number as from a tensor of it
+        lr = group["lr"] * gate  # a tensor in any case, so that a number and a tensor give the same bits
         for shape, (weights, directions) in self.by_shape(gate, asks).items():
             steps = self.ranks.spread(lambda stack: orthogonalize(stack, self.dtype), torch.stack(directions))
             size = ADAMW_RMS * max(shape) ** 0.5
@@ -61,8 +61,8 @@ class MuonAdamW:
             torch._foreach_add_(weights, list(steps.mul_(-lr * size).unbind()))
 
     def by_shape(self, gate: Tensor, finite: bool) -> dict[torch.Size, tuple[list, list]]:
-        """Returns shape -> (weights, directions D) of all matrices, transposed where they have more rows than columns.
-        Updates the momentum."""
+        """Returns shape -> (weights, directions D) of all matrices, transposed if they have more rows than columns.
+        Updates the momentum. Unless `finite`, replaces nan and infinity in the gradients by 0."""
         groups: dict[torch.Size, tuple[list, list]] = {}
         for parameter in self.param_groups[0]["params"]:
             grad = parameter.grad if finite else parameter.grad.nan_to_num(0.0, 0.0, 0.0)
@@ -84,7 +84,7 @@ class MuonAdamW:
 
 
 def host_asks(device: torch.device) -> bool:
-    """Returns whether the host reads if the gradients are finite. A GPU would have to wait for it."""
+    """Returns whether the host reads `found_inf`. Not on CUDA, where the host would have to wait for the GPU."""
     return device.type != "cuda"
 
 
@@ -95,8 +95,8 @@ def square_parts(weight: Tensor) -> tuple[Tensor, ...]:
 
 
 def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns, in float32, matrices with nearly orthonormal rows, close to x (K, rows, columns), rows <= columns: all
-    singular values are close to 1. The products run in `dtype`."""
+    """Returns U V^T for each x = U S V^T in a stack (K, rows, columns), rows <= columns, in float32: matrices whose
+    singular values are all close to 1. The products run in `dtype`."""
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-6)).to(dtype)
     for a, b, c in POLYNOMIALS:
         square = x @ x.mT

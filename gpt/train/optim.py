@@ -19,7 +19,7 @@ Optimizer = AdamW | MuonAdamW
 
 WSD_DECAY = 0.2  # share of the run over which wsd decays when decay_steps is 0
 SCALE_GROWTH_STEPS = 2000  # finite fp16 steps before the loss scale doubles
-MOST_OVERFLOWS = 20  # in a row
+MOST_OVERFLOWS = 20  # fp16 steps in a row that overflow
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class OptimConfig:
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """Returns the learning rate of step number `step` (from 0) in a run of `total_steps`: warm-up, then the schedule's
-    shape. It is rounded to float32, the type in which a GPU receives it."""
+    """Returns the learning rate of step number `step` (from 0) in a run of `total_steps`: warm-up, then the decay of
+    the schedule. The number is rounded to float32, the type in which a GPU receives it."""
     return float(np.float32(exact_learning_rate(config, step, total_steps)))
 
 
@@ -104,7 +104,7 @@ def make_optimizer(
     model: GPT, config: OptimConfig, dtype: torch.dtype = torch.float32, ranks: Ranks | None = None
 ) -> Optimizer:
     """Returns an AdamW, or a MuonAdamW, with weight decay on matrices and embeddings only. Every parameter is in
-    exactly one group. `dtype` is the precision of Muon's products, which `ranks` share."""
+    exactly one group. `dtype` is the precision of Muon's products, which `ranks` (None: this process alone) share."""
     hidden = [p for p in model.blocks.parameters() if p.dim() >= 2] if config.optimizer == "muon" else []
     others = set(model.parameters()) - set(hidden)
     matrices = [p for p in model.parameters() if p in others and p.dim() >= 2]
@@ -121,7 +121,8 @@ def make_optimizer(
 
 
 def state_names(optimizer: Optimizer, parameter: torch.Tensor) -> tuple[str, ...]:
-    """Returns the names of what `optimizer` keeps for a parameter. All but "step" have the parameter's shape."""
+    """Returns the names of the tensors that `optimizer` keeps for a parameter. All but "step" have the parameter's
+    shape."""
     if isinstance(optimizer, MuonAdamW) and any(parameter is matrix for matrix in optimizer.param_groups[0]["params"]):
         return ("momentum",)
     return ("step", "exp_avg", "exp_avg_sq")
@@ -147,8 +148,8 @@ def gated_step(optimizer: Optimizer, finite: torch.Tensor) -> None:
 
 class LossScaler:
     """Keeps fp16 gradients in range: the loss is multiplied by `scale`, the gradients are divided by it. The scale
-    halves at every overflow and doubles after SCALE_GROWTH_STEPS steps without one; MOST_OVERFLOWS in a row are an
-    error. The tensors keep their addresses: a CUDA graph may hold them."""
+    halves at every overflow and doubles after SCALE_GROWTH_STEPS steps without an overflow; MOST_OVERFLOWS overflows in
+    a row are an error. The tensors keep their addresses: a CUDA graph may hold them."""
 
     def __init__(self, device: torch.device, enabled: bool):
         self.enabled = enabled
@@ -182,7 +183,7 @@ class LossScaler:
             )
 
     def state(self) -> dict[str, float]:
-        """Returns what a checkpoint keeps."""
+        """Returns the state of the scaler as plain data, for a checkpoint."""
         return {"scale": self.scale.item(), "finite_steps": self.finite_steps.item(), "overflows": self.overflows}
 
     def load(self, state: dict[str, float]) -> None:

@@ -7,9 +7,9 @@ torchrun starts them; each computes its share of every step on its own device:
         all-reduce the gradients to their mean over the ranks      # DistributedDataParallel, in the last micro-batch
         every rank makes the same update                           # so weights stay equal without a broadcast
 
-Tensors travel over one process group (gloo on CPUs, NCCL between GPUs). What the hosts must agree on travels over
-another one, always gloo, which waits for hours: for rank 0, which alone writes, to save or to sample. Every rank makes
-the same exchanges in the same order."""
+Tensors travel over one process group (gloo on CPUs, NCCL between GPUs). Values on which the hosts must agree travel
+over a second group, always gloo. It waits for hours, because rank 0, which alone writes, may save or sample meanwhile.
+Every rank makes the same exchanges in the same order."""
 
 import contextlib
 import hashlib
@@ -31,7 +31,7 @@ START_LIMIT = timedelta(minutes=5)  # between the first and the last rank to arr
 STEP_LIMIT = timedelta(minutes=10)
 HOST_LIMIT = timedelta(hours=12)
 FAILURE = "failure"  # key in torchrun's store under which the first rank to fail writes why
-GRACE = 10.0  # seconds until a rank that does not notice another one's failure is ended
+GRACE = 10.0  # seconds that a rank has to notice the failure of another rank, before it is ended
 STAY_SECONDS = 1.0  # seconds that the others stay after the first failed rank: torchrun ends all when the first is gone
 
 
@@ -62,33 +62,33 @@ class Ranks:
     # ---- on the host
 
     def reduced(self, operation: dist.ReduceOp.RedOpType, *numbers: float) -> list[float]:
-        """Returns each number reduced over the ranks, in float64."""
+        """Returns each of `numbers` reduced over the ranks by `operation`, in float64."""
         tensor = torch.tensor(numbers, dtype=torch.float64)
         if self.size > 1:
             dist.all_reduce(tensor, operation, group=self.hosts)
         return tensor.tolist()
 
     def any(self, flag: Any) -> bool:
-        """Returns whether `flag` is set on any rank. It is also how the ranks wait for each other."""
+        """Returns whether `flag` is set on any rank. Each rank waits until all ranks have called it."""
         return self.reduced(dist.ReduceOp.MAX, bool(flag)) != [0.0]
 
     def least(self, number: int) -> int:
-        """Returns the smallest of the ranks' numbers."""
+        """Returns the smallest `number` of all ranks."""
         return int(self.reduced(dist.ReduceOp.MIN, number)[0])
 
     def totals(self, *numbers: float) -> list[float]:
-        """Returns the sum of each number over the ranks."""
+        """Returns the sum of each of `numbers` over the ranks."""
         return self.reduced(dist.ReduceOp.SUM, *numbers)
 
     def first(self, number: float) -> float:
-        """Returns rank 0's number."""
+        """Returns the `number` of rank 0."""
         tensor = torch.tensor(number, dtype=torch.float64)
         if self.size > 1:
             dist.broadcast(tensor, src=0, group=self.hosts)
         return tensor.item()
 
     def check_same(self, **values: Any) -> None:
-        """Raises InputError, on all ranks, unless each of `values`, plain data, is the same on all."""
+        """Raises InputError, on all ranks, unless each of `values` (JSON data) is the same on all ranks."""
         for name, value in values.items() if self.size > 1 else ():
             digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
             mine = torch.frombuffer(bytearray(digest), dtype=torch.int64)
@@ -117,8 +117,8 @@ class Ranks:
             self.parallel = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
     def forward(self, model: torch.nn.Module, last: bool) -> torch.nn.Module:
-        """Returns what to call for the forward pass over a micro-batch. In the backward pass of the `last` one the
-        accumulated gradients become their means over the ranks."""
+        """Returns the module to call for the forward pass over a micro-batch. In the backward pass of the `last`
+        micro-batch, the accumulated gradients become their means over the ranks."""
         if self.size == 1:
             return model
         assert self.parallel.module is model
@@ -126,8 +126,8 @@ class Ranks:
         return self.parallel
 
     def spread(self, function: Callable[[torch.Tensor], torch.Tensor], stack: torch.Tensor) -> torch.Tensor:
-        """Returns function(stack), (N, ...) -> (N, ...), for a function that treats each of the N by itself: every rank
-        computes some of them, and an all-gather gives all ranks the same results."""
+        """Returns function(stack), (N, ...) -> (N, ...), for a function that treats each of the N items by itself:
+        every rank computes a share of the items, and an all-gather gives all ranks the same results."""
         if self.size == 1:
             return function(stack)
         share = -(-len(stack) // self.size)
@@ -140,7 +140,8 @@ class Ranks:
     # ---- failures
 
     def cause(self, error: BaseException) -> BaseException:
-        """Returns the error to end with because of `error`: itself, or Elsewhere if another rank failed before."""
+        """Returns the error with which this process ends because of `error`: `error` itself, or Elsewhere if another
+        rank failed before. Stopped stays Stopped on rank 0 alone."""
         if self.size == 1 or isinstance(error, Elsewhere):
             return error
         if isinstance(error, Stopped):  # all ranks agreed to stop; none failed
@@ -156,15 +157,16 @@ class Ranks:
         return Elsewhere(code, reason if same else f"rank {rank}: {reason}")
 
     def leave(self) -> None:
-        """Ends this process's part in the run."""
+        """Ends the part of this process in the run: stops the watcher, and leaves the process group unless a rank
+        failed."""
         self.over.set()
         self.watcher.join(GRACE)  # the interpreter must not stop a thread that holds the last reference to a group
         if self.failure is None:  # otherwise it would wait for the others
             dist.destroy_process_group()
 
     def watch(self, store: dist.Store) -> None:
-        """Ends this process when another one has failed and this one does not notice: a process that waits for others
-        on a GPU notices nothing, not even SIGTERM."""
+        """Ends this process if another rank has failed and this one still runs GRACE seconds later: a process that
+        waits for others on a GPU notices nothing, not even SIGTERM."""
         with contextlib.suppress(RuntimeError):  # the store is gone
             while not self.over.wait(1.0):
                 if store.check([FAILURE]) and not self.over.wait(GRACE):
@@ -185,8 +187,8 @@ def launched() -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def join() -> Iterator[Ranks]:
-    """Yields the Ranks that torchrun started, or a process alone. Only rank 0 prints. The first rank to fail ends all
-    of them with its exit code, and alone says why."""
+    """Yields the Ranks of this process, which is alone unless torchrun started it. Only rank 0 prints. The first rank
+    that fails ends all ranks with its exit code; it alone says why."""
     ranks = Ranks(*launched())
     if ranks.size == 1:
         yield ranks
@@ -207,7 +209,7 @@ def join() -> Iterator[Ranks]:
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Drops what this process prints; the reason of a failure is printed after this context."""
+    """Drops what this process prints until the context ends. The reason of a failure is printed after that."""
     null = open(os.devnull, "w")  # left open: loggers may keep it
     with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         yield

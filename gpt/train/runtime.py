@@ -60,7 +60,8 @@ class MachineConfig:
 
 
 class Runtime:
-    """Device, precision and determinism of one training process, set up once; `ranks` is its place among others.
+    """Device, precision and determinism of one training process, set up once. `ranks` are the processes of the run
+    (None: this process alone).
 
     A run that continues `checkpoint` on the same device keeps the precision, compilation and kernels that it began with
     unless settings name others."""
@@ -69,7 +70,7 @@ class Runtime:
         self.ranks = ranks or Ranks()
         self.device = own_device(pick_device(config.device), self.ranks)
         if self.device.type == "cuda" and self.device.index is not None:
-            torch.cuda.set_device(self.device)  # for kernels and streams that are not told a device
+            torch.cuda.set_device(self.device)  # for kernels and streams that get no device
         set_threads(config.threads)
         record = checkpoint.state["runtime"] if checkpoint else {}
         same_device = self.ranks.first(record.get("device") == device_name(self.device))  # rank 0 wrote the record
@@ -86,7 +87,8 @@ class Runtime:
             be_deterministic()
 
     def agreed_dtype(self, name: str) -> torch.dtype:
-        """Returns the precision of a name; "auto" is what the run began with, or rank 0's choice."""
+        """Returns the precision called `name`; "auto" is the precision that the run began with or, for a new run, the
+        choice of rank 0."""
         if name != "auto":
             return DTYPES[name]
         if self.before:
@@ -122,7 +124,7 @@ class Runtime:
         return wait
 
     def compiles(self, setting: str, flops: float) -> bool:
-        """Returns whether to compile a run of so many FLOPs."""
+        """Returns whether to compile a run of `flops` FLOPs. `setting` is "auto", "on" or "off"."""
         if setting != "auto":
             return setting == "on"
         if self.before:
@@ -131,9 +133,9 @@ class Runtime:
         return bool(self.ranks.first(pays))
 
     def ops(self, setting: str, config: ModelConfig, compiled: bool, flops: float) -> Ops:
-        """Returns the Ops of a run of so many FLOPs: with the C++ attention where `setting` asks for it, or it is
-        faster and built or worth waiting for; all ranks agree. Raises ResourceError if it is asked for and cannot be
-        had."""
+        """Returns the Ops of a run of `flops` FLOPs; all ranks agree. With `setting` "on" they use the C++ attention;
+        with "auto" they use it if it is faster, and is built or the run is long enough to wait for the build. Raises
+        ResourceError if `setting` is "on" and the C++ attention cannot be used."""
         width = config.n_embd // config.n_head
         takes = self.device.type == "cpu" and self.dtype == torch.bfloat16 and not config.dropout and width % 2 == 0
         wanted = takes and not compiled and setting != "off"
@@ -151,12 +153,12 @@ class Runtime:
         return REFERENCE
 
     def captures(self, flops: float, layers: int) -> bool:
-        """Returns whether to capture uncompiled steps as a CUDA graph whose micro-batch takes so many FLOPs. It changes
-        no bit, so it needs no record."""
+        """Returns whether to capture uncompiled steps, with micro-batches of `flops` FLOPs in `layers` layers, as a
+        CUDA graph. A capture does not change results, so checkpoints do not record it."""
         return self.device.type == "cuda" and self.ranks.size == 1 and launches_matter(flops, layers, self.device)
 
     def record(self, compiled: bool, kernels: bool, micro_batch_size: int) -> dict[str, Any]:
-        """Returns what must agree for a run to repeat to the bit, by name."""
+        """Returns name -> value of what must stay the same for a run to repeat to the bit."""
         return {
             "torch": torch.__version__,
             "device": device_name(self.device),
@@ -175,7 +177,8 @@ class Runtime:
 
 
 def check_runtime(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Warns once if two records of machines differ in something on which bitwise repetition depends."""
+    """Warns, in one line, if the machine of a run differs from that of its checkpoint, so that the run will not repeat
+    to the bit. Both arguments come from Runtime.record."""
     changed = [f"{name} {before[name]} -> {value}" for name, value in now.items() if before.get(name, value) != value]
     if changed:
         note("warning", f"not bitwise the same run any more: {', '.join(changed)}")
@@ -183,7 +186,7 @@ def check_runtime(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 def own_device(device: torch.device, ranks: Ranks) -> torch.device:
     """Returns the device of this process: each process on a machine has a GPU of its own. Raises InputError if there
-    are too few."""
+    are fewer GPUs than processes, or if `device` is one that several processes cannot share."""
     if ranks.size == 1 or device.type == "cpu":
         return device
     if device.type != "cuda" or device.index is not None:
@@ -198,7 +201,7 @@ def own_device(device: torch.device, ranks: Ranks) -> torch.device:
 
 def keep_freed_memory() -> None:
     """Makes glibc reuse the memory of freed tensors. By default it returns large blocks to the system, which hands out
-    new pages one by one, zeroed: up to a fifth of a training step on a CPU."""
+    new pages one by one, zeroed; on a CPU this takes up to a fifth of a training step."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
@@ -206,7 +209,7 @@ def keep_freed_memory() -> None:
 
 
 def be_deterministic() -> None:
-    """Makes torch repeat results to the bit, or raise where it cannot."""
+    """Makes torch repeat results to the bit, or raise an error if it cannot."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would import the compiler: a second
     switches: Any = torch.utils.deterministic
@@ -219,7 +222,7 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
 
 
 class StopFlag:
-    """A context that notes the first SIGTERM or Ctrl-C; the loop reads the flag between steps. A second Ctrl-C
+    """A context that notes the first SIGTERM or Ctrl-C in `signal`; the loop reads it between steps. A second Ctrl-C
     interrupts at once."""
 
     def __init__(self) -> None:
@@ -244,8 +247,8 @@ class StopFlag:
 
 @contextlib.contextmanager
 def profiler(trace_path: Path | None) -> Iterator[Callable[[], object]]:
-    """Yields a function to call after each training step. With a path, steps 4 to 6 are profiled into a Chrome trace
-    there, and a table of where the time went is printed; without one nothing happens."""
+    """Yields a function to call after each training step. Profiles steps 4 to 6 into a Chrome trace at `trace_path`,
+    and prints a table of where the time went. If `trace_path` is None, nothing is profiled."""
     if trace_path is None:
         yield lambda: None
         return

@@ -26,7 +26,8 @@ FAILURES_ALLOWED = 2  # failed saves in a row that are only warnings
 @contextlib.contextmanager
 def locked_run_folder(out: str, settings: dict, newest: list[Path], ranks: Ranks) -> Iterator[Path]:
     """Yields the run folder. Rank 0 creates and locks it, writes the settings and removes what an interrupted save
-    left. `newest`: the newest step folder seen before locking ([] if none); no other run may have saved since then."""
+    left. `newest`: the newest step folder seen before locking ([] if none). Raises ResourceError if another run uses
+    the folder or has saved there since then."""
     folder = Path(out)
     if not ranks.leads:
         yield folder
@@ -46,7 +47,7 @@ def locked_run_folder(out: str, settings: dict, newest: list[Path], ranks: Ranks
 
 @contextlib.contextmanager
 def write_errors(path: Path, advice: str) -> Iterator[None]:
-    """Turns errors of the system into a ResourceError about `path`."""
+    """Turns an OSError into a ResourceError about `path` that ends with `advice`."""
     try:
         yield
     except OSError as error:
@@ -54,11 +55,11 @@ def write_errors(path: Path, advice: str) -> Iterator[None]:
 
 
 class Saver:
-    """Writes the checkpoints of a run into `out` and keeps the pointers and the number of them right.
+    """Writes the checkpoints of a run into `out`, points to the latest and the best, and deletes old ones.
 
-    `constant` is what every state.json repeats: the settings, the machine, the base model. `sampling` are the defaults
-    of generation. `rhythm` says how many checkpoints to keep (keep_last, keep_every). Ranks whose `recorder` has no log
-    write nothing."""
+    `constant` holds the entries that are the same in every state.json: the settings, the machine, the base model.
+    `sampling` are the defaults of generation. `rhythm` says how many checkpoints to keep (keep_last, keep_every). Ranks
+    whose `recorder` has no log write nothing."""
 
     def __init__(
         self, out: Path, state: State, corpus: Corpus, recorder: Recorder, constant: dict, sampling: dict, rhythm: Any
@@ -75,8 +76,9 @@ class Saver:
         return self.out / f"step-{step:09d}"
 
     def save(self, is_last: bool = False) -> None:
-        """Saves this step's checkpoint, unless there is one, and points to it. Logs its step first: what is not finite
-        is never saved. A failure to write is a warning until the third in a row, or at the end of the run."""
+        """Saves a checkpoint of this step, unless it is saved already, and points to it. First reads the numbers of the
+        step, which raises NonFiniteError if they are not finite. A failure to write is a warning; after
+        FAILURES_ALLOWED warnings in a row, or if `is_last`, it raises ResourceError."""
         self.recorder.read()
         if not self.recorder.log:
             return
@@ -108,7 +110,7 @@ class Saver:
             self.point()
 
     def point(self) -> None:
-        """Makes the pointers name this step's checkpoint and the best one's."""
+        """Points `latest` to the checkpoint of this step, and `best` to that of the best step."""
         point(self.out, "latest", self.folder(self.state.progress.step))
         self.point_to_best()
 
@@ -130,7 +132,7 @@ def sweep(out: Path) -> None:
 
 
 def point(out: Path, name: str, folder: Path) -> None:
-    """Makes `out/<name>.txt` name `folder`, and the link `out/<name>` where the system has links."""
+    """Writes the name of `folder` to `out/<name>.txt`, and links `out/<name>` to `folder` if the system has links."""
     with write_errors(out / f"{name}.txt", "free some space or make it writable"):
         write_durably(out / f"{name}.txt", folder.name + "\n")
     link, temporary = out / name, out / f"{name}.tmp"
@@ -140,20 +142,20 @@ def point(out: Path, name: str, folder: Path) -> None:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(folder.name, target_is_directory=True)
         os.replace(temporary, link)
-    except (OSError, NotImplementedError):  # the text file counts; a link that cannot follow it must go
+    except (OSError, NotImplementedError):  # the text file decides; a link that cannot follow it must go
         with contextlib.suppress(OSError):
             link.unlink()
 
 
 def is_linked(folder: Path) -> bool:
-    """Returns whether a step folder leads elsewhere through a link: nothing is deleted there."""
+    """Returns whether a step folder, or its training folder, is a symbolic link. Nothing is deleted through a link."""
     return folder.is_symlink() or (folder / "training").is_symlink()
 
 
 def apply_retention(out: Path, saved: int, keep_last: int, keep_every: int) -> None:
-    """Deletes step folders other than the newest `keep_last`, the best and every `keep_every`-th. Of those kept, only
-    the newest two keep their trainer state. Folders beyond step `saved`, just written, are damaged ones that a resume
-    passed over: they stay. A folder that cannot be deleted is one warning."""
+    """Deletes step folders, except the newest `keep_last`, the best, and those whose step is a multiple of `keep_every`
+    (0: none). Drops the trainer state of all but the newest TRAINER_STATES_KEPT. Folders beyond step `saved`, just
+    written, stay: they are damaged ones that a resume passed over. Warns of a folder that cannot be deleted."""
     folders = [folder for folder in step_folders(out) if step_number(folder) <= saved and not is_linked(folder)]
     best = read_pointer(out, "best")
     newest = folders[: max(keep_last, 1)]
@@ -169,7 +171,7 @@ def apply_retention(out: Path, saved: int, keep_last: int, keep_every: int) -> N
 
 
 def remove_step(folder: Path) -> None:
-    """Deletes a step folder. It loses its name first, so that no half of it can be taken for a checkpoint."""
+    """Deletes a step folder. Renames it first, so that a half-deleted folder cannot be taken for a checkpoint."""
     doomed = folder.with_name(folder.name + ".tmp")
     remove_tree(doomed)
     os.rename(folder, doomed)
@@ -177,7 +179,7 @@ def remove_step(folder: Path) -> None:
 
 
 def drop_trainer_state(folder: Path) -> None:
-    """Turns a checkpoint into one of weights only. The manifest changes first: what it does not list is not read."""
+    """Reduces a checkpoint to its weights. Changes the manifest first: files that it does not list are not read."""
     try:
         manifest = read_manifest(folder)
     except (IntegrityError, ResourceError):

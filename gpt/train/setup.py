@@ -1,5 +1,5 @@
-"""A run made ready for its loop: model and optimizer on the device, compiled or with C++ attention if that pays, the
-run folder locked, log and checkpoints open."""
+"""Prepares a run for its loop: puts model and optimizer on the device, compiles the model or uses C++ attention if that
+saves time, locks the run folder, and opens log and checkpoints."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ Accumulate = Callable[[State, torch.Tensor, Runtime], torch.Tensor]
 
 @dataclass
 class Run:
-    """All that the loop of a run works with."""
+    """Everything that the loop of a run uses."""
 
     config: Any
     """the TrainConfig"""
@@ -51,8 +51,8 @@ class Run:
         return self.machine.ranks
 
     def evaluation_due(self) -> bool:
-        """Returns whether this step is still to be evaluated. So are a run's last step and the base model of a
-        fine-tune."""
+        """Returns whether to evaluate at this step: every eval_every steps, at the last step, and before the first step
+        of a fine-tune; but only if there is a validation set and this step is not evaluated yet."""
         progress = self.state.progress
         always = self.budget.spent(progress) or (self.config.init and progress.step == 0)
         return self.corpus.has_validation() and progress.evaluation_due(self.config.rhythm.eval_every, always)
@@ -103,8 +103,8 @@ def open_run(
 
 
 def build_state(start: Start, model: GPT, machine: Runtime, accumulate: Accumulate) -> tuple[State, dict[str, Any]]:
-    """Returns (State on the device, record of the machine), new or as the checkpoint left it; the model is compiled if
-    that is asked for or pays."""
+    """Returns (State on the device, record of the machine), new or as the checkpoint left it. Compiles the model if
+    Runtime.compiles says so."""
     config, progress, checkpoint = start.config, start.progress, start.checkpoint
     model.to(machine.device).train()
     progress.micro_batch_size = micro_batch_size(config, progress, model, machine)
@@ -138,8 +138,8 @@ def flops_of_run(start: Start, model: GPT, machine: Runtime) -> float:
 
 
 def micro_batch_size(config: Any, progress: Progress, model: GPT, machine: Runtime) -> int:
-    """Returns the given micro-batch size, else the checkpoint's if it still divides this rank's share of the batch,
-    else the largest that fits on all ranks."""
+    """Returns the micro-batch size in the settings if it is set; else that of the checkpoint if it divides this rank's
+    share of the batch; else the largest that fits on all ranks."""
     size = config.batch.global_batch_size // machine.ranks.size
     if config.batch.micro_batch_size:
         return config.batch.micro_batch_size
@@ -151,12 +151,13 @@ def micro_batch_size(config: Any, progress: Progress, model: GPT, machine: Runti
 
 
 def muon_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the precision of Muon's products for that of the model's: fp16's range is too small for them."""
+    """Returns the precision of Muon's products for a run in `dtype`: bf16 or fp32, because the range of fp16 is too
+    small."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def tell_sizes(config: Any, state: State, machine: Runtime, record: dict[str, Any]) -> None:
-    """Notes the size of the model, the machine, and the memory that a step needs."""
+    """Prints the size of the model, the machine, and the memory that a step needs."""
     model, size = state.model, state.progress.micro_batch_size
     kernels = ", C++ attention" if record["kernels"] else ""
     note("info", f"{model.num_parameters():,} parameters on {record['device']}, {record['precision']}{kernels}")
@@ -166,7 +167,8 @@ def tell_sizes(config: Any, state: State, machine: Runtime, record: dict[str, An
 
 
 def warm_up(state: State, block_size: int, machine: Runtime, accumulate: Accumulate) -> None:
-    """Compiles, and lets DDP settle, before the clock of the first step starts."""
+    """Runs a forward and a backward pass over zeros, so that the model is compiled and DDP is settled before the first
+    step. Changes no weights."""
     batch = torch.zeros(state.progress.micro_batch_size, block_size + 1, dtype=torch.int64, device=machine.device)
     accumulate(state, batch, machine)
     state.optimizer.zero_grad()
@@ -175,8 +177,8 @@ def warm_up(state: State, block_size: int, machine: Runtime, accumulate: Accumul
 def stepper(
     config: Any, state: State, machine: Runtime, compiled: bool, train_step: TrainStep
 ) -> Callable[[torch.Tensor, Any], torch.Tensor]:
-    """Returns `train_step` as a function of batch and learning rate: a CUDA graph where launching its kernels takes
-    much of its time."""
+    """Returns `train_step` as a function of batch and learning rate. The function replays a CUDA graph if launching
+    kernels takes much of a step's time."""
 
     def step(batch: torch.Tensor, lr: Any) -> torch.Tensor:
         return train_step(state, batch, lr, config.optim.grad_clip, machine)

@@ -39,8 +39,9 @@ MAY_CHANGE = names(LengthConfig) | names(RhythmConfig) | names(MachineConfig) | 
 def read_settings(
     command_line: type, config: type, argv: list[str], presets: Path, description: str
 ) -> tuple[Any, Any]:
-    """Returns (settings of type `config`, folder of the base model or None) of a command line. Flags win over the
-    preset, that over the settings of the checkpoint or base model, those over the defaults."""
+    """Returns (settings of type `config`, folder of the base model or None) of a command line. Flags override the
+    preset, the preset the settings of the checkpoint or base model, and these the defaults. Raises InputError for bad
+    settings."""
     flags = parse_flags(command_line, argv, description)
     path = flags.get("resume", "auto")
     preset = find_preset(flags.get("preset") or ("finetune" if flags.get("init") else ""), presets)
@@ -65,8 +66,9 @@ def read_settings(
 
 
 def base_model(init: str, out: str) -> tuple[Path | None, dict[str, Any]]:
-    """Returns the folder of the base model that `init` names, and its architecture by setting. Where the base model is
-    gone, a run in `out` that began with it continues: then there is no folder, and the architecture is the run's."""
+    """Returns the folder of the base model `init`, and its architecture, setting -> value; (None, {}) if `init` is
+    empty. If the base model is gone, a run in `out` that began with it can continue: then returns None and the
+    architecture of that run."""
     if not init:
         return None, {}
     base = find_or_newest_of(find_model_folder, init, out)
@@ -76,7 +78,8 @@ def base_model(init: str, out: str) -> tuple[Path | None, dict[str, Any]]:
 
 
 def find_or_newest_of(find: Callable[[str], Any], source: str, out: str | None) -> Any:
-    """Returns find(source). If that fails, returns the newest checkpoint of the run in `out`, which began with it."""
+    """Returns find(source). If that fails, returns the newest checkpoint of the run in `out`, unless there is none or
+    `source` is in that run; then raises the error of find(source)."""
     try:
         return find(source)
     except (InputError, IntegrityError, ResourceError):
@@ -86,8 +89,8 @@ def find_or_newest_of(find: Callable[[str], Any], source: str, out: str | None) 
 
 
 def check_architecture(model: ModelConfig, given: set[str], base: dict[str, Any]) -> None:
-    """Raises InputError for given settings that contradict the base model's, `base` by name. A shorter context is
-    allowed, and a note says so."""
+    """Raises InputError if settings of `model` that the user gave (their names: `given`) contradict the architecture of
+    the base model, `base`. Allows a shorter context, with a note."""
     problems = [
         f"{name} {value} disagrees with the base model's {base[name]}"
         for name, value in asdict(model).items()
@@ -101,7 +104,7 @@ def check_architecture(model: ModelConfig, given: set[str], base: dict[str, Any]
 
 
 def check_base_is_elsewhere(base: Path, out: str) -> None:
-    """Raises InputError if the run folder `out` is where the base model, in folder `base`, lives."""
+    """Raises InputError if the run folder `out` is the folder of the base model, `base`, or the folder above it."""
     if Path(out).resolve() in (base.resolve(), base.resolve().parent):
         raise InputError(f"{out}: out holds the base checkpoint; give another --out")
 
@@ -111,16 +114,16 @@ def check_base_is_elsewhere(base: Path, out: str) -> None:
 
 @dataclass
 class Start:
-    """What a run starts from, agreed by all ranks."""
+    """Where a run starts, the same on all ranks."""
 
     config: Any
     """the TrainConfig"""
     base: Path | None
-    """folder of the base model of a fine-tune"""
+    """folder of the base model of a fine-tune, else None"""
     corpus: Corpus
     budget: Budget
     checkpoint: Checkpoint | None
-    """the one that the run continues"""
+    """the checkpoint that the run continues; None for a new run"""
     progress: Progress
     newest: list[Path]
     """the newest step folder seen before the run folder is locked ([] if none)"""
@@ -131,7 +134,7 @@ class Start:
         return self.budget.spent(self.progress) and not (self.checkpoint and evaluates)
 
     def say_finished(self) -> None:
-        """Prints that nothing is left to do, and removes the reason of an earlier failure."""
+        """Prints that nothing is left to do. Removes the exit.json of an earlier failure."""
         why = " (patience)" if self.budget.out_of_patience(self.progress) else ""
         (Path(self.config.out) / "exit.json").unlink(missing_ok=True)
         with ignore_write_errors(sys.stdout):
@@ -139,7 +142,8 @@ class Start:
 
 
 def find_start(config: Any, base: Path | None, ranks: Ranks) -> Start:
-    """Returns the Start of a run. Raises InputError if ranks, data, settings or tokenizer disagree."""
+    """Returns the Start of a run. Raises InputError if settings, data or tokenizer do not fit together or to the
+    checkpoint, or differ between ranks; IntegrityError if data or checkpoints are damaged."""
     refuse(config.batch.problems_on(ranks.size))
     size, block_size = config.batch.global_batch_size, config.model.block_size
     verify = config.verify if ranks.leads else "size"
@@ -157,8 +161,8 @@ def find_start(config: Any, base: Path | None, ranks: Ranks) -> Start:
 
 
 def find_checkpoint(config: Any, base: Path | None, corpus: Corpus) -> Checkpoint | None:
-    """Returns the checkpoint that the run continues, or None for a new run. Raises InputError if its tokenizer or
-    settings differ from the run's, IntegrityError if its data do."""
+    """Returns the checkpoint that the run continues, or None for a new run. Raises InputError if tokenizer or settings
+    of the checkpoint differ from those of the run, IntegrityError if the data differ."""
     checkpoint = checkpoint_to_resume(config.out, config.resume)
     if checkpoint is None:
         if not base:
@@ -174,7 +178,7 @@ def find_checkpoint(config: Any, base: Path | None, corpus: Corpus) -> Checkpoin
 
 def checkpoint_to_resume(out: str, resume: str) -> Checkpoint | None:
     """Returns the checkpoint to continue, or None for a new run. `resume` is "auto" (the newest in `out`), "" (never)
-    or a path."""
+    or a path. Raises InputError if `out` holds checkpoints that the run would not continue."""
     own = step_folders(out)
     if resume == "":
         if own:
@@ -184,7 +188,7 @@ def checkpoint_to_resume(out: str, resume: str) -> Checkpoint | None:
         return newest_checkpoint(out)
     run = run_folder(resume)
     if run.resolve() != Path(out).resolve() and own:
-        return newest_checkpoint(out)  # this branch was begun before
+        return newest_checkpoint(out)  # an earlier run has begun this branch
     checkpoint = open_checkpoint(resume)
     if run.resolve() == Path(out).resolve() and own[0].name != checkpoint.path.name:
         newest = newest_checkpoint(out)
@@ -202,8 +206,8 @@ def run_folder(path: str | Path) -> Path:
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
-    """Returns the checkpoint at a path that the user gave. Raises InputError or IntegrityError for one that cannot be
-    resumed."""
+    """Returns the checkpoint at a path that the user gave. Raises InputError if there is none, IntegrityError if it
+    cannot be resumed."""
     path = Path(source)
     missing = InputError(f"{path}: no valid checkpoint; give a run folder or a step folder")
     if not STEP_FOLDER.match(path.resolve().name):
@@ -217,9 +221,9 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def check_settings(values: dict[str, Any], checkpoint: Checkpoint, accept: bool) -> None:
-    """Compares a run's settings, by flat name, with its checkpoint's. Raises InputError for another architecture,
-    optimizer or seed, and for another setting unless `accept`: then a note names it. Length, rhythm and hardware may
-    change."""
+    """Compares `values`, the settings of a run by flat name, with those of its checkpoint. Raises InputError for
+    another architecture, optimizer or seed. For another setting raises it too or, if `accept`, prints a note. Settings
+    in MAY_CHANGE (length, rhythm, hardware) may change."""
     old = checkpoint.state["config"]
     changed = {
         name: (old[name], value)
@@ -245,7 +249,7 @@ def check_settings(values: dict[str, Any], checkpoint: Checkpoint, accept: bool)
 
 
 def check_dataset(checkpoint: Checkpoint, shard_list: dict[str, Any], accept: bool) -> None:
-    """Raises IntegrityError if the data differ from those of the checkpoint; with `accept` it is a warning."""
+    """Raises IntegrityError if the data differ from those of the checkpoint; with `accept`, only warns."""
     before, now = shard_hashes(checkpoint.manifest["dataset"]), shard_hashes(shard_list)
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed and not accept:
@@ -265,8 +269,8 @@ def shard_hashes(shard_list: dict[str, Any]) -> dict[str, tuple[int, str]]:
 
 
 def first_model(start: Start) -> tuple[GPT, dict[str, str] | None]:
-    """Returns the model to train, in fp32 on the CPU (the checkpoint's, the base model or a new one), and the record of
-    the base model that the run began with, or None."""
+    """Returns the model to train, in fp32 on the CPU (from the checkpoint, from the base model, or new), and the record
+    of the base model that the run began with, or None."""
     config, tokenizer = start.config, start.corpus.tokenizer
     if start.checkpoint:
         model, origin = load_model(start.checkpoint.path), start.checkpoint.state["base"]
@@ -280,8 +284,8 @@ def first_model(start: Start) -> tuple[GPT, dict[str, str] | None]:
 
 
 def load_base(folder: Path, init: str, block_size: int, tokenizer: Tokenizer) -> tuple[GPT, dict[str, str]]:
-    """Returns the model to fine-tune, its context cropped to `block_size`, and a record of it. `init` is the user's
-    name for it."""
+    """Returns the model to fine-tune, its context cropped to `block_size`, and a record of it: the name `init` that the
+    user gave, and the sha256 of the weights. Raises InputError if its tokenizer is not that of the data."""
     model, own_tokenizer, _ = load_folder(folder)
     check_tokenizer(init, own_tokenizer.manifest_entry, tokenizer)
     model.crop_context(block_size)

@@ -37,8 +37,8 @@ def optimizer_tensors(model: GPT, optimizer: Optimizer) -> dict[str, torch.Tenso
 
 
 def load_optimizer(optimizer: Optimizer, model: GPT, checkpoint: Checkpoint) -> None:
-    """Fills an optimizer's state from a checkpoint. Raises IntegrityError for a tensor that is missing, unknown or
-    mis-shaped."""
+    """Fills an optimizer's state from a checkpoint. Raises IntegrityError for a tensor that is missing, unknown or of
+    another shape."""
     path = checkpoint.path / OPTIMIZER
     tensors = read_safetensors(path)
     for name, parameter in model.named_parameters():
@@ -64,7 +64,7 @@ def take_tensor(tensors: dict[str, torch.Tensor], name: str, shape: tuple, path:
 
 
 def padded(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Returns `value` on the parameter's device, with zero rows where the vocabulary is padded."""
+    """Returns `value` on the parameter's device, with zero rows added for the padding of the vocabulary."""
     full = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     full[: len(value)] = value.to(parameter.device)
     return full.detach()
