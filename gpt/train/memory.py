@@ -86,6 +86,7 @@ def choose_micro_batch(
     dtype: torch.dtype,
     device: torch.device,
     sharers: int = 1,
+    optimizer: str = "adamw",
 ) -> int:
     """Returns the largest divisor of `batch_size` with which a step fits into USABLE of the free memory, which
     `sharers` processes share; 1 if none does. On a CPU a micro-batch has at most MOST_CPU_TOKENS tokens."""
@@ -93,7 +94,7 @@ def choose_micro_batch(
     divisors = [n for n in range(batch_size, 0, -1) if batch_size % n == 0]
     for size in divisors:
         too_many = device.type == "cpu" and size * model_config.block_size > MOST_CPU_TOKENS
-        if not too_many and sum(estimate(model_config, vocab_size, size, dtype, device).values()) <= room:
+        if not too_many and sum(estimate(model_config, vocab_size, size, dtype, device, optimizer).values()) <= room:
             return size
     return 1
 

@@ -145,8 +145,8 @@ def micro_batch_size(config: Any, progress: Progress, model: GPT, machine: Runti
         return config.batch.micro_batch_size
     if progress.micro_batch_size and size % progress.micro_batch_size == 0:
         return progress.micro_batch_size
-    sharers = machine.sharers()
-    fits = memory.choose_micro_batch(config.model, model.vocab_size, size, machine.dtype, machine.device, sharers)
+    kind, sharers = config.optim.optimizer, machine.sharers()
+    fits = memory.choose_micro_batch(config.model, model.vocab_size, size, machine.dtype, machine.device, sharers, kind)
     return machine.ranks.least(fits)
 
 

@@ -90,13 +90,14 @@ def test_on_a_gpu_attention_keeps_no_scores_whatever_the_dropout():
 # ---- choices
 
 
-def test_the_chosen_micro_batch_is_the_largest_divisor_that_fits(monkeypatch):
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_chosen_micro_batch_is_the_largest_divisor_that_fits(monkeypatch, kind):
     config = ModelConfig(2, 2, 32, 64)
-    size = {n: sum(memory.estimate(config, 257, n, torch.float32, CPU).values()) for n in (1, 2, 3, 4, 6, 12)}
+    size = {n: sum(memory.estimate(config, 257, n, torch.float32, CPU, kind).values()) for n in (1, 2, 3, 4, 6, 12)}
     for n in size:
         monkeypatch.setattr(memory, "free_memory", lambda _, n=n: size[n] / memory.USABLE + 1)
-        assert memory.choose_micro_batch(config, 257, 12, torch.float32, CPU) == n
-        assert memory.choose_micro_batch(config, 257, n, torch.float32, CPU, sharers=2) < max(n, 2)
+        assert memory.choose_micro_batch(config, 257, 12, torch.float32, CPU, optimizer=kind) == n
+        assert memory.choose_micro_batch(config, 257, n, torch.float32, CPU, sharers=2, optimizer=kind) < max(n, 2)
     monkeypatch.setattr(memory, "free_memory", lambda _: 0)
     assert memory.choose_micro_batch(config, 257, 12, torch.float32, CPU) == 1
 

@@ -9,6 +9,7 @@ from training_helpers import EIGHT_STEPS, train_here
 
 from gpt.train import memory
 from gpt.train.budget import Progress
+from gpt.train.optim import OptimConfig
 from gpt.train.ranks import Ranks
 from gpt.train.setup import micro_batch_size
 
@@ -38,7 +39,8 @@ def test_profile_writes_a_chrome_trace_and_a_table(made, tmp_path):
 )
 def test_the_micro_batch_is_the_given_one_the_checkpoints_or_what_fits(monkeypatch, given, of_checkpoint, size):
     monkeypatch.setattr(memory, "choose_micro_batch", lambda *_: 6)
-    config = SimpleNamespace(batch=SimpleNamespace(global_batch_size=24, micro_batch_size=given), model=None)
+    batch = SimpleNamespace(global_batch_size=24, micro_batch_size=given)
+    config = SimpleNamespace(batch=batch, model=None, optim=OptimConfig())
     machine = SimpleNamespace(ranks=Ranks(), dtype=torch.float32, device=torch.device("cpu"), sharers=lambda: 1)
     progress = Progress(micro_batch_size=of_checkpoint)
     assert micro_batch_size(config, progress, SimpleNamespace(vocab_size=257), machine) == size
