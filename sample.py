@@ -54,13 +54,14 @@ class EngineConfig:
     device: str = "auto"
     """auto (CUDA, else Apple's MPS, else CPU), cpu, cuda, cuda:1, mps"""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """precision of the weights; auto is bf16 where it is native, fp16 on older GPUs, else fp32"""
+    """precision of the weights; auto is bf16 or, on older GPUs, fp16, and on a CPU what a short measurement finds
+    faster (name one to get the same text again)"""
     quantize: Literal["none", "int8"] = "none"
     """int8: the weights of the large matrices in 8 bits, a scale for each output; C++ rounds what they multiply too"""
     backend: Literal["auto", "eager", "compiled", "native", "captured"] = "auto"
-    """what runs the model: auto chooses by device and amount of work; eager: plain torch; compiled: torch.compile;
-    native: own C++ kernels on a CPU, which auto builds in the background when they are missing; captured: a CUDA
-    graph. They round differently: the same text again needs the same one"""
+    """what runs the model: auto chooses by device, amount of work and, on a CPU, a short measurement; eager: plain
+    torch; compiled: torch.compile; native: own C++ kernels on a CPU, which auto builds in the background when they are
+    missing; captured: a CUDA graph. They round differently: the same text again needs the same one"""
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch"""
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import weights
-from machine import default_device, default_threads, describe_machine
+from machine import default_device, default_threads, describe_machine, warn_of_load
 from reference import Reference
 from report import print_tables, rates, tell
 from workers import Absent, Worker, guarded, in_turn
@@ -44,8 +44,7 @@ def main() -> None:
     record = {"machine": describe_machine(config.device), "settings": vars(config) | {"work": str(config.work)}}
     record |= {"absent": {}, "bandwidth": {}, "results": []}
     deadline = time.monotonic() + 60 * config.minutes if config.minutes else float("inf")
-    if record["machine"]["load"] > 0.5:
-        tell(f"warning: load average {record['machine']['load']:.1f}, other work is running; times will be uneven")
+    warn_of_load(record["machine"])
     for model in config.model:
         if time.monotonic() > deadline:
             break

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from project import ROOT
+from report import tell
 
 
 def default_threads() -> int:
@@ -34,6 +35,12 @@ def describe_machine(device: str) -> dict:
         "torch": torch.__version__,
         "commit": commit(),
     }
+
+
+def warn_of_load(machine: dict) -> None:
+    """Prints a warning if other programs were running when `machine` was described."""
+    if machine["load"] > 0.5:
+        tell(f"warning: load average {machine['load']:.1f}, other work is running; times will be uneven")
 
 
 def processor_name() -> str:

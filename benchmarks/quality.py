@@ -89,16 +89,16 @@ def read(generator, ids, rows):
     from gpt.generate.backend import BACKENDS, pick_backend
     from gpt.generate.step import new_cache
 
-    name = pick_backend(generator.backend, generator.model, 1_000_000, rows=1)
+    name = pick_backend(generator.backend, generator.model, 1_000_000, rows)
     backend = BACKENDS[name](generator.model)
     predicted = ids.shape[1] - 1
     logits, nats = torch.empty(len(ids), predicted, generator.model.vocab_size), 0.0
     for batch, batch_logits in zip(ids.to(generator.model.device).split(rows), logits.split(rows), strict=True):
         cache = new_cache(generator.model, len(batch))
-        for place, (column, target) in enumerate(zip(batch[:, :-1].t(), batch[:, 1:].t(), strict=True)):
+        for position, (column, target) in enumerate(zip(batch[:, :-1].t(), batch[:, 1:].t(), strict=True)):
             step_logits = backend.decode(column.contiguous(), cache)
             nats -= step_logits.log_softmax(-1).gather(1, target[:, None]).sum().item()
-            batch_logits[:, place] = step_logits
+            batch_logits[:, position] = step_logits
     return math.exp(nats / (len(ids) * predicted)), logits.flatten(0, 1)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import trainers
 import weights
-from machine import default_device, default_threads, describe_machine
+from machine import default_device, default_threads, describe_machine, warn_of_load
 from report import print_columns, ratios, tell
 from workers import Absent, Worker, guarded, in_turn
 
@@ -40,8 +40,7 @@ def main() -> None:
     record = {"machine": describe_machine(config.device), "settings": vars(config) | {"work": str(config.work)}}
     record |= {"absent": {}, "peaks": {}, "results": []}
     deadline = time.monotonic() + 60 * config.minutes if config.minutes else float("inf")
-    if record["machine"]["load"] > 0.5:
-        tell(f"warning: load average {record['machine']['load']:.1f}, other work is running; times will be uneven")
+    warn_of_load(record["machine"])
     for size in config.sizes:
         if time.monotonic() > deadline:
             break
@@ -117,7 +116,7 @@ def together(config, folder: Path, record: dict) -> list[list[str]]:
 def parameters(folder: Path) -> int:
     """Returns the number of parameters of the model in `folder`."""
     from gpt.checkpoint.weights import read_config
-    from gpt.train.memory import count_parameters
+    from gpt.model import count_parameters
 
     return count_parameters(*read_config(folder))
 

@@ -10,8 +10,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from gpt.loss import IGNORED, losses_of_logits
+from gpt.model import GPT
 
-LARGEST = 127  # -128 is not used, so that a row and its negative differ in the sign alone
+LARGEST = 127  # -128 is not used, so that a row and its negative get the same numbers with opposite signs
 CHUNK = 4096  # rows quantized at once, to keep the fp32 copies small
 
 
@@ -78,14 +79,15 @@ def int8_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def to_int8(model: Any, dtype: torch.dtype | None = None) -> Any:
+def to_int8(model: GPT, dtype: torch.dtype | None = None) -> GPT:
     """Replaces the matrices of a GPT by int8 ones, in place, and returns the GPT. Layer norms, biases, positions and
     activations become `dtype` (None: stay as they are)."""
     dtype = dtype or model.dtype
-    for block in model.blocks:
+    blocks: Any = model.blocks
+    for block in blocks:
         block.attn.qkv, block.attn.proj = Int8Linear(block.attn.qkv), Int8Linear(block.attn.proj)
         block.mlp.fc, block.mlp.proj = Int8Linear(block.mlp.fc), Int8Linear(block.mlp.proj)
-    model.token = Int8Embedding(model.token.weight, dtype)
+    model.token = Int8Embedding(model.token.weight, dtype)  # type: ignore[assignment]
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model

@@ -89,6 +89,14 @@ def test_weights_begin_with_the_standard_deviations_of_gpt2():
             assert abs(values.mean().item()) < 0.001, name
 
 
+def test_each_layers_keys_and_values_are_tensors_of_their_own():
+    """A compiled step copies the whole tensor that an append changes a part of."""
+    cache = KVCache(SMALL, 3)
+    tensors = [*cache.keys, *cache.values]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors) == 2 * SMALL.n_layer
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous() for tensor in tensors)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
 def test_cached_logits_are_uncached_logits_for_a_prompt_split_5_1_1_3_2(model, dtype, bound):

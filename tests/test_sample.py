@@ -503,11 +503,26 @@ sample.TextGenerator.load = lambda *_: small
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no native kernels on Windows")
+NOTING = """
+from gpt.errors import note
+from gpt.generate import generator
+
+class Noting(generator.Backend):
+    def __init__(self, model):
+        note("info", "no compiler")  # as Captured says it where Triton cannot compile
+        super().__init__(model)
+
+generator.BACKENDS["eager"] = Noting
+"""
+
+
 @pytest.mark.parametrize("stream", ["on", "off"])
-def test_notes_stand_in_lines_of_their_own_before_the_prompt(stream):
+@pytest.mark.parametrize("before", [AUTO, NOTING])
+def test_notes_stand_in_lines_of_their_own_before_the_prompt(stream, before):
+    if before == AUTO and os.name == "nt":
+        pytest.skip("no native kernels on Windows")
     flags = ("--prompt", "class", "--max_new_tokens", "3", "--stream", stream)
-    lines = start(*flags, before=AUTO, stderr=subprocess.STDOUT).communicate(timeout=60)[0].split(b"\n")
+    lines = start(*flags, before=before, stderr=subprocess.STDOUT).communicate(timeout=60)[0].split(b"\n")
     assert [line[:5] for line in lines[:3]] == [b"seed:", b"info:", b"class"]
 
 

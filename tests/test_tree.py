@@ -86,7 +86,7 @@ BASE_ARROWS = {
     "device": {"errors"},
     "loss": set(),
     "model": {"attention", "config", "loss"},
-    "quantize": {"loss"},
+    "quantize": {"loss", "model"},
 }
 
 

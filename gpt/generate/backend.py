@@ -1,13 +1,11 @@
 """The back ends that run the model during generation: plain torch, torch.compile, CUDA graphs and C++. All compute the
 same, up to rounding."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,14 +13,14 @@ from gpt.attention import cached_attention
 from gpt.device import has_compiler
 from gpt.errors import InputError
 from gpt.generate.sampling import choose
-from gpt.kernels.select import gpu_ops, native_is_faster, native_is_ready, native_parts
+from gpt.kernels.native_model import NativeModel
+from gpt.kernels.native_sampler import NativeSampler
+from gpt.kernels.select import gpu_ops, native_is_faster, native_library
 from gpt.model import GPT, REFERENCE, KVCache, Ops, count_parameters
-
-if TYPE_CHECKING:
-    from gpt.generate.step import Step
 
 BUILD_PAYS = 4e10  # steps times parameters from which waiting some seconds for the kernels to be built saves time
 COMPILE_PAYS = 200_000  # steps from which compiling for a GPU, about a minute, takes less time than it saves
+CHOICE_COMPILES = "2.13"  # the first torch that compiles `choose` for several rows of 50k tokens: pytorch #180221
 MOST_SHAPES = 64  # shapes for which a process compiles one function: numbers of rows, kinds of settings
 
 
@@ -30,7 +28,8 @@ class Backend:
     """The back end in plain torch, for any device, and the base class of the others."""
 
     captures = False  # whether steps are launched as CUDA graphs
-    narrow = False  # whether `choose` may leave a row undecided: see sampling.choose
+    choose_step: Callable[[torch.Tensor, Any], torch.Tensor] | None = None
+    """(logits, Step) -> ids, in place of Step.choose and `choose_ids`"""
 
     def __init__(self, model: GPT, ops: Ops = REFERENCE):
         self.model, self.ops, self.choose_ids = model, ops, choose
@@ -52,37 +51,27 @@ class Backend:
         """Appends the keys and values of ids (R,), one id per row, to the cache; returns the logits (R, V) of the next
         token. Needs no value on the host, so it can be compiled, or captured as a CUDA graph. The next call may
         overwrite the logits."""
-        return self.model(ids[:, None], cache=cache, ops=self.ops)
-
-    def choose(self, logits: torch.Tensor, step: Step) -> torch.Tensor:
-        """Chooses each row's next id from logits (R, V), which it changes in place. Copies the ids to `step.next`,
-        increments `step.turns` and returns the ids (R,), negative where sampling.choose finds none."""
-        # Not -inf, which would look like damaged weights.
-        logits[:, step.eot].masked_fill_(step.ignores_eot, torch.finfo(torch.float32).min)
-        draws = step.draws.gather(1, step.turns[:, None] % step.draws.shape[1])[:, 0]
-        ids = self.choose_ids(logits, step.filters, draws, step.seen, step.banned, step.narrow)
-        step.turns += 1
-        step.next.copy_(ids.clamp(min=0))
-        return ids
+        # Not self.model(): training may have compiled that.
+        return self.model.forward(ids[:, None], cache=cache, ops=self.ops)
 
 
 class Captured(Backend):
     """Plain torch and Triton on a GPU. Steps are launched as CUDA graphs."""
 
-    captures = narrow = True
+    captures = True
 
     def __init__(self, model: GPT):
         super().__init__(model, gpu_ops(model.device))
 
 
 class Compiled(Backend):
-    """Plain torch, compiled by torch.compile; on a GPU, steps are launched as CUDA graphs too. On a CPU `choose` is not
-    compiled, because it reads results to decide how much to sort."""
+    """Plain torch, compiled by torch.compile; on a GPU, steps are launched as CUDA graphs too. On a CPU sampling.choose
+    is not compiled, because it reads results to decide how much to sort."""
 
     def __init__(self, model: GPT):
         on_gpu = model.device.type == "cuda"
         super().__init__(model, gpu_ops(model.device) if on_gpu else REFERENCE)
-        self.captures = self.narrow = on_gpu
+        self.captures = on_gpu
         self.decode = compile_static(self.decode)  # type: ignore[method-assign]
         if on_gpu:
             self.choose_ids = compile_static(choose)
@@ -94,9 +83,11 @@ class Native(Backend):
     def __init__(self, model: GPT):
         super().__init__(model)
         self.reads_beyond = False
-        native_model, sampler = native_parts(model)
+        library = native_library(model, wait=True)
+        assert library is not None
+        native_model = NativeModel(model, library)
         self.prefill, self.decode = native_model.prefill, native_model.decode  # type: ignore[method-assign]
-        self.choose = sampler.choose  # type: ignore[method-assign]
+        self.choose_step = NativeSampler(library).choose
 
     def slots(self, rows: int) -> int:
         return rows
@@ -111,13 +102,14 @@ def pick_backend(name: str, model: GPT, steps: int, rows: int) -> str:
     device = model.device.type
     if name == "auto" and device == "cpu":
         work = steps * count_parameters(model.config, model.vocab_size)
-        ready = native_is_ready(model, wait=work >= BUILD_PAYS)
-        return "native" if ready and native_is_faster(model, rows) else "eager"
+        library = native_library(model, wait=work >= BUILD_PAYS)
+        return "native" if library is not None and native_is_faster(model, rows, library) else "eager"
     if name == "auto" and device == "cuda":
-        return "compiled" if steps >= COMPILE_PAYS and has_compiler() else "captured"
+        can_compile = has_compiler() and (rows == 1 or torch.__version__ >= CHOICE_COMPILES)  # compares numbers
+        return "compiled" if steps >= COMPILE_PAYS and can_compile else "captured"
     if name == "captured" and device != "cuda":
         raise InputError(f"backend captured: CUDA graphs need a CUDA device, the model is on {device}; use auto")
-    if name == "native" and not native_is_ready(model, wait=True):
+    if name == "native" and native_library(model, wait=True) is None:
         raise InputError("backend native: needs a CPU, fp32, bf16 or int8 weights and a C++ compiler; use auto")
     return "eager" if name == "auto" else name
 

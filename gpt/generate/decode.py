@@ -153,8 +153,8 @@ class Decoder:
     @torch.inference_mode()
     def repeat(self, slot: int, sequence: Sequence, launch: Launch, number: int) -> None:
         """Takes a row back to its state before step `number` of `launch`, in which the few candidates did not decide
-        the choice; from now on steps look at all tokens. Drops the results of the row's later steps. None of them
-        prefilled the row again, so the cache before this step is still right."""
+        the choice; from now on steps look at all tokens. Discards the results of the row's later steps. The cache needs
+        no repair: positions past the new length are overwritten, and make_room never runs while steps are in flight."""
         self.step.narrow = False
         for later in (launch, *self.in_flight):
             later.slots[slot] = None

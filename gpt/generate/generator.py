@@ -113,7 +113,9 @@ class TextGenerator:
         names = [f"prompt {prompt_id}" if len(prompts) > 1 else "prompt" for prompt_id in ids]
         encoded = [self.encode(*arguments) for arguments in zip(prompts, names, params, strict=True)]
         report = max((own.top_logprobs for own in params if own.logprobs or own.top_logprobs), default=None)
-        return self.decode(self.sequences(encoded, ids, params, skip), *self.pick(params), report)
+        backend, rows = self.pick(params)
+        self.get_backend(backend)  # now, for its notes
+        return self.decode(self.sequences(encoded, ids, params, skip), backend, rows, report)
 
     def encode(self, prompt: str, name: str, params: GenerationParams) -> np.ndarray:
         """Returns the ids of a prompt, int32 (T,); end-of-text alone for an empty one. If a prompt is longer than the
@@ -128,13 +130,13 @@ class TextGenerator:
         self, prompts: list[np.ndarray], prompt_ids: list[int | str], params: list[GenerationParams], skip: int
     ) -> Iterator[Sequence]:
         """Yields the Sequences of all samples of all prompts, without the first `skip`."""
-        place = -skip
-        for number, (prompt, prompt_id, own) in enumerate(zip(prompts, prompt_ids, params, strict=True)):
+        number = -skip
+        for prompt_number, (prompt, prompt_id, own) in enumerate(zip(prompts, prompt_ids, params, strict=True)):
             ids = prompt.tolist()
             for sample in range(own.num_samples):
-                if place >= 0:
-                    yield Sequence(place, number, ids, prompt_id, sample, own, self.tokenizer)
-                place += 1
+                if number >= 0:
+                    yield Sequence(number, prompt_number, ids, prompt_id, sample, own, self.tokenizer)
+                number += 1
 
     # ---- back end, rows and memory
 
@@ -161,16 +163,20 @@ class TextGenerator:
         finally:
             self.idle_decoder = decoder
 
-    @torch.inference_mode(False)  # these tensors outlive the call, so they must not be inference tensors
-    def take_decoder(self, name: str, rows: int) -> Decoder:
-        """Returns a Decoder that is not in use: the idle one if it has this back end and number of slots, else a new
-        one."""
+    @torch.inference_mode(False)  # its tensors outlive the call, so they must not be inference tensors
+    def get_backend(self, name: str) -> Backend:
+        """Returns the back end for the weights as they are now: a new one after every change of them."""
         if weight_versions(self.model) != self.versions:  # back ends keep addresses and copies of the weights
             self.backends.clear()
         if name not in self.backends:
             self.backends[name] = BACKENDS[name](self.model)  # may move the weights
             self.versions = weight_versions(self.model)
-        backend, decoder = self.backends[name], self.idle_decoder
+        return self.backends[name]
+
+    @torch.inference_mode(False)  # as in get_backend
+    def take_decoder(self, name: str, rows: int) -> Decoder:
+        """Returns a Decoder that is not in use: the idle one if it fits, else a new one."""
+        backend, decoder = self.get_backend(name), self.idle_decoder
         self.idle_decoder = None
         if decoder and decoder.step.backend is backend and len(decoder.step) == backend.slots(rows):
             return decoder

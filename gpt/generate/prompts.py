@@ -119,5 +119,7 @@ def decoded(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        place = error.start + len(data) - len(error.object)  # in `data`, which may begin with a byte order mark
-        raise InputError(f"{where}: invalid UTF-8 at byte {place} (0x{data[place]:02x}); convert it to UTF-8") from None
+        offset = error.start + len(data) - len(error.object)  # in `data`, which may begin with a byte order mark
+        raise InputError(
+            f"{where}: invalid UTF-8 at byte {offset} (0x{data[offset]:02x}); convert it to UTF-8"
+        ) from None

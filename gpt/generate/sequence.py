@@ -22,7 +22,7 @@ class GenerationParams:
     num_samples: int = 1
     """texts for each prompt"""
     seed: int | None = None
-    """the same seed and settings, --rows, precision and back end among them, give the same text; None draws one"""
+    """the same seed and settings give the same text, if --rows, --dtype and --backend are named; None draws one"""
     rows: int = 0
     """texts generated side by side, each with its own key-value cache; 0 goes by their number, the device and its free
     memory. Another number may round differently: the same text again needs the same --rows, precision and back end"""
@@ -64,7 +64,7 @@ class Sequence:
     """A text in progress. Its random numbers depend on the seed in `params`, on `prompt_id`, on `sample` and on the
     position of a token, and on nothing else."""
 
-    place: int  # number of this text among all texts of a call, from 0
+    number: int  # of this text among all texts of a call, from 0
     prompt_number: int  # number of its prompt among the prompts, from 0
     prompt: list[int]  # ids; the samples of a prompt share this list
     prompt_id: int | str
@@ -124,13 +124,13 @@ Events = Generator[Event, None, None]
 
 
 def in_order(events: Iterable[Event]) -> Events:
-    """Yields the events of one text after another, by their `place`. The pieces of a later text wait until its turn
+    """Yields the events of one text after another, by their `number`. The pieces of a later text wait until its turn
     comes, and are then joined to one event."""
     waiting: dict[int, tuple[Sequence, list[str]]] = {}
-    place = 0
+    number = 0
     for sequence, piece in events:
-        waiting.setdefault(sequence.place, (sequence, []))[1].append(piece)
-        while place in waiting:
-            sequence, pieces = waiting.pop(place)
+        waiting.setdefault(sequence.number, (sequence, []))[1].append(piece)
+        while number in waiting:
+            sequence, pieces = waiting.pop(number)
             yield sequence, "".join(pieces)
-            place += sequence.finish_reason is not None
+            number += sequence.finish_reason is not None

@@ -46,7 +46,9 @@ class Step:
     """The tensors of R rows (each row's cache, next id, random numbers and settings) and the step that changes them.
     The tensors are changed in place, so that a captured step finds them at the same addresses."""
 
-    most, lag = 1, 0  # steps in one launch; launches in flight while the results of an earlier one are read
+    most, lag = 1, 0
+    """`most`: steps in one launch. `lag`: launches that may still run when the results of the oldest are read. A plain
+    step runs at once, so 1 and 0."""
 
     def __init__(self, backend: Backend, rows: int, eot: int, banned: Collection[int] = ()):
         model, device = backend.model, backend.model.device
@@ -62,7 +64,7 @@ class Step:
         self.banned = torch.tensor(banned, dtype=torch.int64, device=device) if len(banned) else None
         self.seen: torch.Tensor | None = None  # (R, V) tokens in each row's window, if a row has a repetition penalty
         self.report: int | None = None  # the number N; None for ids alone
-        self.narrow = backend.narrow  # whether `choose` looks at few candidates and may leave a row undecided
+        self.narrow = backend.captures  # whether `choose` looks at few candidates and may leave a row undecided
 
     def __len__(self) -> int:
         return len(self.launched)
@@ -73,7 +75,7 @@ class Step:
         logprobs = None if self.report is None else logits.log_softmax(-1)
         if self.seen is not None:
             self.seen.scatter_(1, self.next[:, None], True)
-        ids = self.backend.choose(logits, self)  # sets `next`, increments `turns`; may change the logits
+        ids = self.choose(logits)
         if logprobs is None:
             return Chosen(ids)
         logprobs_of_ids = logprobs.gather(1, self.next[:, None])[:, 0]
@@ -81,6 +83,19 @@ class Step:
             return Chosen(ids, logprobs_of_ids)
         top_ids = likeliest(logprobs, self.report)
         return Chosen(ids, logprobs_of_ids, top_ids, logprobs.gather(1, top_ids))
+
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """Chooses each row's next id from logits (R, V), which it changes in place. Copies the ids to `next`,
+        increments `turns` and returns the ids (R,), negative where sampling.choose finds none."""
+        if self.backend.choose_step:
+            return self.backend.choose_step(logits, self)
+        # Not -inf, which would look like damaged weights.
+        logits[:, self.eot].masked_fill_(self.ignores_eot, torch.finfo(torch.float32).min)
+        draws = self.draws.gather(1, self.turns[:, None] % self.draws.shape[1])[:, 0]
+        ids = self.backend.choose_ids(logits, self.filters, draws, self.seen, self.banned, self.narrow)
+        self.turns += 1
+        self.next.copy_(ids.clamp(min=0))
+        return ids
 
     @torch.inference_mode()
     def launch(self, count: int) -> Callable[[], Results]:
@@ -93,7 +108,7 @@ class Step:
     def reset(self, report: int | None) -> None:
         """Empties all rows and makes them idle. `report` is the number of likeliest tokens to report; None reports no
         log-probabilities."""
-        self.report, self.narrow = report, self.backend.narrow
+        self.report, self.narrow = report, self.backend.captures
         self.cache.lengths.zero_()
         for row in range(len(self)):
             self.filters.set(row, None)
@@ -128,8 +143,8 @@ class Step:
         `key` is (seed, prompt id, sample)."""
         start = math.ceil(self.launched[row] / DRAWS_AHEAD) * DRAWS_AHEAD
         if start < self.launched[row] + steps:
-            place = start % self.draws.shape[1]
-            self.draws[row, place : place + DRAWS_AHEAD] = random_draws(*key, start, DRAWS_AHEAD, self.device)
+            column = start % self.draws.shape[1]
+            self.draws[row, column : column + DRAWS_AHEAD] = random_draws(*key, start, DRAWS_AHEAD, self.device)
 
 
 class CapturedStep:
@@ -140,7 +155,7 @@ class CapturedStep:
 
     def __init__(self, step: Step):
         self.step, self.most = step, max(1, TOKENS_PER_LAUNCH // len(step))
-        self.graphs: dict[tuple, tuple[CudaGraph, list[Chosen]]] = {}
+        self.graphs: dict[tuple, CudaGraph[list[Chosen]]] = {}
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(step.device)  # one for all graphs: libraries keep a workspace for each stream
 
@@ -152,9 +167,7 @@ class CapturedStep:
         with torch.cuda.device(step.device):  # streams and events belong to the current device
             if kind not in self.graphs:
                 self.graphs[kind] = self.capture(count)
-            graph, chosen = self.graphs[kind]
-            graph.replay()
-            copies = [Chosen(*each.apply(pinned_copy)) for each in chosen]
+            copies = [Chosen(*each.apply(pinned_copy)) for each in self.graphs[kind].replay()]
             done = torch.cuda.Event()
             done.record()
 
@@ -164,14 +177,15 @@ class CapturedStep:
 
         return wait
 
-    def capture(self, count: int) -> tuple[CudaGraph, list[Chosen]]:
-        """Returns a graph of `count` steps, and the tensors that every replay fills."""
-        graph = CudaGraph(self.step.device, self.stream, self.pool)
+    def capture(self, count: int) -> CudaGraph[list[Chosen]]:
+        """Returns a graph of `count` steps. Every replay fills the same tensors."""
+        graph: CudaGraph[list[Chosen]] = CudaGraph(self.step.device, self.stream, self.pool)
         with unchanged(self.step):
             for _ in range(WARM_UPS):
                 self.step.cache.lengths.zero_()  # a full row has no room for a step
                 graph.warm_up(self.step.choose_next)
-        return graph, graph.capture(lambda: [self.step.choose_next() for _ in range(count)])
+        graph.capture(lambda: [self.step.choose_next() for _ in range(count)])
+        return graph
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
-"""Measures which of two functions is faster on this machine, and keeps the answer in the cache folder for a day.
+"""Measures which of two functions is faster on this machine, and keeps the answer in the cache folder for a day. No
+round begins after a fifth of a second; making the two functions is not included.
 
 `auto` settings use these answers, not lists of instruction sets: a CPU may have an instruction, or a compiler
 may use it, and plain torch may still be faster. Another program that takes a core meanwhile can falsify a measurement,

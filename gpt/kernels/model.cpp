@@ -1,11 +1,11 @@
-// GPT-2 on a CPU: one call runs the model over N tokens, each at a place (position) of a row of a KV cache.
+// GPT-2 on a CPU: one call runs the model over N tokens, each at a position of a row of a KV cache.
 //
 // A call, with the work that each line shares among the threads; they wait for each other after every line:
-//     x = token[id] + position[place]                                tokens
+//     x = token[id] + position[its position]                         tokens
 //     for each layer:
 //         wide = norm_1(x)                                           tokens
 //         mixed = wide @ qkv.T + bias                                outputs (rows of the matrix)
-//         cache[row, place] = keys and values of mixed               tokens
+//         cache[row, position] = keys and values of mixed            tokens
 //         wide = softmax(queries @ keys.T / sqrt(D)) @ values        heads of tokens
 //         x += wide @ proj.T + bias                                  outputs
 //         wide = norm_2(x)                                           tokens
@@ -31,7 +31,7 @@
 
 namespace {
 
-constexpr int GROUP = 4;     // tokens at consecutive places of a row that share the reading of the cache
+constexpr int GROUP = 4;     // tokens at consecutive positions of a row that share the reading of the cache
 constexpr int PADDING = 64;  // floats; every row of activations is padded to a multiple of it
 constexpr float EPSILON = 1e-5f;
 
@@ -48,12 +48,12 @@ struct Model {
     const float *position, *norm, *shift;
 };
 struct Cache {
-    int64_t rows, positions;
+    int64_t rows, capacity;
     void *const *keys, *const *values;  // of each layer: (rows, H, S, D)
 };
 struct Batch {
     int64_t tokens, outputs, threads;
-    const int64_t *ids, *rows, *places;  // (N,)
+    const int64_t *ids, *rows, *positions;  // (N,)
     const int64_t *wanted;               // (outputs,) the tokens whose logits are wanted
     float *logits;                       // (outputs, V)
 };
@@ -65,18 +65,18 @@ template <class T> inline void prefetch(const T *from, size_t count) {  // at mo
         __builtin_prefetch((const char *)from + byte, 0, 2);
 }
 
-// Computes one head of QUERIES tokens at consecutive places from `place` on: q and out (QUERIES, stride), keys and
-// values (S, D), memory for scores (QUERIES, S). Computes COLUMNS vectors of an output at once; if that is more than
-// one, D must be a multiple of their lanes.
+// Computes one head of QUERIES tokens at consecutive positions from `position` on: q and out (QUERIES, stride), keys
+// and values (S, D), memory for scores (QUERIES, S). Computes COLUMNS vectors of an output at once; if that is more
+// than one, D must be a multiple of their lanes.
 template <class T, int QUERIES, int COLUMNS>
-void attend(const float *q, size_t stride, const T *keys, const T *values, int place, int D, float *scores, int S,
+void attend(const float *q, size_t stride, const T *keys, const T *values, int position, int D, float *scores, int S,
             float *out) {
     float scale = 1.0f / std::sqrt(float(D)), inverse[QUERIES];
-    prefetch(values, size_t(place + QUERIES) * D);
-    prefetch(keys + size_t(S) * D, size_t(place + QUERIES) * D);  // of the next head
-    for (int start = 0; start < place + QUERIES; start += LANES) {
+    prefetch(values, size_t(position + QUERIES) * D);
+    prefetch(keys + size_t(S) * D, size_t(position + QUERIES) * D);  // of the next head
+    for (int start = 0; start < position + QUERIES; start += LANES) {
         Floats sums[QUERIES][LANES] = {};
-        for (int i = 0; i < std::min(LANES, place + QUERIES - start); i++)
+        for (int i = 0; i < std::min(LANES, position + QUERIES - start); i++)
             for (int d = 0; d < D; d += LANES) {
                 Floats key = load(keys + size_t(start + i) * D + d, D - d);
                 for (int query = 0; query < QUERIES; query++)
@@ -87,7 +87,7 @@ void attend(const float *q, size_t stride, const T *keys, const T *values, int p
     }
     for (int query = 0; query < QUERIES; query++) {
         float *score = scores + query * S, most = score[0];
-        int count = place + query + 1;
+        int count = position + query + 1;
         for (int i = 1; i < count; i++) most = score[i] > most ? score[i] : most;
         Floats sum = {};
         for (int i = 0; i < count; i += LANES) {
@@ -105,10 +105,10 @@ void attend(const float *q, size_t stride, const T *keys, const T *values, int p
                 sums[query][c] = multiply_add(load(values + size_t(at) * D + d + c * LANES, lanes),
                                               Floats{} + scores[query * S + at], sums[query][c]);
         };
-        for (int at = 0; at <= place; at++)
+        for (int at = 0; at <= position; at++)
             for (int query = 0; query < QUERIES; query++) add(query, at);
         for (int query = 1; query < QUERIES; query++)
-            for (int at = place + 1; at <= place + query; at++) add(query, at);
+            for (int at = position + 1; at <= position + query; at++) add(query, at);
         for (int query = 0; query < QUERIES; query++)
             for (int c = 0; c < COLUMNS; c++)
                 store(out + query * stride + d + c * LANES, sums[query][c] * inverse[query], lanes);
@@ -136,7 +136,7 @@ template <class Kind, class T> struct Call {
     const Model &model;
     const Cache &cache;
     const Batch &batch;
-    const int N = batch.tokens, C = model.width, F = 4 * C, H = model.heads, D = C / H, S = cache.positions;
+    const int N = batch.tokens, C = model.width, F = 4 * C, H = model.heads, D = C / H, S = cache.capacity;
     const size_t WIDE = round_up(F, PADDING), SCORES = round_up(S, PADDING);
     const std::unique_ptr<Floats[]> memory{new Floats[(3 * N * WIDE + batch.threads * GROUP * SCORES) / LANES]};
     float *const mixed = (float *)memory.get(), *const wide = mixed + N * WIDE;  // (N, WIDE) each
@@ -158,21 +158,21 @@ template <class Kind, class T> struct Call {
         float scale = model.token.scale ? model.token.scale[batch.ids[token]] : 1.0f;
         for (int c = 0; c < C; c++) {
             float value = sizeof(*weight) == 2 ? widen(Halves{} + uint16_t(weight[c]))[0] : float(weight[c]);
-            x[token * C + c] = value * scale + model.position[batch.places[token] * C + c];
+            x[token * C + c] = value * scale + model.position[batch.positions[token] * C + c];
         }
     }
-    T *cached(void *layer, size_t row, size_t head, size_t place) const {  // layer: its keys or values
-        return (T *)layer + ((row * H + head) * S + place) * D;
+    T *cached(void *layer, size_t row, size_t head, size_t position) const {  // layer: its keys or values
+        return (T *)layer + ((row * H + head) * S + position) * D;
     }
     void append(int token, void *layer, const float *from) const {
         for (int head = 0; head < H; head++) {
-            T *to = cached(layer, batch.rows[token], head, batch.places[token]);
+            T *to = cached(layer, batch.rows[token], head, batch.positions[token]);
             for (int d = 0; d < D; d += LANES) store(to + d, load(from + head * D + d, D - d), D - d);
         }
     }
-    bool follows(int token, int first) const {  // in the same row, as many places further as tokens
+    bool follows(int token, int first) const {  // in the same row, as many positions further as tokens
         return token < N && batch.rows[token] == batch.rows[first] &&
-               batch.places[token] == batch.places[first] + token - first;
+               batch.positions[token] == batch.positions[first] + token - first;
     }
     void attention(const Team &team, int layer) const {
         float *own_scores = scores + team.thread * GROUP * SCORES;
@@ -187,7 +187,7 @@ template <class Kind, class T> struct Call {
                 auto *function = D % PADDING ? (size == 1 ? attend<T, 1, 1> : attend<T, GROUP, 1>)
                                              : (size == 1 ? attend<T, 1, 4> : attend<T, GROUP, 4>);
                 size_t at = token * WIDE + head * D;
-                function(mixed + at, WIDE, keys, values, batch.places[token], D, own_scores, SCORES, wide + at);
+                function(mixed + at, WIDE, keys, values, batch.positions[token], D, own_scores, SCORES, wide + at);
             }
         }
         team.wait();
@@ -250,13 +250,13 @@ template <class Kind, class T> void run(const Model &model, const Cache &cache, 
 
 }  // namespace
 
-// Appends the tokens to the cache and computes the wanted logits. Returns 0; 1 + i if token i has an id, row or place
-// that does not exist; -1 if memory runs out.
+// Appends the tokens to the cache and computes the wanted logits. Returns 0; 1 + i if token i has an id, row or
+// position that does not exist; -1 if memory runs out.
 extern "C" int64_t gpt_forward(const Model *model, const Cache *cache, const Batch *batch) try {
     for (int64_t i = 0; i < batch->tokens; i++) {
         auto exists = [](int64_t value, int64_t end) { return value >= 0 && value < end; };
         if (!exists(batch->ids[i], model->vocabulary) || !exists(batch->rows[i], cache->rows) ||
-            !exists(batch->places[i], std::min(cache->positions, model->positions)))
+            !exists(batch->positions[i], std::min(cache->capacity, model->positions)))
             return i + 1;
     }
     constexpr decltype(&run<Fp32, float>) kinds[] = {run<Fp32, float>, run<Bf16, uint16_t>, run<Int8, float>,

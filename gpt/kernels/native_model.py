@@ -7,6 +7,7 @@ import weakref
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from gpt.device import empty_together, lie_together
 from gpt.kernels.structures import Number, Pointer, address, numbers, pointers
@@ -42,11 +43,11 @@ class Model(ctypes.Structure):
 
 
 class Cache(ctypes.Structure):
-    _fields_ = [*numbers("rows positions"), *((name, ctypes.POINTER(Pointer)) for name in ("keys", "values"))]
+    _fields_ = [*numbers("rows capacity"), *((name, ctypes.POINTER(Pointer)) for name in ("keys", "values"))]
 
 
 class Batch(ctypes.Structure):
-    _fields_ = numbers("tokens outputs threads") + pointers("ids rows places wanted logits")
+    _fields_ = numbers("tokens outputs threads") + pointers("ids rows positions wanted logits")
 
 
 def supports(model: GPT) -> bool:
@@ -72,10 +73,10 @@ def linear_layers(block: Block) -> list[torch.nn.Linear]:
 def move_together(tensors: list[torch.Tensor]) -> None:
     """Moves tensors of one type into one block of memory with large pages. Does nothing if the system has no such pages
     or the tensors share a block already."""
-    places = None if lie_together(tensors) else empty_together([tensor.shape for tensor in tensors], tensors[0].dtype)
-    if places:
-        for tensor, place in zip(tensors, places, strict=True):
-            tensor.data = place.copy_(tensor)
+    targets = None if lie_together(tensors) else empty_together([tensor.shape for tensor in tensors], tensors[0].dtype)
+    if targets:
+        for tensor, target in zip(tensors, targets, strict=True):
+            tensor.data = target.copy_(tensor)
 
 
 class NativeModel:
@@ -85,7 +86,8 @@ class NativeModel:
     def __init__(self, model: GPT, library: ctypes.CDLL):
         move_together(matrices(model))
         self.tensors: list[torch.Tensor] = []  # the library reads their memory, even after the model got other weights
-        self.caches: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # KVCache -> Cache, rows, logits
+        # Each cache's description, the numbers of its rows, and their logits.
+        self.caches: weakref.WeakKeyDictionary[KVCache, tuple[Cache, Tensor, Tensor]] = weakref.WeakKeyDictionary()
         self.config, self.vocab_size, self.dtype = model.config, model.vocab_size, model.dtype
         layers = (Layer * len(model.blocks))(*(self.layer(cast(Block, block)) for block in model.blocks))
         self.model = Model(
@@ -113,9 +115,9 @@ class NativeModel:
         beyond block_size, MemoryError if memory does not suffice."""
         described = self.describe(cache)
         for part in ids.split(CHUNK, dim=1):
-            places = cache.lengths[:, None] + torch.arange(part.shape[1])
+            positions = cache.lengths[:, None] + torch.arange(part.shape[1])
             rows = torch.arange(len(ids))[:, None].expand_as(part).contiguous()
-            self.run(described, part.contiguous(), rows, places)
+            self.run(described, part.contiguous(), rows, positions)
             cache.advance(part.shape[1])
 
     def run(
@@ -123,30 +125,30 @@ class NativeModel:
         cache: Cache,
         ids: torch.Tensor,
         rows: torch.Tensor,
-        places: torch.Tensor,
+        positions: torch.Tensor,
         wanted: torch.Tensor | None = None,
         logits: torch.Tensor | None = None,
     ) -> None:
-        """Runs the model on all `ids`, each at its row in `rows` and its position in `places`, tensors of the same
+        """Runs the model on all `ids`, each at its row in `rows` and its position in `positions`, tensors of the same
         shape. Fills `logits` (W, V) with the logits of the tokens numbered `wanted` (W,)."""
         outputs = 0 if wanted is None else len(wanted)
-        arguments = map(address, (ids, rows, places, wanted, logits))
+        arguments = map(address, (ids, rows, positions, wanted, logits))
         batch = Batch(ids.numel(), outputs, torch.get_num_threads(), *arguments)
         code = self.function(*map(ctypes.byref, (self.model, cache, batch)))
         if code < 0:
             raise MemoryError(f"{ids.numel()} tokens at once")
         if code > 0:
-            id, row, place = (int(tensor.flatten()[code - 1]) for tensor in (ids, rows, places))
+            id, row, position = (int(tensor.flatten()[code - 1]) for tensor in (ids, rows, positions))
             limits = f"vocabulary {self.vocab_size}, block_size {self.config.block_size}"
-            raise ValueError(f"token {id} at position {place} of row {row}: {limits}")
+            raise ValueError(f"token {id} at position {position} of row {row}: {limits}")
 
     # ---- descriptions for the library
 
     def describe(self, cache: KVCache) -> Cache:
         assert cache.keys[0].dtype == self.dtype
-        rows, _, positions, _ = cache.keys[0].shape
+        rows, _, capacity, _ = cache.keys[0].shape
         keys, values = ((Pointer * len(tensors))(*map(address, tensors)) for tensors in (cache.keys, cache.values))
-        return Cache(rows, positions, keys, values)
+        return Cache(rows, capacity, keys, values)
 
     def layer(self, block: Block) -> Layer:
         norms = (block.ln_1.weight, block.ln_1.bias, block.ln_2.weight, block.ln_2.bias)

@@ -11,6 +11,8 @@ import torch
 
 from gpt.kernels.structures import Pointer, address, numbers, pointers
 
+Choose = Callable[[], torch.Tensor]  # chooses ids (R,)
+
 
 class Choice(ctypes.Structure):
     _fields_ = [
@@ -20,39 +22,23 @@ class Choice(ctypes.Structure):
 
 
 class NativeSampler:
-    """Computes in C++ what sampling.choose and Backend.choose of gpt.generate compute in torch. gpt.kernels does not
+    """Computes in C++ what Step.choose of gpt.generate computes in torch; leaves no row undecided. gpt.kernels does not
     import gpt.generate, so its types are Any here: `filters` is a sampling.Filters, `step` a step.Step."""
 
     def __init__(self, library: ctypes.CDLL):
         self.function = library.gpt_choose
         self.function.argtypes, self.function.restype = [Pointer], None
-        self.calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # Step -> key, call
-
-    def choose_ids(
-        self,
-        logits: torch.Tensor,
-        filters: Any,
-        draws: torch.Tensor,
-        seen: torch.Tensor | None = None,
-        banned: torch.Tensor | None = None,
-        narrow: bool = False,
-    ) -> torch.Tensor:
-        """Returns what sampling.choose returns; `narrow` has no effect, so no row is UNDECIDED."""
-        assert len(draws) == len(filters.temperature) == len(logits)
-        if logits.stride(1) != 1 or logits.dtype != torch.float32:
-            logits = logits.float().contiguous()
-        return self.call(logits, filters, draws[:, None], seen, banned)()
+        self.calls: weakref.WeakKeyDictionary[Any, tuple[tuple, Choose]] = weakref.WeakKeyDictionary()  # by Step
 
     def choose(self, logits: torch.Tensor, step: Any) -> torch.Tensor:
-        """See Backend.choose. The tensors of a Step keep their addresses, so they are described to the library only
+        """See Step.choose. The tensors of a Step keep their addresses, so they are described to the library only
         once."""
-        key = logits.data_ptr(), step.seen is None, step.filters.penalizes
-        before, call = self.calls.get(step, (None, None))
-        if before != key:
+        key, described = (logits.data_ptr(), step.seen is None, step.filters.penalizes), self.calls.get(step)
+        if described is None or described[0] != key:
             changed = {"turns": step.turns, "next": step.next, "ignores_eot": step.ignores_eot}
             call = self.call(logits, step.filters, step.draws, step.seen, step.banned, step.eot, **changed)
-            self.calls[step] = key, call
-        return call()
+            described = self.calls[step] = key, call
+        return described[1]()
 
     def call(
         self,
@@ -63,7 +49,7 @@ class NativeSampler:
         banned: torch.Tensor | None,
         eot: int = 0,
         **changed: torch.Tensor,
-    ) -> Callable[[], torch.Tensor]:
+    ) -> Choose:
         """Returns a function that chooses ids (R,) by what the tensors hold when it is called. `draws` is (R, N)."""
         ids = torch.empty(len(logits), dtype=torch.int64)
         seen = seen.contiguous() if seen is not None and filters.penalizes else None

@@ -1,6 +1,7 @@
 """Selects the precision, the kernels and the native back end for a model: by the device and, on a CPU, by what is built
-and what a short measurement finds faster. Other packages reach the C++ and Triton kernels through this module alone."""
+and what a short measurement finds faster. Other packages learn from this module alone which kernels to use."""
 
+import contextlib
 import ctypes
 import functools
 import subprocess
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from gpt.attention import LayerCache, causal_attention, merge_heads
 from gpt.device import DTYPES
@@ -16,10 +18,10 @@ from gpt.kernels import build
 from gpt.kernels.measure import Way, faster
 from gpt.kernels.native_attention import NativeAttention
 from gpt.kernels.native_model import NativeModel, supports
-from gpt.kernels.native_sampler import NativeSampler
 from gpt.model import GPT, REFERENCE, KVCache, ModelConfig, Ops
 from gpt.quantize import to_int8
 
+CachedAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # see attention.masked_attention
 PROBE_VOCABULARY = 8192  # of a measured model: a larger head takes longer and gives the same answer
 
 
@@ -84,32 +86,34 @@ def attention_is_faster(attention: NativeAttention, config: ModelConfig, dtype: 
 # ---- generation on a CPU
 
 
-def native_is_ready(model: GPT, wait: bool) -> bool:
-    """Returns whether the C++ library for generation is built and can run this model. `wait`: see `load_or_build`."""
-    return supports(model) and load_or_build(build.GENERATION, wait) is not None
-
-
-def native_parts(model: GPT) -> tuple[NativeModel, NativeSampler]:
-    """Returns the C++ forward pass of a model and the C++ sampler. Requires `native_is_ready`. May move the model's
-    matrices."""
-    library = build.load_library(build.GENERATION)
-    assert library is not None
-    return NativeModel(model, library), NativeSampler(library)
+def native_library(model: GPT, wait: bool) -> ctypes.CDLL | None:
+    """Returns the C++ library for generation, or None if it is not built or cannot run this model. `wait`: see
+    `load_or_build`."""
+    return load_or_build(build.GENERATION, wait) if supports(model) else None
 
 
 @torch.inference_mode()
-def native_is_faster(model: GPT, rows: int) -> bool:
-    """Returns whether the C++ decodes `rows` rows faster than plain torch, measured with steps of a model of one layer
-    that is otherwise like `model`."""
+def native_is_faster(model: GPT, rows: int, library: ctypes.CDLL) -> bool:
+    """Returns whether `library` decodes `rows` rows faster than plain torch, measured with steps of a model of one
+    layer that is otherwise like `model`."""
     config, rows = model.config, 1 << (min(rows, 8) - 1).bit_length()  # 1, 2, 4 or 8
     types = f"{model.token.weight.dtype}, {model.dtype}, {rows} rows, {torch.get_num_threads()} threads"
     shape = f"width {config.n_embd}, {config.n_head} heads, {config.block_size} positions, {model.vocab_size} tokens"
 
     def contest() -> tuple[Way, Way]:
         probe = one_layer_like(model)
-        native, _ = native_parts(probe)
-        ids, caches = torch.zeros(rows, dtype=torch.int64), [KVCache(probe.config, rows, probe.dtype) for _ in "ab"]
-        return lambda: probe(ids[:, None], cache=caches[0]), lambda: native.decode(ids, caches[1])
+        native_probe = NativeModel(probe, library)
+        ids, cache = torch.zeros(rows, dtype=torch.int64), KVCache(probe.config, rows, probe.dtype)
+
+        def plain() -> torch.Tensor:
+            cache.lengths.zero_()  # a context may be as short as one position
+            return probe(ids[:, None], cache=cache)
+
+        def native() -> torch.Tensor:
+            cache.lengths.zero_()
+            return native_probe.decode(ids, cache)
+
+        return plain, native
 
     return faster(f"native decode, {types}, {shape}", contest)
 
@@ -150,15 +154,20 @@ def gpu_ops(device: torch.device) -> Ops:
 
 
 @functools.cache
-def triton_attention(device: torch.device) -> Callable | None:
+def triton_attention(device: torch.device) -> CachedAttention | None:
     """Returns the Triton kernel for attention. Returns None, and prints a note, if Triton is missing or cannot compile:
     its first launch needs a C compiler and Python's headers."""
     try:
         from gpt.kernels.triton_attention import decode_attention
 
         q, cached = (torch.zeros(1, 1, length, 16, device=device) for length in (1, 8))
-        decode_attention(q, cached, cached, torch.zeros(1, 1, dtype=torch.int64, device=device))
-    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        positions = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            decode_attention(q, cached, cached, positions)
+    except Exception as error:  # Triton's own derive from it, and have no other base
+        known = isinstance(error, (ImportError, OSError, RuntimeError, subprocess.CalledProcessError))
+        if not known and not type(error).__module__.startswith("triton"):
+            raise
         note("info", f"no Triton kernel for attention: {str(error).partition(chr(10))[0]}; plain torch is used")
         return None
     return decode_attention

@@ -16,7 +16,7 @@ class GraphedStep:
     keeps for the next one must stay at their addresses. If the capture fails, warns, calls `clear()` to drop what it
     left, and runs all further steps directly."""
 
-    def __init__(self, step: Callable, graph: CudaGraph, clear: Callable[[], None]):
+    def __init__(self, step: Callable, graph: CudaGraph[torch.Tensor], clear: Callable[[], None]):
         self.step, self.graph, self.clear = step, graph, clear
         self.taken, self.captured = 0, False
         self.batch: torch.Tensor | None = None

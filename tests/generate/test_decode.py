@@ -217,7 +217,8 @@ def test_a_row_that_few_candidates_do_not_decide_is_taken_back_and_repeated(gene
     settings = {"max_new_tokens": 50, "seed": 2, "rows": 3, "num_samples": 2, "logprobs": True}
     settings |= {"top_p": 0.8, "temperature": 2.0, "repetition_penalty": 1.2}
     expected = generator.generate(PROMPTS, **settings)
-    monkeypatch.setattr(Backend, "narrow", True)
+    monkeypatch.setattr(Backend, "captures", True)
+    monkeypatch.setattr("gpt.generate.decode.CapturedStep", lambda step: step)
     ahead = launching(generator, 4, 1)
     assert ahead.generate(PROMPTS, **settings) == expected
     assert not ahead.idle_decoder.step.narrow

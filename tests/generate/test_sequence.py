@@ -70,7 +70,7 @@ def test_pieces_come_in_the_order_of_the_texts_whatever_the_order_of_the_tokens(
         yield texts[1], texts[1].take(ord("e"), 0.0, [])
         yield texts[3], texts[3].take(ord("f"), 0.0, [])
 
-    ordered = [(sequence.place, piece, sequence.finish_reason) for sequence, piece in in_order(events())]
+    ordered = [(sequence.number, piece, sequence.finish_reason) for sequence, piece in in_order(events())]
     assert ordered == [(0, "", "length"), (1, "e", "length"), (2, "bd", "length"), (3, "ac", None), (3, "f", "length")]
 
 

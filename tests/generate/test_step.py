@@ -1,12 +1,18 @@
 """The step for all rows: what it reports, what a warm-up leaves, and memory."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
-from generation_helpers import CONFIG, EOT, generator_of, random_model, window_logits
+from generation_helpers import CONFIG, EOT, PROMPTS, generator_of, random_model, window_logits
+from graph_helpers import Recorded
 
 from gpt.errors import ResourceError
 from gpt.generate import step
 from gpt.generate.backend import Backend
+from gpt.generate.generator import weight_versions
+from gpt.generate.sequence import in_order
 from gpt.generate.step import Step, unchanged
 from gpt.model import KVCache
 
@@ -51,6 +57,71 @@ def test_steps_run_to_warm_up_leave_no_trace(generator):
         cache.lengths.zero_()
         decoder_step.choose_next()
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
+
+
+# ---- steps as CUDA graphs
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_GPU)])
+def device(request, monkeypatch):
+    """Returns a device on which steps can be captured: a GPU, or a CPU with stand-ins for what a GPU does."""
+    if request.param == "cpu":
+        event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+        monkeypatch.setattr(step, "CudaGraph", lambda *_: Recorded())
+        monkeypatch.setattr(step, "pinned_copy", torch.clone)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
+        monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # so nothing is read on the host
+    return torch.device(request.param)
+
+
+def generator_on(device, captures):
+    generator = generator_of(random_model().to(device))
+    backend = Backend(generator.model)
+    backend.captures = captures
+    generator.backends, generator.versions = {"eager": backend}, weight_versions(generator.model)
+    return generator
+
+
+SAMPLED = {"temperature": 2.0, "top_p": 0.8}
+ONE_BY_ONE = [  # settings of one call after the other
+    {"temperature": 0.0},
+    SAMPLED,  # few candidates do not decide some of its rows
+    SAMPLED | {"logprobs": True},
+    SAMPLED | {"logprobs": True, "top_logprobs": 3},
+    {"temperature": 0.0, "repetition_penalty": 1.3},
+    {"temperature": 0.7, "top_p": 1.0, "repetition_penalty": 1.3},
+]
+
+
+def test_captured_steps_choose_what_steps_one_by_one_choose(device, monkeypatch):
+    monkeypatch.setattr("gpt.generate.sampling.CANDIDATES", 20)
+    plain, captured = (generator_on(device, captures) for captures in (False, True))
+    common = {"max_new_tokens": 50, "seed": 2, "rows": 3, "num_samples": 2}
+    for settings in ONE_BY_ONE:
+        assert captured.generate(PROMPTS, **common, **settings) == plain.generate(PROMPTS, **common, **settings)
+    kinds = set(captured.idle_decoder.launcher.graphs)
+    counts, reports, filters, without_seen, narrow = map(set, zip(*kinds, strict=True))
+    assert (counts, reports, without_seen, narrow) == ({1, 5}, {None, 0, 3}, {True, False}, {True, False})
+    assert len(filters) == 4
+
+
+def test_rows_of_captured_steps_may_change_from_greedy_to_sampled_and_get_a_penalty_late(device):
+    params = [
+        generator_on(device, False).params(max_new_tokens=30, seed=3, rows=2, ignore_eot=True, **settings)
+        for settings in ONE_BY_ONE
+    ]
+    texts = []
+    for captures in (False, True):
+        generator = generator_on(device, captures)
+        events = in_order(generator.events([f"prompt {number}" for number in range(len(params))], params))
+        texts.append([sequence.completion for sequence, _ in events if sequence.finish_reason])
+    assert texts[0] == texts[1]
+    assert len(generator.idle_decoder.launcher.graphs) >= 3
 
 
 # ---- memory

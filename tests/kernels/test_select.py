@@ -1,5 +1,6 @@
 """The door to the kernels: which precision, kernels and native back end a model gets."""
 
+import contextlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -47,12 +48,12 @@ def test_a_missing_library_is_built_now_only_for_those_who_wait(monkeypatch, cap
     for name, result in (("load_library", None), ("build_now", "a library"), ("start_background_build", True)):
         monkeypatch.setattr(build, name, lambda _, name=name, result=result: calls.append(name) or result)
     model = make_model()
-    assert not select.native_is_ready(model, wait=False)
+    assert select.native_library(model, wait=False) is None
     assert calls == ["load_library", "start_background_build"]
     assert "built in the background" in capsys.readouterr().err
-    assert select.native_is_ready(model, wait=True)
+    assert select.native_library(model, wait=True) == "a library"
     assert calls[2:] == ["build_now"]
-    assert not select.native_is_ready(model.half(), wait=True)
+    assert select.native_library(model.half(), wait=True) is None
     assert calls[3:] == []
 
 
@@ -63,10 +64,10 @@ def test_each_kind_and_shape_of_model_has_a_measurement_of_its_own(monkeypatch):
     models += [make_model(n_embd=64), make_model(n_head=4), make_model(block_size=48)]
     for model in models:
         for rows in (1, 2, 4, 8):
-            native_is_faster(model, rows)
+            native_is_faster(model, rows, None)
     assert len(set(questions)) == 4 * len(models)
     for rows in (3, 5, 50):
-        native_is_faster(models[0], rows)
+        native_is_faster(models[0], rows, None)
     assert set(questions[-3:]) <= set(questions[:4])
 
 
@@ -78,7 +79,7 @@ def test_a_measurement_runs_one_layer_of_the_same_kind_both_ways(kernels, monkey
     assert (probe.dtype, probe.token.weight.dtype) == (model.dtype, model.token.weight.dtype)
     contests = []
     monkeypatch.setattr(select, "faster", lambda _, contest: contests.append(contest))
-    native_is_faster(model, 2)
+    native_is_faster(model, 2, kernels)
     with torch.inference_mode():
         plain, native = contests[0]()
         for _ in range(3):
@@ -87,7 +88,16 @@ def test_a_measurement_runs_one_layer_of_the_same_kind_both_ways(kernels, monkey
             assert (logits - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
+def test_a_model_of_any_context_can_be_measured(kernels):
+    assert isinstance(native_is_faster(make_model(block_size=1), 1, kernels), bool)
+
+
 # ---- GPUs
+
+
+def triton_error(name):
+    """Returns an error of a class of Triton's, which derives from Exception."""
+    return type(name, (Exception,), {"__module__": "triton.runtime.errors"})("ptxas fatal: no sm_130")
 
 
 @pytest.mark.parametrize(
@@ -97,6 +107,7 @@ def test_a_measurement_runs_one_layer_of_the_same_kind_both_ways(kernels, monkey
         subprocess.CalledProcessError(1, ["gcc", "Python.h"]),
         FileNotFoundError("gcc"),
         ImportError("no triton"),
+        triton_error("PTXASError"),
     ],
 )
 def test_fault_132_where_triton_cannot_compile_plain_torch_runs_the_attention(monkeypatch, capsys, error):
@@ -107,4 +118,31 @@ def test_fault_132_where_triton_cannot_compile_plain_torch_runs_the_attention(mo
     select.triton_attention.cache_clear()
     assert select.triton_attention(torch.device("cpu")) is None
     assert "no Triton kernel" in capsys.readouterr().err
+    select.triton_attention.cache_clear()
+
+
+def test_an_error_of_ours_in_the_triton_kernel_is_not_hidden(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gpt.kernels.triton_attention", SimpleNamespace(decode_attention=lambda: None))
+    select.triton_attention.cache_clear()
+    with pytest.raises(TypeError):
+        select.triton_attention(torch.device("cpu"))
+
+
+def test_the_triton_kernel_is_tried_on_the_gpu_of_the_model(monkeypatch):
+    """A kernel is launched on the current device, cuda:0 unless a context says otherwise."""
+    current, launched, zeros = [torch.device("cuda:0")], [], torch.zeros
+
+    @contextlib.contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device, **options: zeros(*shape, **options))
+    kernel = SimpleNamespace(decode_attention=lambda *_: launched.append(current[-1]))
+    monkeypatch.setitem(sys.modules, "gpt.kernels.triton_attention", kernel)
+    select.triton_attention.cache_clear()
+    assert select.triton_attention(torch.device("cuda:1")) is kernel.decode_attention
+    assert launched == [torch.device("cuda:1")]
     select.triton_attention.cache_clear()

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from graph_helpers import Recorded
 from training_helpers import fingerprint, make_data, tiny_model, train_here
 
 import train
@@ -20,50 +19,6 @@ from gpt.train.state import State
 
 STEPS = WARM_UPS + 5
 LENGTH = LengthConfig(max_steps=STEPS)
-
-
-class Recorded(TorchDispatchMode):
-    """Does on a CPU what a CudaGraph does on a GPU: keeps the operations of a function with the memory they work on,
-    and runs them again without Python. A value that the host reads is an error, as it is there, but for `reads`."""
-
-    def __init__(self, changed, reads=0):
-        super().__init__()
-        self.changed, self.reads, self.operations = changed, reads, []
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation is torch.ops.aten._local_scalar_dense.default:
-            self.reads -= 1
-            if self.reads < 0:
-                raise RuntimeError("the host waits\nin a recording")
-        made = operation(*args, **(kwargs or {}))
-        self.operations.append((operation, args, kwargs or {}, made))
-        return made
-
-    def warm_up(self, function):
-        return function()
-
-    def capture(self, function):
-        """Record a run of `function`, and take back what it changed: a GPU runs nothing then."""
-        before, draws = [tensor.clone() for tensor in self.changed()], torch.get_rng_state()
-        try:
-            with self:
-                self.result = function()
-        finally:
-            for tensor, value in zip(self.changed(), before, strict=True):
-                tensor.data.copy_(value)
-            torch.set_rng_state(draws)
-
-    @torch.no_grad()
-    def replay(self):
-        for operation, args, kwargs, made in self.operations:
-            if any(returned.alias_info for returned in operation._schema.returns):
-                if any(argument.is_write for argument in operation._schema.arguments):
-                    operation(*args, **kwargs)
-                continue  # else a view, which is there already
-            for tensor, value in zip(tree_leaves(made), tree_leaves(operation(*args, **kwargs)), strict=True):
-                if isinstance(tensor, torch.Tensor):
-                    tensor.copy_(value)
-        return self.result
 
 
 @pytest.fixture
@@ -116,8 +71,7 @@ def test_captured_steps_are_those_taken_one_by_one(cpu, monkeypatch, optimizer, 
     run = cpu(dtype)
     plain, state = new_state(optimizer, scale, dropout), new_state(optimizer, scale, dropout)
     monkeypatch.setattr("gpt.train.muon.host_asks", lambda device: False)  # as on a GPU
-    graph = Recorded(lambda: changing(state))
-    step = GraphedStep(stepper_of(state, run), graph, state.optimizer.zero_grad)
+    step = GraphedStep(stepper_of(state, run), Recorded(), state.optimizer.zero_grad)
     wanted = torch.stack([take(stepper_of(plain, run), number) for number in range(STEPS)])
     found = torch.stack([take(step, number) for number in range(STEPS)])
     assert step.captured
@@ -135,7 +89,7 @@ def test_a_step_that_cannot_be_captured_goes_on_with_one_note(cpu, capsys):
         state.model.ln_f.bias.register_hook(lambda gradient: gradient * gradient.isfinite().all().item())
         return stepper_of(state, run)(batch, lr)
 
-    step = GraphedStep(reading, Recorded(lambda: changing(state)), state.optimizer.zero_grad)
+    step = GraphedStep(reading, Recorded(), state.optimizer.zero_grad)
     wanted = [take(stepper_of(plain, run), number).tolist() for number in range(STEPS)]
     assert [take(step, number).tolist() for number in range(STEPS)] == wanted
     assert not step.captured
@@ -148,7 +102,7 @@ def test_a_step_that_cannot_be_captured_goes_on_with_one_note(cpu, capsys):
 
 def test_a_batch_of_another_shape_is_refused(cpu):
     state = new_state("adamw", 1.0, 0.0)
-    step = GraphedStep(stepper_of(state, cpu("fp32")), Recorded(lambda: changing(state)), state.optimizer.zero_grad)
+    step = GraphedStep(stepper_of(state, cpu("fp32")), Recorded(), state.optimizer.zero_grad)
     step(torch.zeros(4, 33, dtype=torch.int64), 1e-3)
     with pytest.raises(AssertionError, match="one shape"):
         step(torch.zeros(2, 33, dtype=torch.int64), 1e-3)
@@ -180,7 +134,7 @@ def record_all_runs(monkeypatch, reads):
     recorded, stepper = [], setup.stepper
 
     def recording(config, state, *rest):
-        recorded.append(Recorded(lambda: changing(state), reads))
+        recorded.append(Recorded(reads))
         return stepper(config, state, *rest)
 
     monkeypatch.setattr(setup, "stepper", recording)
