@@ -108,10 +108,20 @@ def prepare(config: PrepareConfig) -> None:
     tokenizer = None if trained else load_tokenizer(config.tokenizer)
     if tokenizer:
         choose_dtype(config.dtype, tokenizer)
-    data = gather_input(config, spool_folder=existing_parent(out))
+    data = gather_input(
+        config.inputs,
+        config.val,
+        config.corpus,
+        config.url,
+        config.reading,
+        config.val_split,
+        config.val_fraction,
+        spool_folder=existing_parent(out),
+    )
     tokenizer = tokenizer or load_tokenizer(config.tokenizer, training_sample(data))
     dtype = choose_dtype(config.dtype, tokenizer)
-    say(f"validation: {data.split.reason}")
+    with contextlib.suppress(BrokenPipeError):  # the dataset is made whoever reads
+        say(f"validation: {data.split.reason}")
     with staging(out) as folder:
         splits = write_shards(config, data, tokenizer, dtype, folder)
         write_manifest(folder, tokenizer.manifest_entry, dtype, splits, source_of(config, data))
@@ -130,7 +140,7 @@ def check_out(out: Path) -> Path:
     if not out.is_dir():
         raise InputError(f"--out {out}: a file; give a folder")
     names = sorted(path.name for path in out.iterdir())
-    foreign = [name for name in names if not OURS.fullmatch(name)]
+    foreign = [name for name in names if not OURS.fullmatch(name) or (name != STAGING and (out / name).is_dir())]
     marks = {MANIFEST, STAGING} & set(names)
     if foreign or (names and not marks):
         raise InputError(f"--out {out}: holds other files ({(foreign or names)[0]}); give a new folder")
@@ -186,8 +196,9 @@ def write_shards(
     writers = {split: ShardWriter(folder, split, dtype, config.shard_tokens) for split in names}
     units = (unit for parts in (data.parts(), data.val_parts()) for unit in units_of(parts, tokenizer.pattern))
     results = encode_batches(batches_of(units), tokenizer, config.workers or cores())
+    bar = tqdm(total=data.count("bytes"), unit="B", unit_scale=True, disable=None)
     try:
-        with tqdm(total=data.count("bytes"), unit="B", unit_scale=True, disable=None) as bar:
+        with contextlib.closing(results), bar:
             for split, ids, documents, source_bytes in results:
                 writers[split].write(ids, documents, source_bytes)
                 bar.update(source_bytes)

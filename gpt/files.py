@@ -61,11 +61,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Removes a folder if it exists. Of a symbolic link, removes the link alone."""
-    if folder.is_symlink():
-        folder.unlink()
-    elif folder.exists():
+    """Removes a folder, or the file or link in its place, if it exists. Never follows a link."""
+    if folder.is_dir() and not folder.is_symlink():
         shutil.rmtree(folder)
+    else:
+        folder.unlink(missing_ok=True)
 
 
 # ---- reading
@@ -91,9 +91,9 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Returns the object in a JSON file, or None if the file does not exist. Raises IntegrityError if the file holds
-    anything else or is longer than JSON_LIMIT, ResourceError if it cannot be read."""
+def read_limited(path: Path) -> bytes | None:
+    """Returns the content of a file, or None if the file does not exist. Raises IntegrityError if it is longer than
+    JSON_LIMIT, ResourceError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             data = file.read(JSON_LIMIT + 1)
@@ -103,6 +103,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise ResourceError(f"{path}: {error.strerror}; make it readable") from None
     if len(data) > JSON_LIMIT:
         raise IntegrityError(f"{path}: {path.stat().st_size} bytes, at most {JSON_LIMIT} are read; restore it")
+    return data
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Returns the object in a JSON file, or None if the file does not exist. Raises as read_limited does, and
+    IntegrityError if the file holds anything else."""
+    data = read_limited(path)
+    if data is None:
+        return None
     values = parse_object(data)
     if values is None:
         raise IntegrityError(f"{path}: not a JSON object; restore it")

@@ -94,7 +94,8 @@ def test_fault_117_only_the_owner_may_write_to_files(tmp_path):
 def test_a_link_to_a_folder_is_removed_and_the_folder_is_not(tmp_path):
     (tmp_path / "kept" / "inner").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "kept")
-    for name in ("link", "absent"):
+    (tmp_path / "file").touch()
+    for name in ("link", "absent", "file"):
         remove_tree(tmp_path / name)
     assert os.listdir(tmp_path) == ["kept"]
     remove_tree(tmp_path / "kept")

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import tiktoken
 from paths import ROOT
-from prepare import publish
+from prepare import PrepareConfig, publish
 from prepare_helpers import checksums, documents_of, ids_of, prepare_here, rows, script, write
 
 from gpt.errors import InputError, ResourceError
 from gpt.text.encode import encode_batches
+from gpt.text.gather import gather_input
 from gpt.text.shards import open_dataset
 from gpt.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -85,6 +86,28 @@ def test_fault_010_a_large_vocabulary_needs_uint32(tmp_path, monkeypatch):
         prepare_here(tmp_path / "other", source, dtype="uint16")
 
 
+def test_a_small_vocabulary_can_be_stored_as_uint32(tmp_path):
+    source = write(tmp_path / "x.txt", "text")
+    assert prepare_here(tmp_path / "out", source, val_fraction=0, dtype="uint32")["dtype"] == "uint32"
+    assert (tmp_path / "out" / "train_000000.bin").stat().st_size == 1024 + 4 * len(ids_of(tmp_path / "out"))
+    assert ids_of(tmp_path / "out").tolist() == [256, *b"text"]
+
+
+@pytest.mark.parametrize("text", ["some more words", "some", "some words\n"])
+def test_input_that_changes_between_the_two_passes_is_refused(tmp_path, monkeypatch, text):
+    source = write(tmp_path / "x.txt", "some words")
+
+    def gather_then_change(*arguments, **settings):
+        data = gather_input(*arguments, **settings)
+        write(source, text)
+        return data
+
+    monkeypatch.setattr("prepare.gather_input", gather_then_change)
+    with pytest.raises(InputError, match="the input changed while it was being read; run again"):
+        prepare_here(tmp_path / "out", source, val_fraction=0)
+    assert not (tmp_path / "out").exists()
+
+
 # ---- the output folder
 
 
@@ -100,6 +123,24 @@ def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path):
         assert [path.read_text() for path in out.iterdir()] == ["precious"] * len(names)
     with pytest.raises(InputError, match="a file; give a folder"):
         prepare_here(source, source)
+
+
+def test_a_folder_in_the_place_of_a_shard_is_refused_before_anything_is_deleted(tmp_path):
+    out, source = tmp_path / "out", write(tmp_path / "x.txt", "some words")
+    prepare_here(out, source)
+    (out / "train_000009.bin").mkdir()
+    before = checksums(out, but="train_000009.bin")
+    with pytest.raises(InputError, match=r"holds other files \(train_000009.bin\)"):
+        prepare_here(out, source)
+    assert checksums(out, but="train_000009.bin") == before
+
+
+def test_a_file_in_the_place_of_the_staging_folder_is_replaced(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "prepare.tmp").touch()
+    prepare_here(out, write(tmp_path / "x.txt", "some words"))
+    assert open_dataset(out) and not (out / "prepare.tmp").exists()
 
 
 def test_preparing_again_replaces_the_earlier_dataset(tmp_path):
@@ -236,6 +277,17 @@ def test_stdin_is_one_document_and_the_command_needs_no_torch(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # the copy of stdin is gone
 
 
+def test_fault_036_the_dataset_is_made_though_nobody_reads_what_the_command_says(tmp_path):
+    source = write(tmp_path / "x.txt", "some words")
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "data/prepare.py", source, "--out", tmp_path / "out", "--tokenizer", "byte"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert open_dataset(tmp_path / "out")
+
+
 def test_all_problems_of_the_settings_come_in_one_message(tmp_path):
     process = script(
         "--out", tmp_path / "out", "--val_fraction", "1.5", "--workers", "-1", "--encoding", "nope", "--url", "x"
@@ -251,6 +303,19 @@ def test_all_problems_of_the_settings_come_in_one_message(tmp_path):
         "--url",
     ):
         assert words in error
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"inputs": ("-",), "val": ("-",)}, "stdin"),
+        ({"inputs": ("-", "-")}, "stdin"),
+        ({"inputs": ("a",), "val": ("b",), "val_split": "tail"}, "--val_split has no effect with --val"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, problem):
+    with pytest.raises(InputError, match=problem):
+        PrepareConfig("out", **settings)
 
 
 def test_ctrl_c_leaves_no_manifest_and_no_traceback(tmp_path):

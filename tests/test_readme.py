@@ -49,11 +49,20 @@ def test_every_command_uses_flags_and_presets_that_exist(words):
         assert find_preset(flags["preset"], ROOT / "presets").exists()
 
 
+def line_of(room):
+    """Returns what the map says of a folder: its line, and the lines that continue it."""
+    return re.search(rf"^{room}/ (.*(\n .*)*)", MAP, re.MULTILINE)[1]
+
+
 def test_the_map_names_every_module():
-    for path in sorted((ROOT / "gpt").iterdir()):
-        name = f"gpt/{path.name}/" if path.is_dir() else f"gpt/{path.name}"
-        if not path.name.startswith("__") and path.suffix != ".typed":
+    for path in sorted((ROOT / "gpt").rglob("*.py")):
+        name, room = path.relative_to(ROOT).as_posix(), path.parent.relative_to(ROOT).as_posix()
+        if path.name.startswith("__"):
+            assert f"{room}/" in MAP
+        elif room == "gpt":
             assert name in MAP or f"gpt.{path.stem}" in MAP, name
+        else:
+            assert path.stem in re.findall(r"\w+", line_of(room)), name
 
 
 def test_the_readme_is_short_and_links_to_pages_that_exist():

@@ -22,7 +22,8 @@ def tree_of(path):
 
 
 def imported(path, at_import_only=False):
-    """Returns the names of the modules that a file imports; `from gpt import x` counts as gpt.x if that is a file."""
+    """Returns the names of the modules that a file imports; `from gpt import x` counts as gpt.x if that is a file or a
+    folder."""
     modules = set()
     tree = tree_of(path)
     nodes = at_top(tree) if at_import_only else ast.walk(tree)
@@ -32,11 +33,16 @@ def imported(path, at_import_only=False):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name_of(path)}:{node.lineno}: relative import"
             within = {f"{node.module}.{alias.name}" for alias in node.names}
-            files = {name for name in within if (ROOT / (name.replace(".", "/") + ".py")).exists()}
-            modules |= files
-            if len(files) < len(within):
+            inner = {name for name in within if is_module(name)}
+            modules |= inner
+            if len(inner) < len(within):
                 modules.add(node.module)
     return modules
+
+
+def is_module(name):
+    path = ROOT / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").exists()
 
 
 def at_top(tree):
@@ -140,7 +146,9 @@ def test_the_imports_within_gpt_have_no_circle():
         remaining = {module: others for module, others in remaining.items() if module not in free}
 
 
-def test_the_search_for_imports_finds_imports():
+def test_the_search_for_imports_finds_imports(tmp_path):
+    (tmp_path / "x.py").write_text("from gpt import errors, train, __version__\nfrom gpt.train import log, nothing")
+    assert imported(tmp_path / "x.py") == {"gpt", "gpt.errors", "gpt.train", "gpt.train.log"}
     imports = graph(at_import_only=True)
     assert "gpt.errors" in imports["gpt.config"]
     assert "gpt.config" in imports["gpt.model"]

@@ -70,13 +70,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest is None:
         raise IntegrityError(f"{folder}: no {MANIFEST}; use another checkpoint")
     version, step, files = (manifest.get(name) for name in ("format_version", "step", "files"))
-    if version != FORMAT_VERSION:
+    entries = files.values() if isinstance(files, dict) else [files]
+    if (
+        not isinstance(version, int)
+        or version < 1
+        or not isinstance(step, int)
+        or not all(isinstance(entry, dict) for entry in entries)
+    ):
+        raise IntegrityError(f"{path}: not a checkpoint manifest; use another checkpoint")
+    if version > FORMAT_VERSION:
         raise IntegrityError(
             f"{folder}: checkpoint format {version}, this program reads up to {FORMAT_VERSION}; update the program"
         )
-    entries = files.values() if isinstance(files, dict) else [files]
-    if not isinstance(step, int) or not all(isinstance(entry, dict) for entry in entries):
-        raise IntegrityError(f"{path}: not a checkpoint manifest; use another checkpoint")
     if sealed(manifest) != manifest:
         raise IntegrityError(f"{path}: sha256 mismatch; use another checkpoint")
     if STEP_FOLDER.match(folder.name) and step != step_number(folder):

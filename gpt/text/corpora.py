@@ -16,12 +16,6 @@ SHAKESPEARE_BYTES = 1_115_394
 NOT_SOURCES = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test")
 
 
-def corpus_sources(name: str, url: str, spool_folder: Path) -> tuple[list[TextSource], dict[str, Any]]:
-    """Returns the sources of the built-in corpus `name`, and its entries in the manifest. `url` replaces the address of
-    shakespeare unless it is empty; the download goes to `spool_folder`."""
-    return standard_library() if name == "stdlib" else shakespeare(url or SHAKESPEARE, spool_folder)
-
-
 def standard_library(folder: Path | None = None) -> tuple[list[TextSource], dict[str, Any]]:
     """Returns the Python files of the standard library without its tests, each one document, and the corpus's entries
     in the manifest."""

@@ -2,12 +2,14 @@
 second, so import this module where something is downloaded."""
 
 import hashlib
+import os
 import threading
 import urllib.parse
 from concurrent.futures import Future, wait
 from typing import IO
 
 import requests
+from urllib3.exceptions import LocationParseError
 
 from gpt.errors import InputError, IntegrityError, ResourceError
 
@@ -16,12 +18,12 @@ READ_SECONDS = 5  # for each further block
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-def fetch(url: str, file: IO[bytes], sha256: str | None = None, limit: int = 1 << 30) -> None:
+def fetch(url: str, file: IO[bytes], sha256: str, limit: int) -> None:
     """Downloads `url` into the binary `file`.
 
-    Raises InputError for a URL that is not https (http is allowed to this machine alone), ResourceError if the network
-    or the server fails, IntegrityError for more than `limit` bytes or another sha256 than `sha256` (None: not
-    checked)."""
+    Raises InputError for a malformed URL or a URL that is not https (http is allowed to this machine alone),
+    ResourceError if the network or the server fails, IntegrityError for more than `limit` bytes or another sha256 than
+    `sha256`."""
     check_url(url)
     digest, size = hashlib.sha256(), 0
     try:
@@ -34,9 +36,11 @@ def fetch(url: str, file: IO[bytes], sha256: str | None = None, limit: int = 1 <
                     raise IntegrityError(f"download: {url}: more than the {limit} bytes expected; check the URL")
                 digest.update(block)
                 file.write(block)
+    except (requests.exceptions.InvalidURL, UnicodeError, LocationParseError) as error:
+        raise InputError(f"download: {url}: {error}; check the URL") from None
     except (requests.RequestException, ValueError) as error:
         raise ResourceError(f"download failed: {url}: {root_cause(error)}; go online, or fetch it by hand") from None
-    if sha256 is not None and digest.hexdigest() != sha256:
+    if digest.hexdigest() != sha256:
         raise IntegrityError(
             f"download: {url}: sha256 mismatch (expected {sha256}, got {digest.hexdigest()}); check the URL"
         )
@@ -63,17 +67,26 @@ def connect(url: str) -> requests.Response:
     def request() -> None:
         try:
             headers = {"Accept-Encoding": "identity"}  # so that size and sha256 are of the bytes sent
-            answer = requests.get(url, headers=headers, stream=True, timeout=READ_SECONDS)
+            answer = requests.get(url, headers=headers, stream=True, timeout=READ_SECONDS, verify=certificates())
             answer.raise_for_status()
             future.set_result(answer)
-        except (OSError, ValueError) as error:
+        except (requests.RequestException, ValueError) as error:
             future.set_exception(error)
+        except OSError as error:  # the file of certificates does not exist
+            future.set_exception(requests.RequestException(error))
 
     threading.Thread(target=request, daemon=True).start()
     wait([future], CONNECT_SECONDS)
     if not future.done():
         raise requests.Timeout(f"no answer in {CONNECT_SECONDS} s")
     return future.result()
+
+
+def certificates() -> str | bool:
+    """Returns the file of trusted certificates that the environment names, by the variables of requests or else by
+    OpenSSL's, which requests ignores; True for the certificates of requests."""
+    names = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
+    return next(filter(None, map(os.environ.get, names)), True)
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -13,7 +13,7 @@ A cut right after "\\n" would be wrong: the piece there is "\\n "."""
 import itertools
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -68,7 +68,8 @@ def units_of(parts: Iterable[Part], pattern: str, size: int = CHUNK_CHARACTERS) 
 
 
 def chunks_of(texts: Iterable[str], up_to_cut: re.Pattern[str] | None, size: int) -> Iterator[str]:
-    """Yields the joined `texts` in chunks of about `size` characters. Never cuts inside the last of the texts."""
+    """Yields the joined `texts` in chunks of about `size` characters. The last text is not cut: nothing follows it that
+    would need the memory."""
     chunk = ""
     for text, following in itertools.pairwise(itertools.chain(texts, [""])):
         start = len(chunk)
@@ -93,17 +94,20 @@ def batches_of(units: Iterable[Unit], size: int = CHUNK_CHARACTERS) -> Iterator[
         yield batch
 
 
-def encode_batches(batches: Iterable[list[Unit]], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
+def encode_batches(batches: Iterable[list[Unit]], tokenizer: Tokenizer, workers: int) -> Generator[Encoded, None, None]:
     """Yields the Encoded of each batch and split, in order, from `workers` threads. At most three batches per thread
     are under way. Threads are enough: tiktoken releases Python's lock while it encodes."""
-    with ThreadPoolExecutor(workers) as pool:
-        under_way: deque[Future[list[Encoded]]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    under_way: deque[Future[list[Encoded]]] = deque()
+    try:
         for batch in batches:
             under_way.append(pool.submit(encode_batch, tokenizer, batch))
             if len(under_way) >= 3 * workers:
                 yield from under_way.popleft().result()
         while under_way:
             yield from under_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a failure, do not encode what is still queued
 
 
 def encode_batch(tokenizer: Tokenizer, batch: list[Unit]) -> list[Encoded]:

@@ -1,12 +1,12 @@
 """Gathers the input of data/prepare.py: reads all of it once, counts and checks it, and decides how to split it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt.errors import InputError
-from gpt.text.corpora import corpus_sources
+from gpt.text.corpora import SHAKESPEARE, shakespeare, standard_library
 from gpt.text.sources import Reading, TextSource, find_sources, read_pieces
 from gpt.text.split import Part, Split, Survey, choose_split, chosen_by_hash, divide, survey_documents
 
@@ -39,23 +39,31 @@ class GatheredInput:
         return getattr(self.survey, name) + getattr(self.val_survey, name)
 
 
-def gather_input(config: Any, spool_folder: Path) -> GatheredInput:
-    """Reads all of the input once and returns its GatheredInput. `config` is a PrepareConfig. Raises InputError if the
-    input cannot be read, or if there is nothing to train or validate on."""
-    sources, skipped = find_sources(config.inputs, spool_folder)
-    val_sources, val_skipped = find_sources(config.val, spool_folder)
+def gather_input(
+    inputs: Iterable[str],
+    val: Iterable[str],
+    corpus: str,
+    url: str,
+    reading: Reading,
+    val_split: str,
+    val_fraction: float,
+    spool_folder: Path,
+) -> GatheredInput:
+    """Reads all of the input once and returns its GatheredInput. The arguments are the settings of these names in
+    PrepareConfig. Raises InputError if the input cannot be read, or if there is nothing to train or validate on."""
+    sources, skipped = find_sources(inputs, spool_folder)
+    val_sources, val_skipped = find_sources(val, spool_folder)
     origin: dict[str, Any] = {"files_passed_over": skipped + val_skipped}
-    if config.corpus:
-        more, about = corpus_sources(config.corpus, config.url, spool_folder)
+    if corpus:
+        more, about = standard_library() if corpus == "stdlib" else shakespeare(url or SHAKESPEARE, spool_folder)
         sources, origin = sources + more, origin | about
-    val_survey = survey_documents(read_pieces(val_sources, config.reading), fraction=0, keep_digests=True)
-    pieces = read_pieces(sources, config.reading)
-    survey = survey_documents(pieces, config.val_fraction, others=val_survey.digests)
-    require_documents(named(sources) or f"--corpus {config.corpus}", survey)
+    val_survey = survey_documents(read_pieces(val_sources, reading), fraction=0, keep_digests=True)
+    survey = survey_documents(read_pieces(sources, reading), val_fraction, others=val_survey.digests)
+    require_documents(named(sources) or f"--corpus {corpus}", survey)
     if val_sources:
         require_documents(named(val_sources), val_survey)
-    split = choose_split(config.val_split, config.val_fraction, survey, bool(config.val))
-    return GatheredInput(config.reading, sources, val_sources, survey, val_survey, split, origin)
+    split = choose_split(val_split, val_fraction, survey, has_files=bool(val_sources))
+    return GatheredInput(reading, sources, val_sources, survey, val_survey, split, origin)
 
 
 def require_documents(names: str, survey: Survey) -> None:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt.errors import InputError, IntegrityError, ResourceError
-from gpt.files import JSON_LIMIT, read_json
+from gpt.errors import InputError, IntegrityError
+from gpt.files import read_json, read_limited
 
 END_OF_TEXT = "<|endoftext|>"
 # The spellings of each known pattern: tiktoken's spelling (possessive, hence fast), Hugging Face's spelling, others.
@@ -40,7 +40,7 @@ O200K_PATTERNS = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-) * 2
+) * 2  # one spelling serves both
 PATTERNS = {"gpt2": GPT2_PATTERNS, "cl100k": CL100K_PATTERNS, "o200k": O200K_PATTERNS}
 
 Pair = tuple[bytes, ...]
@@ -120,14 +120,14 @@ def to_huggingface(vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[str, An
 
 def config_of(vocabulary: Vocabulary) -> dict[str, Any]:
     """Returns the content of `tokenizer_config.json`. Another class than PreTrainedTokenizerFast would drop the
-    pattern; CTranslate2 needs an unknown token; `split_special_tokens` keeps end-of-text in a user's text ordinary. The
-    last two keys are this program's own."""
+    pattern; CTranslate2 needs an unknown token; without `model_input_names` transformers 4 returns token types, which
+    GPT-2 adds to its embeddings. The last two keys are this program's own."""
     roles: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), vocabulary.end_of_text)
     return roles | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
+        "model_input_names": ["input_ids", "attention_mask"],
         "tiktoken_name": vocabulary.name,
         "tiktoken_pattern": vocabulary.pattern,
     }
@@ -225,23 +225,10 @@ def from_vocab_and_merges(folder: Path, config: dict[str, Any]) -> Vocabulary:
     name = eos_token(config)
     special_tokens = {name: vocab[name]} if name in vocab else {}
     ranks = ranks_of(path, vocab, special_tokens)
-    lines = read_limited(folder / "merges.txt").decode("utf-8").splitlines()
+    lines = (read_limited(folder / "merges.txt") or b"").decode("utf-8").splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")]
     check_merges(folder / "merges.txt", ranks, merges, ignore_merges=False)
     return Vocabulary(folder.name, ranks, GPT2_PATTERNS[0], special_tokens, end_of_text(path, special_tokens, config))
-
-
-def read_limited(path: Path) -> bytes:
-    """Returns the content of a file. Raises IntegrityError if it is longer than JSON_LIMIT, ResourceError if it cannot
-    be read."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(JSON_LIMIT + 1)
-    except OSError as error:
-        raise ResourceError(f"{path}: {error.strerror}; make it readable") from None
-    if len(data) > JSON_LIMIT:
-        raise IntegrityError(f"{path}: more than {JSON_LIMIT} bytes, no tokenizer's file; restore it")
-    return data
 
 
 def refused(path: Path, component: str) -> InputError:

@@ -2,18 +2,23 @@
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import io
 import os
+import tempfile
+import threading
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import tiktoken
 
-from gpt.errors import InputError, IntegrityError, ResourceError
-from gpt.files import cache_folder, make_private, read_json
-from gpt.text.huggingface import Vocabulary, read_limited
+from gpt.errors import InputError, IntegrityError, ResourceError, note
+from gpt.files import cache_folder, make_private, read_json, read_limited
+from gpt.text.huggingface import Vocabulary
 
+ENVIRONMENT_LOCK = threading.Lock()
 LIMIT_BYTES = 1 << 26  # limit for a download; the largest file has 3.6 MB
 HOST = "https://openaipublic.blob.core.windows.net/"
 P50K = {"encodings/p50k_base.tiktoken": "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069"}
@@ -46,7 +51,7 @@ def read_rank_file(path: Path) -> Vocabulary:
                 f'{needed}: no such file; a rank file x.tiktoken needs x.json {{"pattern", "special_tokens"}}'
             )
     ranks = {}
-    for number, line in enumerate(read_limited(path).splitlines(), 1):
+    for number, line in enumerate((read_limited(path) or b"").splitlines(), 1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
@@ -62,55 +67,86 @@ def read_rank_file(path: Path) -> Vocabulary:
 def named_encoding(name: str) -> tiktoken.Encoding:
     """Returns tiktoken's encoding `name`, whose files it downloads if the cache folder lacks them.
 
-    tiktoken itself downloads without a time limit and deletes a damaged file first, so the files of RANK_FILES are put
-    in its cache folder before it looks for them. Encodings of plug-ins and newer versions are left to tiktoken. If a
-    download fails, raises InputError for a missing file, IntegrityError for a damaged file in the cache."""
-    folder = tiktoken_cache()
-    for path, sha256 in RANK_FILES.get(name, {}).items():
-        ensure_cached(name, HOST + path, sha256, folder)
+    tiktoken itself downloads without a time limit and deletes a damaged file first, so it gets a folder that holds the
+    files of RANK_FILES. Encodings of plug-ins and newer versions are left to tiktoken. Raises InputError if a file
+    cannot be had, IntegrityError if the one in the cache is damaged."""
+    cache = tiktoken_cache()
+    files = RANK_FILES.get(name, {}).items()
+    contents = [rank_file(name, HOST + path, sha256, cache) for path, sha256 in files]
     try:
-        return tiktoken.get_encoding(name)
+        with tiktoken_reads(cache, dict(contents)):
+            return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # the errors of requests are OSErrors
-        raise InputError(f"tokenizer {name}: {error}; go online, or put its files into {folder}") from None
+        place = cache or "a folder named by TIKTOKEN_CACHE_DIR"
+        raise InputError(f"tokenizer {name}: {error}; go online, or put its files into {place}") from None
 
 
-def tiktoken_cache() -> Path:
-    """Returns tiktoken's cache folder. Sets TIKTOKEN_CACHE_DIR to a private folder if the user has not set it:
-    otherwise tiktoken would use a folder in /tmp, where other users can write. Raises InputError if there is no home
+def tiktoken_cache() -> Path | None:
+    """Returns the folder that keeps tiktoken's files: TIKTOKEN_CACHE_DIR, else a private folder, because tiktoken would
+    use a folder in /tmp, where other users can write. Returns None if that variable is empty, or if there is no home
     folder."""
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-        cache = cache_folder()
-        if cache is None:
-            raise InputError("tokenizer files: no home folder to keep them in; set TIKTOKEN_CACHE_DIR to a folder")
-        os.environ["TIKTOKEN_CACHE_DIR"] = str(cache / "tiktoken")
-    return Path(os.environ["TIKTOKEN_CACHE_DIR"])
+    given = os.environ.get("TIKTOKEN_CACHE_DIR")
+    if given is not None:
+        return Path(given) if given else None
+    cache = cache_folder()
+    return cache / "tiktoken" if cache else None
 
 
-def ensure_cached(name: str, url: str, sha256: str, folder: Path) -> None:
-    """Downloads `url`, a file of the encoding `name`, into tiktoken's cache folder, unless a file with this `sha256` is
-    there. A damaged file stays until a good one replaces it. If the download fails, raises IntegrityError for a damaged
-    file, InputError for a missing one. Raises ResourceError if the file cannot be stored."""
-    path = folder / hashlib.sha1(url.encode()).hexdigest()  # tiktoken's name for it
-    damaged = path.exists()
-    if damaged and hashlib.sha256(read_limited(path)).hexdigest() == sha256:
-        return
+def rank_file(name: str, url: str, sha256: str, cache: Path | None) -> tuple[str, bytes]:
+    """Returns tiktoken's name for the file at `url`, and its content, from `cache` or from the network. A damaged file
+    stays in the cache until a good one replaces it. If the download fails, raises IntegrityError for a damaged file,
+    InputError for a missing one."""
+    cached_name = hashlib.sha1(url.encode()).hexdigest()
+    path = cache / cached_name if cache else None
+    cached = read_limited(path) if path else None
+    if cached is not None and hashlib.sha256(cached).hexdigest() == sha256:
+        return cached_name, cached
     from gpt.text.download import fetch
 
-    data = io.BytesIO()
+    file = io.BytesIO()
     try:
-        fetch(url, data, sha256, LIMIT_BYTES)
+        fetch(url, file, sha256, LIMIT_BYTES)
     except ResourceError as error:
-        if damaged:
+        if cached is not None:
             raise IntegrityError(
                 f"tokenizer file {path}: sha256 mismatch (expected {sha256}); restore it or go online"
             ) from None
-        raise InputError(f"tokenizer {name} needs a file: {error}, to {path}") from None
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4()}.tmp")  # several processes may download it at the same time
+        place = path or "a folder named by TIKTOKEN_CACHE_DIR"
+        raise InputError(f"tokenizer {name} needs a file: {error}, to {place}") from None
+    if path:
+        keep(path, file.getvalue())
+    return cached_name, file.getvalue()
+
+
+def keep(path: Path, data: bytes) -> None:
+    """Writes a file into the cache, for the next time. Ignores a failure."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4()}.tmp")  # several processes may be here at once
     try:
-        make_private(folder)
-        temporary.write_bytes(data.getvalue())
+        make_private(path.parent)
+        temporary.write_bytes(data)
         os.replace(temporary, path)
-    except OSError as error:
-        raise ResourceError(
-            f"keeping a tokenizer file failed: {folder}: {error.strerror}; set TIKTOKEN_CACHE_DIR to another folder"
-        ) from None
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def tiktoken_reads(cache: Path | None, files: dict[str, bytes]) -> Iterator[None]:
+    """Within this context tiktoken reads its files in `cache`, or in a temporary folder of `files` (name -> content) if
+    they could not be kept. One caller at a time has this context: the setting belongs to the process."""
+    with ENVIRONMENT_LOCK, contextlib.ExitStack() as cleanup:
+        folder = cache
+        if folder is None or not all(read_limited(folder / name) == data for name, data in files.items()):
+            folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
+            for name, data in files.items():
+                (folder / name).write_bytes(data)
+            if cache:
+                note("warning", f"{cache}: cannot be written; the tokenizer's files are downloaded again the next time")
+        given = os.environ.get("TIKTOKEN_CACHE_DIR")
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
+        try:
+            yield
+        finally:
+            del os.environ["TIKTOKEN_CACHE_DIR"]
+            if given is not None:
+                os.environ["TIKTOKEN_CACHE_DIR"] = given

@@ -47,8 +47,8 @@ class ShardWriter:
         self.file: IO[bytes] | None = None
 
     def write(self, ids: np.ndarray, documents: int = 0, source_bytes: int = 0) -> None:
-        """Appends `ids`, which begin `documents` documents and stand for `source_bytes` bytes of text. If they go into
-        several shards, these two numbers are added to the first. Raises InputError for an id that does not fit the
+        """Appends `ids`, in which `documents` documents begin and which stand for `source_bytes` bytes of text. If they
+        go into several shards, both numbers are added to the first. Raises InputError for an id that does not fit the
         dtype."""
         ids = np.asarray(ids)
         if len(ids) and int(ids.max()) > np.iinfo(self.dtype).max:

@@ -26,7 +26,7 @@ from gpt.errors import InputError, ResourceError
 from gpt.files import json_object
 
 BLOCK_BYTES = 1 << 16
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+KINDS = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl"}  # suffix -> kind of source
 MARK_BAD_BYTES = "gpt.mark_bad_bytes"  # error handler of codecs: bad bytes become a lone surrogate
 codecs.register_error(MARK_BAD_BYTES, lambda error: ("\udfff", error.end))  # type: ignore[attr-defined]
 
@@ -60,6 +60,11 @@ class Reading:
     errors: str = "strict"  # strict, replace or skip
     field: str = "text"
 
+    @property
+    def codec(self) -> tuple[str, str]:
+        """Encoding and error handler."""
+        return self.encoding, MARK_BAD_BYTES if self.errors == "replace" else "strict"
+
 
 # ---- what the user names
 
@@ -68,11 +73,13 @@ def find_sources(inputs: Iterable[str], spool_folder: Path) -> tuple[list[TextSo
     """Returns the sources that `inputs` name, in order, and the number of files and linked folders in folders that were
     passed over. Copies stdin to a temporary file in `spool_folder`.
 
-    Raises InputError for a name that no file has, a pipe, a device, a link that leads nowhere or an unreadable
-    folder."""
+    Raises InputError for a name that no file has, a pipe, a device, a link that leads nowhere, an unreadable folder or a
+    closed stdin."""
     sources, skipped = [], 0
     for name in inputs:
         if name == "-":
+            if sys.stdin is None:
+                raise InputError("stdin: closed; pipe the text into it")
             sources.append(TextSource("stdin", "text", spool=spool(sys.stdin.buffer, spool_folder)))
             continue
         for path in matches(name):
@@ -110,7 +117,7 @@ def file_source(name: str | Path) -> TextSource:
         raise InputError(f"{name}: a link that leads nowhere; correct it")
     if not stat.S_ISREG(os.stat(name).st_mode):
         raise InputError(f"{name}: not a regular file (a pipe or device?); use - for stdin")
-    return TextSource(str(name), "jsonl" if plain_suffix(name) == ".jsonl" else "text", Path(name))
+    return TextSource(str(name), KINDS.get(plain_suffix(name), "text"), Path(name))
 
 
 def plain_suffix(name: str | Path) -> str:
@@ -128,12 +135,12 @@ def folder_sources(folder: str) -> tuple[list[TextSource], int]:
         skipped += sum(os.path.islink(os.path.join(parent, name)) for name in folders)
         for name in files:
             path = Path(parent, name)
-            if name.startswith(".") or plain_suffix(name) not in SUFFIXES or not path.is_file():
+            if name.startswith(".") or plain_suffix(name) not in KINDS or not path.is_file():
                 skipped += 1
             else:
                 paths.append(path)
     if not paths:
-        raise InputError(f"{folder}: no {', '.join(SUFFIXES)} files in it; give the files themselves")
+        raise InputError(f"{folder}: no {', '.join(KINDS)} files in it; give the files themselves")
     paths.sort(key=lambda path: path.relative_to(folder).as_posix())
     return [file_source(path) for path in paths], skipped
 
@@ -172,24 +179,27 @@ def open_source(source: TextSource) -> contextlib.AbstractContextManager[Any]:
 def text_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterator[int]) -> Iterator[Piece]:
     """Yields the pieces of one document, which is the whole file. `numbers` gives the number of the next document."""
     document = next(numbers)
-    for text, replaced, readable in decode(name, file, iter(lambda: file.read(BLOCK_BYTES), b""), reading):
+    blocks = iter(lambda: file.read(BLOCK_BYTES), b"")
+    texts = itertools.chain(codecs.iterdecode(blocks, *reading.codec), [""])
+    for text, replaced, readable in check_texts(name, file, texts, reading):
         yield Piece(document, name, text, replaced, readable)
 
 
 def jsonl_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterator[int]) -> Iterator[Piece]:
     """Yields a piece for each line that is not blank: every such line is a document."""
-    if "\n".encode(reading.encoding).removeprefix(codecs.BOM_UTF8) != b"\n":
-        raise InputError(f"{name}: lines cannot be told apart in {reading.encoding}; convert it to UTF-8")
+    encoding, errors = reading.codec
+    if "\n".encode(encoding).removeprefix(codecs.BOM_UTF8) != b"\n":
+        raise InputError(f"{name}: lines cannot be told apart in {encoding}; convert it to UTF-8")
     for number, line in enumerate(file, 1):
         place = f"{name}:{number}"
-        texts, replaced, readable = zip(*decode(place, file, [line], reading, begins=number == 1), strict=True)
-        text = "".join(texts)
-        if not all(readable):
+        texts = map(codecs.decode, [line], [encoding], [errors])  # decoded within check_texts
+        [(text, replaced, readable)] = check_texts(place, file, texts, reading, begins=number == 1)
+        if not readable:
             yield Piece(next(numbers), place, "", readable=False)
         elif text.strip():
             value = json_object(text, reading.field, place, "correct the line, or give --field")[reading.field]
             text, surrogates = without_surrogates(value)
-            yield Piece(next(numbers), place, text, surrogates + sum(replaced))
+            yield Piece(next(numbers), place, text, surrogates + replaced)
 
 
 def python_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterator[int]) -> Iterator[Piece]:
@@ -205,16 +215,14 @@ def python_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterato
 # ---- bytes to text
 
 
-def decode(
-    name: str, file: IO[bytes], blocks: Iterable[bytes], reading: Reading, begins: bool = True
+def check_texts(
+    name: str, file: IO[bytes], texts: Iterable[str], reading: Reading, begins: bool = True
 ) -> Iterator[tuple[str, int, bool]]:
-    """Yields the text of `blocks`, which come from `file`, as (text, number of characters replaced, True). If the
-    blocks are the start of the file (`begins`), drops a byte order mark. Bad bytes become U+FFFD if `reading.errors` is
-    "replace"; if it is "skip", the last tuple is ("", 0, False); else they raise InputError, which begins with
-    `name`."""
-    errors = MARK_BAD_BYTES if reading.errors == "replace" else "strict"
+    """Yields each of `texts`, which are decoded from `file` meanwhile, as (text, number of characters replaced, True).
+    `begins`: the first starts the file, so a byte order mark there is dropped. If bad bytes drop the document, the last
+    tuple is ("", 0, False); else they raise InputError."""
     try:
-        for text in itertools.chain(codecs.iterdecode(blocks, reading.encoding, errors), [""]):
+        for text in texts:
             yield *without_surrogates(text.removeprefix("\ufeff") if begins else text), True
             begins = False
     except UnicodeError as error:

@@ -222,6 +222,16 @@ def test_a_malformed_manifest_is_an_integrity_error(content, run):
         verify_checkpoint(path.parents[1])
 
 
+@pytest.mark.parametrize("values", [{"format_version": "1"}, {"format_version": 0}, {"step": None}, {"files": None}])
+def test_a_manifest_with_other_values_is_not_called_a_newer_one(values, run):
+    rewrite_manifest(run / "step-000000008", **values)
+    with pytest.raises(IntegrityError, match=r"manifest\.json: not a checkpoint manifest"):
+        verify_checkpoint(run / "step-000000008")
+    (run / "step-000000008/training/manifest.json").write_text("{}")
+    with pytest.raises(IntegrityError, match=r"manifest\.json: not a checkpoint manifest"):
+        verify_checkpoint(run / "step-000000008")
+
+
 @pytest.mark.parametrize("files", [[], {"config.json": 3}, {"config.json": {}}])
 def test_a_manifest_with_entries_of_another_kind_is_an_integrity_error(files, run):
     rewrite_manifest(run / "step-000000008", files=files)
@@ -261,7 +271,7 @@ def test_a_vocabulary_padded_beyond_the_tokenizer_is_cropped(byte, tmp_path):
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(byte, tmp_path):
     theirs_of(byte, tmp_path, vocab_size=200, bos_token_id=0, eos_token_id=0)
-    with pytest.raises(IntegrityError, match="the tokenizer has 257 ids, the model 200"):
+    with pytest.raises(IntegrityError, match="the tokenizer has 257 ids, the model 200; they do not belong together"):
         load_pretrained(tmp_path)
 
 

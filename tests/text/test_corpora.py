@@ -74,3 +74,10 @@ def test_a_download_that_is_not_shakespeare_is_refused(tmp_path, server):
     with pytest.raises(InputError, match="not an https address"):
         shakespeare("http://example.com/input.txt", tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_fault_012_a_full_disk_under_the_download_is_exit_5(tmp_path, server, full_disk):
+    url, files = server
+    files["/input.txt"] = b"text"
+    with pytest.raises(ResourceError, match=r"storing the download failed: .*: No space left on device; free some"):
+        shakespeare(f"{url}/input.txt", tmp_path)

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import threading
 
 import pytest
 import tiktoken
@@ -138,6 +139,35 @@ def test_fault_013_a_worker_that_fails_ends_the_job(error):
     assert len(list(itertools.islice(results, 20))) == 20
     with pytest.raises(type(error)):
         next(results)
+
+
+@pytest.mark.parametrize("ending", ["failure", "close"])
+def test_after_a_failure_queued_batches_are_not_encoded(ending):
+    byte, encoded, released = load_tokenizer("byte"), [], threading.Event()
+
+    class Slow:
+        eot = byte.eot
+
+        def encode_to_numpy(self, text):
+            encoded.append(text)
+            if text == "1" and ending == "failure":
+                raise InputError("x")
+            if text == "2":
+                released.wait(60)
+            return byte.encode_to_numpy(text)
+
+    batches = ([Unit("train", "x", str(number), False)] for number in range(100))
+    results = encode_batches(batches, Slow(), workers=1)
+    next(results)
+    timer = threading.Timer(0.2, released.set)  # batch 2 is under way when the end comes, 3 and 4 wait
+    timer.start()
+    if ending == "failure":
+        with pytest.raises(InputError):
+            list(results)
+    else:
+        results.close()
+    timer.join()
+    assert encoded in (["0", "1"], ["0", "1", "2"])
 
 
 def test_fault_014_the_same_bytes_with_any_number_of_workers(tmp_path):

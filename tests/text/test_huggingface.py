@@ -33,7 +33,7 @@ def small():
 
 
 def test_identity_is_the_same_by_name_and_from_every_kind_of_folder(gpt2, tmp_path, bpe_cache):
-    from transformers import GPT2Tokenizer
+    from transformers import GPT2TokenizerFast
 
     merges = (bpe_cache / GPT2_FILES[0]).read_text(encoding="utf-8")
     vocab = (bpe_cache / GPT2_FILES[1]).read_text(encoding="utf-8")
@@ -42,7 +42,7 @@ def test_identity_is_the_same_by_name_and_from_every_kind_of_folder(gpt2, tmp_pa
         folder.mkdir()
     (old / "vocab.json").write_text(vocab, encoding="utf-8")
     (old / "merges.txt").write_text(merges, encoding="utf-8")
-    GPT2Tokenizer.from_pretrained(old).save_pretrained(new)
+    GPT2TokenizerFast.from_pretrained(old).save_pretrained(new)
     assert (new / "tokenizer.json").exists()
     save_tokenizer(gpt2, ours)
     assert {load_tokenizer(folder).identity for folder in (old, new, ours)} == {gpt2.identity}
@@ -55,6 +55,13 @@ def test_transformers_reads_what_we_store_for_gpt2(gpt2, tmp_path):
     theirs = same_as_transformers(tmp_path, gpt2, random_texts(100))
     assert theirs.eos_token_id == theirs.unk_token_id == theirs.pad_token_id == 50256
     assert theirs.model_max_length == 1024
+
+
+def test_transformers_gives_a_model_ids_and_mask_alone_and_reads_its_own_end_of_text(small, tmp_path):
+    save_tokenizer(small, tmp_path)
+    theirs = same_as_transformers(tmp_path, small, [])
+    assert theirs("a" + theirs.eos_token).input_ids == [ord("a") - 33, small.eot]
+    assert theirs.model_input_names == list(theirs("a")) == ["input_ids", "attention_mask"]
 
 
 @pytest.mark.parametrize("pattern", [GPT2_PATTERNS[0], CL100K_PATTERNS[0], O200K_PATTERNS[0], r"\p{L}+|\s+|[^\p{L}\s]"])

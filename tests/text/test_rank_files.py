@@ -99,7 +99,7 @@ def test_a_downloaded_file_is_kept_for_the_next_time(downloads, tmp_path, monkey
 
 
 def test_downloads_are_kept_in_the_programs_cache_folder_which_stays_private(downloads, tmp_path, monkeypatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     mask = os.umask(0o002)  # the default of many systems: others of the same group may write
     try:
@@ -108,6 +108,7 @@ def test_downloads_are_kept_in_the_programs_cache_folder_which_stays_private(dow
         os.umask(mask)
     folder = tmp_path / "gpt-text-generator"
     assert {path.name: path.read_bytes() for path in (folder / "tiktoken").iterdir()} == downloads
+    assert "TIKTOKEN_CACHE_DIR" not in os.environ
     assert os.name == "nt" or stat.S_IMODE(folder.stat().st_mode) == 0o700  # else no C++ would be built there
 
 
@@ -118,18 +119,45 @@ def test_a_cached_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, no_ne
         load_tokenizer("gpt2")
 
 
-def test_a_cache_that_cannot_be_written_is_named(downloads, tmp_path, monkeypatch):
+def test_fault_008_a_damaged_file_in_a_cache_that_cannot_be_written_is_not_used(downloads, tmp_path, monkeypatch):
+    for name in GPT2_FILES:
+        (tmp_path / name).write_bytes(b"damaged")
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("os.replace", refuse)
+    assert load_tokenizer("gpt2").encode("hello world") == [31373, 995]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(GPT2_FILES)
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(downloads, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    with pytest.raises(ResourceError, match=r"file/cache: .*; set TIKTOKEN_CACHE_DIR to another folder"):
-        load_tokenizer("gpt2")
+    cache = str(tmp_path / "file" / "cache")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", cache)
+    assert load_tokenizer("gpt2").encode("hello world") == [31373, 995]
+    assert capsys.readouterr().err.startswith(f"warning: {cache}: cannot be written; ")
+    assert os.environ["TIKTOKEN_CACHE_DIR"] == cache
 
 
-def test_without_a_home_folder_a_cache_must_be_named(monkeypatch, no_network):
+@pytest.mark.parametrize("home", [True, False])
+def test_without_a_cache_folder_nothing_is_kept(downloads, tmp_path, monkeypatch, capsys, home):
+    """Either the variable is empty, which is tiktoken's way to say so, or the user has no home folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    monkeypatch.setattr("gpt.text.rank_files.cache_folder", lambda: None)
-    with pytest.raises(InputError, match="set TIKTOKEN_CACHE_DIR"):
+    if not home:
+        monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+        monkeypatch.setattr("gpt.text.rank_files.cache_folder", lambda: None)
+    assert load_tokenizer("gpt2").encode("hello world") == [31373, 995]
+    assert (list(tmp_path.iterdir()), capsys.readouterr().err) == ([], "")
+    monkeypatch.setattr("gpt.text.download.fetch", unreachable)
+    with pytest.raises(InputError, match="to a folder named by TIKTOKEN_CACHE_DIR"):
         load_tokenizer("gpt2")
+
+
+def unreachable(*_):
+    raise ResourceError("download failed")
 
 
 def test_what_only_a_newer_tiktoken_knows_is_left_to_it(monkeypatch, no_network, tmp_path):
@@ -168,6 +196,6 @@ def test_a_rank_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("gpt.text.huggingface.open", refuse, raising=False)
+    monkeypatch.setattr("gpt.files.open", refuse, raising=False)
     with pytest.raises(ResourceError, match=r"x\.tiktoken: Permission denied; make it readable"):
         load_tokenizer(path)

@@ -346,6 +346,11 @@ def test_a_folder_without_shards_is_refused_saying_why(tmp_path):
         open_dataset(tmp_path / "absent")
     with pytest.raises(InputError, match=r"needs dataset.json"):
         open_dataset(tmp_path)
-    (tmp_path / "train_000000.bin.tmp").write_bytes(b"")
+
+
+def test_fault_011_what_is_left_where_publishing_was_killed_is_no_foreign_folder(tmp_path):
+    folder = dataset(tmp_path / "d", train=ids_of(900))
+    (folder / "prepare.tmp").mkdir()
+    (folder / "dataset.json").rename(folder / "prepare.tmp" / "dataset.json")
     with pytest.raises(InputError, match="unfinished data preparation"):
-        open_dataset(tmp_path)
+        open_dataset(folder, "gpt2")

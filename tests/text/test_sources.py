@@ -7,7 +7,8 @@ import os
 import pytest
 from prepare_helpers import EOT, documents_of, ids_of, prepare_here, rows, write
 
-from gpt.errors import InputError
+from gpt.errors import InputError, ResourceError
+from gpt.text import sources
 
 # ---- files, folders, globs, stdin
 
@@ -84,6 +85,45 @@ def test_a_glob_of_bytes_from_stdin_is_spooled_beside_the_result(tmp_path, monke
     manifest = prepare_here(tmp_path / "deep" / "out", "-", val_split="tail", val_fraction=0.5)
     assert manifest["source"]["bytes"] == 300_000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep"]
+
+
+def test_a_closed_stdin_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)  # as Python has it then
+    with pytest.raises(InputError, match="stdin: closed; pipe the text into it"):
+        prepare_here(tmp_path / "out", "-")
+
+
+def test_a_suffix_that_is_added_to_the_table_is_read_as_its_kind(tmp_path, monkeypatch):
+    monkeypatch.setitem(sources.KINDS, ".rows", "jsonl")
+    (tmp_path / "in").mkdir()
+    file = write(tmp_path / "in" / "a.rows", rows("a", "b"))
+    for name in (file, tmp_path / "in"):
+        prepare_here(tmp_path / "out", name, val_fraction=0)
+        assert documents_of(tmp_path / "out") == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("error", "failure", "message"),
+    [
+        (PermissionError(13, "Permission denied"), InputError, r"x\.txt: permission denied; make it readable"),
+        (OSError(5, "Input/output error"), ResourceError, r"reading failed: .*x\.txt: Input/output error; try again"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, error, failure, message):
+    source = write(tmp_path / "x.txt", "text")
+
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(sources, "open", refuse, raising=False)
+    with pytest.raises(failure, match=message):
+        prepare_here(tmp_path / "out", source)
+
+
+def test_fault_012_a_full_disk_under_the_copy_of_stdin_is_exit_5(tmp_path, monkeypatch, full_disk):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"text")))
+    with pytest.raises(ResourceError, match=r"copying the input failed: .*: No space left on device; free some space"):
+        prepare_here(tmp_path / "out", "-")
 
 
 # ---- bytes to documents

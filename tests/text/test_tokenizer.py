@@ -6,7 +6,7 @@ import pytest
 import tiktoken
 from tokenizer_helpers import byte_ranks, random_texts, same_as_transformers, small_tokenizer, write_rank_file
 
-from gpt.errors import InputError
+from gpt.errors import InputError, IntegrityError
 from gpt.text.huggingface import CL100K_PATTERNS, GPT2_PATTERNS, O200K_PATTERNS
 from gpt.text.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 
@@ -170,3 +170,9 @@ def test_a_run_folder_stands_for_its_best_else_its_newest_checkpoint(small, tmp_
         assert load_tokenizer(tmp_path).name == "byte"
     (tmp_path / "best.txt").unlink()
     assert load_tokenizer(tmp_path).name == "byte"
+
+
+def test_a_tokenizer_that_does_not_read_back_is_no_success(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("gpt.text.tokenizer.load_tokenizer", lambda _: load_tokenizer("byte"))
+    with pytest.raises(IntegrityError, match="tokenizer bpe:400 does not read back as it was written"):
+        save_tokenizer(small, tmp_path)
