@@ -73,8 +73,8 @@ def find_sources(inputs: Iterable[str], spool_folder: Path) -> tuple[list[TextSo
     """Returns the sources that `inputs` name, in order, and the number of files and linked folders in folders that were
     passed over. Copies stdin to a temporary file in `spool_folder`.
 
-    Raises InputError for a name that no file has, a pipe, a device, a link that leads nowhere, an unreadable folder or a
-    closed stdin."""
+    Raises InputError for a name that no file has, a pipe, a device, a link that leads nowhere, an unreadable folder or
+    a closed stdin."""
     sources, skipped = [], 0
     for name in inputs:
         if name == "-":
