@@ -16,7 +16,7 @@ UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\
 
 
 class Error(Exception):
-    """A foreseen error. Its text reads `<what>: <where>; <what to do>`."""
+    """A foreseen error. Its text reads `<where or what>: <details>; <what to do>`."""
 
     code = 1
 

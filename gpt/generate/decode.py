@@ -152,9 +152,10 @@ class Decoder:
 
     @torch.inference_mode()
     def repeat(self, slot: int, sequence: Sequence, launch: Launch, number: int) -> None:
-        """Takes a row back to its state before step `number` of `launch`, in which the few candidates did not decide
-        the choice; from now on steps look at all tokens. Discards the results of the row's later steps. The cache needs
-        no repair: positions past the new length are overwritten, and make_room never runs while steps are in flight."""
+        """Takes a row back to its state before step `number` of `launch`, which left the row UNDECIDED: the CANDIDATES
+        likeliest tokens were too few to choose from. Steps launched from now on look at all tokens. Discards the
+        results of the row's later steps. The cache needs no repair: positions past the new length are overwritten, and
+        make_room never runs while steps are in flight."""
         self.step.narrow = False
         for later in (launch, *self.in_flight):
             later.slots[slot] = None

@@ -183,7 +183,7 @@ def start_builder(purpose: str, *arguments: str, wait_seconds: float = 0) -> sub
 
 def lock_and_sweep(lock: BinaryIO, folder: Path, purpose: str, wait_seconds: float) -> bool:
     """Locks the file `lock` and removes what killed builds for `purpose` left in `folder`. Returns False if another
-    process still holds the lock after `wait_seconds`."""
+    process still holds the lock after `wait_seconds`. On a file system without locks does neither and returns True."""
     try:
         if not lock_file(lock, wait_seconds):
             return False

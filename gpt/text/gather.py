@@ -49,8 +49,9 @@ def gather_input(
     val_fraction: float,
     spool_folder: Path,
 ) -> GatheredInput:
-    """Reads all of the input once and returns its GatheredInput. The arguments are the settings of these names in
-    PrepareConfig. Raises InputError if the input cannot be read, or if there is nothing to train or validate on."""
+    """Reads all of the input once and returns its GatheredInput. `spool_folder` is for temporary copies of stdin and
+    downloads; the other arguments are the values of these names in PrepareConfig. Raises InputError if the input cannot
+    be read, or if there is nothing to train or validate on."""
     sources, skipped = find_sources(inputs, spool_folder)
     val_sources, val_skipped = find_sources(val, spool_folder)
     origin: dict[str, Any] = {"files_passed_over": skipped + val_skipped}

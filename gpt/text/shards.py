@@ -133,7 +133,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of ids, its size checked against its header."""
+    """One file of token ids. Its size fits its number of tokens: that in its header, if it has one."""
 
     path: Path
     offset: int  # bytes before the first id
@@ -265,7 +265,8 @@ def npy_shard(path: Path) -> Shard:
 
 
 def check_header(path: Path) -> Shard:
-    """Returns the Shard of a file with llm.c's header. Raises IntegrityError unless header and size agree."""
+    """Returns the Shard of a file with llm.c's header. Raises IntegrityError unless the header is valid and the file
+    has the size that it gives."""
     start = read_start(path, HEADER_BYTES)
     if len(start) < HEADER_BYTES:
         raise IntegrityError(f"{path}: {len(start)} bytes, a header has {HEADER_BYTES} (truncated?); restore it")

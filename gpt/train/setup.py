@@ -167,8 +167,8 @@ def tell_sizes(config: Any, state: State, machine: Runtime, record: dict[str, An
 
 
 def warm_up(state: State, block_size: int, machine: Runtime, accumulate: Accumulate) -> None:
-    """Runs a forward and a backward pass over zeros, so that the model is compiled and DDP is settled before the first
-    step. Changes no weights."""
+    """Runs a forward and a backward pass over ids that are all 0, before the first step: it compiles the model, and DDP
+    learns the order in which gradients arrive, by which it then orders its buckets. Changes no weights."""
     batch = torch.zeros(state.progress.micro_batch_size, block_size + 1, dtype=torch.int64, device=machine.device)
     accumulate(state, batch, machine)
     state.optimizer.zero_grad()

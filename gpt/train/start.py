@@ -206,8 +206,8 @@ def run_folder(path: str | Path) -> Path:
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
-    """Returns the checkpoint at a path that the user gave. Raises InputError if there is none, IntegrityError if it
-    cannot be resumed."""
+    """Returns the checkpoint at a path that the user gave; of a run folder, the newest valid one. Raises InputError if
+    there is none, IntegrityError if it cannot be resumed."""
     path = Path(source)
     missing = InputError(f"{path}: no valid checkpoint; give a run folder or a step folder")
     if not STEP_FOLDER.match(path.resolve().name):
