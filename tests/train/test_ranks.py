@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from paths import ROOT
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.run import get_args_parser
 from training_helpers import (
     QUICK,
     Outcome,
@@ -159,7 +160,9 @@ def torchrun(*args, size=2, signal_at=None):
     """Runs `torchrun --nproc_per_node SIZE train.py ARGS` and returns its Outcome. Sends SIGTERM to torchrun after the
     line `signal_at` of stderr."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", size]
-    command += ["--shutdown-timeout", "600", ROOT / "train.py", *args, *QUICK]
+    if "--shutdown-timeout" in get_args_parser()._option_string_actions:  # older versions lack it
+        command += ["--shutdown-timeout", "600"]
+    command += [ROOT / "train.py", *args, *QUICK]
     process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True, cwd=ROOT)
     lines = []
     for line in process.stderr:
@@ -328,7 +331,8 @@ def test_only_the_first_rank_writes_and_speaks(train_ranks, tmp_path, one):
     out = tmp_path / "out"
     runs = train_ranks(out, "--sample_every", 25, disturbance="tell_writes")
     assert codes(runs) == [0, 0]
-    assert runs[1].stdout == runs[1].stderr == ""
+    said = (runs[1].stdout + runs[1].stderr).splitlines()
+    assert [line for line in said if not line.startswith("[Gloo] Rank")] == []  # torch 2.10's C++ prints that
     assert "--- sample at step 25" in runs[0].stderr
     writes = [line for line in runs[0].stderr.splitlines() if line.startswith("wrote ")]
     assert any(line.endswith("metrics.jsonl") for line in writes)
