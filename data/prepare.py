@@ -1,6 +1,7 @@
 """Text to token shards:  python data/prepare.py INPUT… --out data/mine
 
-INPUT is files, folders (their .txt .md .py .jsonl, .gz too), globs, or - for stdin; --corpus adds a built-in text.
+INPUT is files (text, CSV, JSON, JSONL, Parquet, HTML, Word, compressed or in zip and tar archives), folders of them,
+globs, or - for stdin; --corpus adds a built-in text.
 The result is a folder of shards with its tokenizer and a manifest, which `train.py --data` reads. The same input and
 options give the same bytes, whatever the number of workers."""
 
@@ -33,6 +34,8 @@ from gpt.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 STAGING = "prepare.tmp"  # folder inside the output folder; holds the new files until all are complete
 OURS = re.compile(r"prepare\.tmp|dataset\.json|tokenizer(_config)?\.json|(train|val)_\d{6}\.bin")
+SHOWN = 5  # files that a note names
+MANY_ENDS = 10  # from so many typed <|endoftext|> on, a note says that they are ordinary text
 SMALL_MEGABYTES = 5  # with less text, a vocabulary of 50,000 is too large
 
 
@@ -41,7 +44,8 @@ class PrepareConfig:
     out: str
     """folder for the shards; an earlier dataset in it is replaced"""
     inputs: tuple[str, ...] = positional("INPUT…", default=())
-    """files, folders, globs, or - for stdin; a document is a file, a line of JSONL, or stdin as a whole"""
+    """files, folders, globs, or - for stdin; a document is a file, a record (of CSV, JSON, JSONL, Parquet), or stdin as
+    a whole"""
     corpus: Literal["", "stdlib", "shakespeare"] = ""
     """built-in text: stdlib (this Python's own sources), shakespeare (1.1 MB, downloaded)"""
     url: str = ""
@@ -55,12 +59,18 @@ class PrepareConfig:
     """share of the input to validate on; 0 = no validation split"""
     val_split: Literal["auto", "hash", "tail"] = "auto"
     """hash: documents by their hash; tail: the end of the text; auto: hash for 100 documents or more of similar size"""
-    field: str = "text"
-    """the string of each JSONL object that is its text"""
-    encoding: str = "utf-8"
-    """encoding of the input"""
+    field: str = ""
+    """the field of each record that is its text, also as a path a.b (default: text, content, body, …, else the only
+    field of text)"""
+    split_on: str = ""
+    """what ends a document in a text file: lines, or a string such as "<|endoftext|>" (\\n is a line break)"""
+    encoding: str = "auto"
+    """encoding of the input; auto decides for each file: UTF-8 if it is valid, else UTF-16 or a guess, which is told"""
     errors: Literal["strict", "replace", "skip"] = "strict"
-    """text that is not in that encoding: stop, replace it by U+FFFD, or skip the document"""
+    """text that is not in that encoding: stop, replace it by U+FFFD, or skip the document; skip also skips records
+    that cannot be read"""
+    keep_crlf: bool = False
+    """keep CRLF and CR; otherwise they become line breaks (LF)"""
     workers: int = 0
     """threads; 0 = one per core"""
     shard_tokens: int = 100_000_000
@@ -78,15 +88,25 @@ class PrepareConfig:
             (0 <= self.workers <= 1024, f"--workers {self.workers} must be from 0 (all cores) to 1024"),
             (1 <= self.shard_tokens < 1 << 31, f"--shard_tokens {self.shard_tokens} must be from 1 to 2147483647"),
             (is_encoding(self.encoding), f"--encoding {self.encoding} is not known to Python; try utf-8 or latin-1"),
+            (self.split_on != "lines" or not self.keep_crlf, "--keep_crlf has no effect with --split_on lines"),
         ]
         refuse([problem for fine, problem in checks if not fine])
 
     @property
     def reading(self) -> Reading:
-        return Reading(self.encoding, self.errors, self.field)
+        separator = "\n" if self.split_on == "lines" else unescaped(self.split_on)
+        return Reading(self.encoding, self.errors, self.field, self.keep_crlf, separator)
+
+
+def unescaped(text: str) -> str:
+    """Returns `text` with the escapes that no shell reads: unescaped(r"a\\n") == "a\\n"."""
+    characters = {"n": "\n", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nt\\])", lambda match: characters[match[1]], text)
 
 
 def is_encoding(name: str) -> bool:
+    if name == "auto":
+        return True
     try:
         " ".encode(name)
         codecs.getincrementaldecoder(name)
@@ -121,6 +141,7 @@ def prepare(config: PrepareConfig) -> None:
     tokenizer = tokenizer or load_tokenizer(config.tokenizer, training_sample(data))
     dtype = choose_dtype(config.dtype, tokenizer)
     with contextlib.suppress(BrokenPipeError):  # the dataset is made whoever reads
+        tell_encodings(data)
         say(f"validation: {data.split.reason}")
     with staging(out) as folder:
         splits = write_shards(config, data, tokenizer, dtype, folder)
@@ -243,8 +264,18 @@ def source_of(config: PrepareConfig, data: GatheredInput) -> dict[str, Any]:
         **{name: data.count(name) for name in counts},
         "split": {"rule": data.split.rule, "fraction": data.split.fraction, "cut": data.split.cut},
         "overlap": {"files": data.survey.repeated, "hash": 0}.get(data.split.rule),  # documents in both splits, or None
-        "options": {"field": config.field, "encoding": config.encoding, "errors": config.errors},
+        "options": {name: getattr(config, name) for name in ("field", "split_on", "encoding", "errors", "keep_crlf")},
+        "encodings": {printable(name): encoding for name, encoding in data.encodings().items()},  # where not UTF-8
+        "lost": {printable(name): lost.counts for name, lost in data.lost().items()},
     }
+
+
+def tell_encodings(data: GatheredInput) -> None:
+    """Prints the encodings that --encoding auto found where they are not UTF-8; the manifest has all of them."""
+    found = [f"note: {printable(name)}: not UTF-8, read as {code}" for name, code in data.encodings().items()]
+    if found:
+        more = f" (and {len(found) - SHOWN:,} more files)" if len(found) > SHOWN else ""
+        say("\n".join(found[:SHOWN]) + f"{more}; --encoding names another one")
 
 
 def summarise(
@@ -253,11 +284,13 @@ def summarise(
     out, megabytes = printable(config.out), data.count("bytes") / 1e6
     say(
         f"documents: {data.count('documents'):,} ({data.count('empty_docs'):,} empty and {data.count('undecodable'):,} "
-        f"undecodable ones skipped, {data.count('replaced'):,} characters replaced)"
+        f"unreadable ones skipped, {data.count('replaced'):,} characters replaced)"
     )
     for split, entries in splits.items():
         tokens = total(entries, "tokens")
         say(f"{split}: {tokens:,} tokens, {total(entries, 'source_bytes') / tokens:.3f} bytes per token")
+    for text in notes(data):
+        say(f"note: {text}")
     if data.survey.repeated:
         say(f"note: {data.survey.repeated:,} training documents are also validation documents")
     if megabytes < SMALL_MEGABYTES and tokenizer.vocab_size > 50_000:
@@ -267,6 +300,22 @@ def summarise(
         )
     say(f"{out}: {megabytes:,.1f} MB of text in {seconds:.1f} s")
     say(f"next: python train.py PRESET --data {out}   (without PRESET it lists them)")
+
+
+def notes(data: GatheredInput) -> Iterator[str]:
+    """Yields what a user should know of the text: what it lost, and documents that may be many texts."""
+    lost = [f"{printable(name)} ({lost})" for name, lost in data.lost().items()]
+    if lost and data.reading.errors != "strict":
+        more = f" and {len(lost) - SHOWN:,} more files" if len(lost) > SHOWN else ""
+        yield f"text was lost in {', '.join(lost[:SHOWN])}{more}"
+    if (ends := data.count("typed_ends")) >= MANY_ENDS:
+        yield (
+            f'the text spells <|endoftext|> {ends:,} times, which is ordinary text; --split_on "<|endoftext|>" makes '
+            "documents of what stands between"
+        )
+    for name, lines in (data.survey.list_like, data.val_survey.list_like):
+        if lines and ends < MANY_ENDS:
+            yield f"{printable(name)}: {lines:,} short lines in one document; if each is a text, use --split_on lines"
 
 
 if __name__ == "__main__":

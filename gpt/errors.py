@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 READER_GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF)
-# Control characters, bidirectional marks and overrides, separators of lines and paragraphs, lone surrogates.
-UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters, bidirectional embeddings, overrides and isolates, separators of lines and paragraphs, lone
+# surrogates. Left-to-right and right-to-left marks and joiners are safe: Arabic, Persian and emoji need them.
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Error(Exception):

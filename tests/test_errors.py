@@ -9,7 +9,7 @@ import pytest
 from paths import ROOT
 from tqdm import tqdm
 
-from gpt.errors import ignore_write_errors, note, tell
+from gpt.errors import ignore_write_errors, note, printable, tell
 
 START = "import sys; from gpt.errors import *\n"
 BUFFERED = pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])  # PYTHONUNBUFFERED
@@ -180,6 +180,16 @@ def test_errors_that_do_not_concern_the_stream_are_raised():
 def test_fault_110_a_note_cannot_drive_the_terminal(capsys):
     note("warning", "a\x1b[2J\u202eb\rc")
     assert capsys.readouterr().err == "warning: a\\x1b[2J\\u202eb\\x0dc\n"
+
+
+@pytest.mark.parametrize("character", "\u200e\u200f\u061c\u200c\u200d\ufe0f")
+def test_fault_110_marks_of_the_direction_and_joiners_are_no_danger(character):
+    assert printable(f"a{character}b") == f"a{character}b"
+
+
+@pytest.mark.parametrize("character", "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029\x9b")
+def test_fault_110_overrides_embeddings_and_isolates_are_escaped(character):
+    assert printable(f"a{character}b") == f"a{ascii(character)[1:-1]}b"
 
 
 @pytest.mark.parametrize("kind, error", [("error", "InputError"), ("error", "ResourceError"), ("stopped", "Stopped")])

@@ -28,14 +28,14 @@ from gpt.text.tokenizer import Tokenizer, load_tokenizer
 def test_every_document_comes_back_after_exactly_one_end_of_text(tmp_path):
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
-    write(folder / "b.txt", "second\r\n\x00 é")
+    write(folder / "b.txt", "second\n\x00 é")
     write(folder / "a.md", "first")
     write(folder / "sub" / "c.jsonl.gz", gzip.compress(rows("third", "fourth\n<|endoftext|>").encode()))
     write(folder / "z.py.gz", gzip.compress(b"fifth"))
     write(folder / "image.png", b"\xff\xd8")
     write(folder / ".hidden.txt", "hidden")
     manifest = prepare_here(tmp_path / "out", folder, val_fraction=0)
-    assert documents_of(tmp_path / "out") == ["first", "second\r\n\x00 é", "third", "fourth\n<|endoftext|>", "fifth"]
+    assert documents_of(tmp_path / "out") == ["first", "second\n\x00 é", "third", "fourth\n<|endoftext|>", "fifth"]
     assert manifest["source"]["files_passed_over"] == 2
     assert manifest["source"]["documents"] == manifest["splits"]["train"][0]["documents"] == 5
     assert "val" not in manifest["splits"]

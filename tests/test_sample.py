@@ -104,6 +104,14 @@ def test_fault_110_control_characters_are_escaped_on_a_terminal(cli, generator, 
     assert out == "\\x1b]52ok\\x1b[2J\\x07\\x0d\\u202e\\x9b1mé\n\tend\n"
 
 
+@pytest.mark.parametrize("stream", ["on", "off"])
+def test_fault_110_arabic_persian_and_emoji_reach_a_terminal_as_they_are(cli, generator, monkeypatch, stream):
+    text = "\u200fنمی\u200cخواهم\u200e (1) 👩\u200d👧"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    says(monkeypatch, text)
+    assert cli("--prompt", "", "--seed", "1", "--stream", stream)[1] == text + "\n"
+
+
 @pytest.mark.parametrize("flags", [[], ["--raw"]])
 def test_fault_110_the_interactive_mode_escapes_control_characters_too(cli, generator, monkeypatch, flags):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)

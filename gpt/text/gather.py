@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt.errors import InputError
+from gpt.errors import InputError, note
 from gpt.text.corpora import SHAKESPEARE, shakespeare, standard_library
-from gpt.text.sources import Reading, TextSource, find_sources, read_pieces
-from gpt.text.split import Part, Split, Survey, choose_split, chosen_by_hash, divide, survey_documents
+from gpt.text.kinds import RECORDS
+from gpt.text.sources import LeftOut, Reading, TextSource, find_sources, read_pieces
+from gpt.text.split import Lost, Part, Split, Survey, choose_split, chosen_by_hash, divide, survey_documents
 
 TRAINING_BYTES = 1 << 26  # bytes of text that a bpe:N tokenizer is trained on
 
@@ -38,6 +39,14 @@ class GatheredInput:
         """Returns a count, such as count("documents"), summed over both surveys."""
         return getattr(self.survey, name) + getattr(self.val_survey, name)
 
+    def lost(self) -> dict[str, Lost]:
+        """Returns what --errors replace or skip took from each file, by its name."""
+        return self.val_survey.lost | self.survey.lost
+
+    def encodings(self) -> dict[str, str]:
+        """Returns the encodings that --encoding auto found, by name of the file; UTF-8 is left out."""
+        return {name: encoding for name, encoding in self.reading.decided.items() if encoding != "utf-8"}
+
 
 def gather_input(
     inputs: Iterable[str],
@@ -52,14 +61,18 @@ def gather_input(
     """Reads all of the input once and returns its GatheredInput. `spool_folder` is for temporary copies of stdin and
     downloads; the other arguments are the values of these names in PrepareConfig. Raises InputError if the input cannot
     be read, or if there is nothing to train or validate on."""
-    sources, skipped = find_sources(inputs, spool_folder)
-    val_sources, val_skipped = find_sources(val, spool_folder)
-    origin: dict[str, Any] = {"files_passed_over": skipped + val_skipped}
+    sources, left_out = find_sources(inputs, spool_folder, reading)
+    val_sources, val_left_out = find_sources(val, spool_folder, reading)
+    tell_findings(sources + val_sources, left_out + val_left_out, reading)
+    origin: dict[str, Any] = {"files_passed_over": sum(entry.count for entry in left_out + val_left_out)}
     if corpus:
         more, about = standard_library() if corpus == "stdlib" else shakespeare(url or SHAKESPEARE, spool_folder)
         sources, origin = sources + more, origin | about
-    val_survey = survey_documents(read_pieces(val_sources, reading), fraction=0, keep_digests=True)
-    survey = survey_documents(read_pieces(sources, reading), val_fraction, others=val_survey.digests)
+    if reading.split_on and not any(source.kind == "text" for source in sources + val_sources):
+        raise InputError("--split_on: there is no text file in the input to split; leave it out")
+    skip = reading.errors == "skip"
+    val_survey = survey_documents(read_pieces(val_sources, reading), 0, keep_digests=True, skip_nuls=skip)
+    survey = survey_documents(read_pieces(sources, reading), val_fraction, val_survey.digests, skip_nuls=skip)
     require_documents(named(sources) or f"--corpus {corpus}", survey)
     if val_sources:
         require_documents(named(val_sources), val_survey)
@@ -67,10 +80,27 @@ def gather_input(
     return GatheredInput(reading, sources, val_sources, survey, val_survey, split, origin)
 
 
+def tell_findings(sources: list[TextSource], left_out: list[LeftOut], reading: Reading) -> None:
+    """Prints what was left out of folders and archives, and which fields were taken for the text. Raises InputError if
+    `--field` has no meaning for any source."""
+    for entry in left_out:
+        note("info", f"{entry.name}: left out {entry}; to read such files, name them or a glob")
+    records = [source for source in sources if source.kind in RECORDS]
+    if reading.field and not records:
+        raise InputError(
+            f"--field {reading.field}: {named(sources) or 'the corpus'} has no fields, a document there is a file; "
+            "leave --field out"
+        )
+    for field in dict.fromkeys(source.field for source in records):
+        if field != "text" and not reading.field:
+            files = [source for source in records if source.field == field]
+            note("info", f"{named(files)}: the text is the field {field!r}; choose another one with --field")
+
+
 def require_documents(names: str, survey: Survey) -> None:
     if not survey.documents:
         raise InputError(
-            f"{names}: no documents; {survey.empty_docs} were empty or white space, {survey.undecodable} not decodable"
+            f"{names}: no documents; {survey.empty_docs} were empty or white space, {survey.undecodable} unreadable"
         )
 
 

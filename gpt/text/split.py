@@ -7,53 +7,102 @@ from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from gpt.errors import InputError
+from gpt.errors import InputError, printable
 from gpt.text.sources import Piece
 
 HASH_DOCUMENTS = 100  # with fewer, or one larger than HASH_SHARE of the text, the tail is the fairer validation set
 HASH_SHARE = 0.1
+MOST_NULS = 10  # a longer document with a share of NULs above NUL_SHARE is no text, or in another encoding
+NUL_SHARE = 0.05
+END_OF_TEXT = "<|endoftext|>"
+SHORT_LINES, SHORT_LINE = 1000, 300  # lines of a document, and their mean length, from which it may be a list of texts
 DROPPED, HASHED_TO_TRAIN, HASHED_TO_VAL = range(3)  # the fate of a document after the first pass
 
 
 @dataclass
+class Lost:
+    """What --errors replace or skip took from a file."""
+
+    documents: int = 0
+    characters: int = 0
+    first: str = ""  # name of the first document that was skipped, where the file has several
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"documents": self.documents, "characters": self.characters}
+
+    def __str__(self) -> str:
+        skipped = f"{self.documents:,} skipped" if self.documents else ""
+        skipped += f", the first {printable(self.first)}" if self.first else ""
+        replaced = f"{self.characters:,} characters replaced" if self.characters else ""
+        return ", ".join(filter(None, [skipped, replaced]))
+
+
+@dataclass
 class Survey:
-    """The result of the first pass. Counts are of kept documents; blank and undecodable documents are dropped."""
+    """The result of the first pass. Counts are of kept documents; blank and unreadable documents are dropped."""
 
     documents: int = 0
     characters: int = 0
     bytes: int = 0
     largest: int = 0  # bytes of the longest document
     empty_docs: int = 0
-    undecodable: int = 0
+    undecodable: int = 0  # bytes that cannot be decoded, or a record that cannot be read
     replaced: int = 0
     hashed_to_val: int = 0  # number of documents
     repeated: int = 0  # number of documents whose digest is in `others`
+    typed_ends: int = 0  # how often the text spells END_OF_TEXT
+    list_like: tuple[str, int] = ("", 0)  # the first document that may be a list of short texts, and its lines
     fates: bytearray = field(default_factory=bytearray)  # DROPPED, HASHED_TO_TRAIN or HASHED_TO_VAL of each document
     digests: set[Any] = field(default_factory=set)  # of kept documents, with `keep_digests`
+    lost: dict[str, Lost] = field(default_factory=dict)  # by name of the file
+
+    def drop(self, document: "Document") -> None:
+        self.fates.append(DROPPED)
+        self.undecodable += not document.readable
+        self.empty_docs += document.readable
+
+    def keep(self, document: "Document", to_val: bool) -> None:
+        self.fates.append(HASHED_TO_VAL if to_val else HASHED_TO_TRAIN)
+        self.documents += 1
+        self.characters += document.characters
+        self.bytes += document.bytes
+        self.replaced += document.replaced
+        self.largest = max(self.largest, document.bytes)
+        self.hashed_to_val += to_val
+        self.typed_ends += document.ends
+        if not self.list_like[1] and document.is_list_like():
+            self.list_like = document.name, document.lines
+
+    def note_loss(self, document: "Document") -> None:
+        lost = self.lost.setdefault(document.file, Lost())
+        if document.readable:
+            lost.characters += document.replaced
+        else:
+            lost.documents += 1
+            lost.first = lost.first or (document.name if document.name != document.file else "")
 
 
 def survey_documents(
-    pieces: Iterable[Piece], fraction: float, others: Container[bytes] = (), keep_digests: bool = False
+    pieces: Iterable[Piece],
+    fraction: float,
+    others: Container[bytes] = (),
+    keep_digests: bool = False,
+    skip_nuls: bool = False,
 ) -> Survey:
     """Returns the Survey of `pieces`. `fraction` is the share of documents that the hash assigns to validation.
-    Documents whose digests are in `others` are counted as repeated. With `keep_digests`, the Survey holds the
-    digests."""
+    Documents whose digests are in `others` are counted as repeated. With `keep_digests`, the Survey holds the digests.
+    Raises InputError for a document full of NULs; with `skip_nuls` such documents count as unreadable."""
     survey = Survey()
     for _, group in itertools.groupby(pieces, key=lambda piece: piece.document):
         document = Document(group)
+        document.check_nuls(skip_nuls)
+        if document.replaced or not document.readable:
+            survey.note_loss(document)
         if document.blank or not document.readable:
-            survey.fates.append(DROPPED)
-            survey.undecodable += not document.readable
-            survey.empty_docs += document.readable
+            survey.drop(document)
             continue
-        to_val = digest_below(document.digest, fraction)
-        survey.fates.append(HASHED_TO_VAL if to_val else HASHED_TO_TRAIN)
-        survey.documents += 1
-        survey.characters += document.characters
-        survey.bytes += document.bytes
-        survey.replaced += document.replaced
-        survey.largest = max(survey.largest, document.bytes)
-        survey.hashed_to_val += to_val
+        survey.keep(document, digest_below(document.digest, fraction))
         survey.repeated += document.digest in others
         if keep_digests:
             survey.digests.add(document.digest)
@@ -64,18 +113,41 @@ class Document:
     """The counts and the digest of one document, computed from its pieces."""
 
     def __init__(self, pieces: Iterable[Piece]):
-        self.characters = self.bytes = self.replaced = 0
+        self.characters = self.bytes = self.replaced = self.nuls = self.lines = self.blank_lines = self.ends = 0
         self.blank = self.readable = True
+        self.name = self.file = ""
         sha256 = hashlib.sha256()
         for piece in pieces:
-            data = piece.text.encode("utf-8")
+            text = piece.text
+            data = text.encode("utf-8")
             sha256.update(data)
-            self.characters += len(piece.text)
+            self.characters += len(text)
             self.bytes += len(data)
             self.replaced += piece.replaced
-            self.blank = self.blank and not piece.text.strip()
+            self.nuls += text.count("\0")
+            self.lines += text.count("\n")
+            self.blank_lines += text.count("\n\n")
+            self.ends += text.count(END_OF_TEXT)
+            self.blank = self.blank and not text.strip()
             self.readable = self.readable and piece.readable
+            self.name, self.file = piece.name, piece.file or self.file or piece.name
         self.digest = sha256.digest()[:8]
+
+    def check_nuls(self, skip: bool) -> None:
+        """Raises InputError if the document is full of NULs; with `skip`, marks it as unreadable instead."""
+        if self.nuls <= MOST_NULS or self.nuls <= NUL_SHARE * self.characters:
+            return
+        if not skip:
+            share = self.nuls / self.characters
+            raise InputError(
+                f"{self.name}: {share:.0%} of its characters are NUL; leave it out, or name its --encoding (utf-16-le?)"
+            )
+        self.readable = False
+
+    def is_list_like(self) -> bool:
+        """Returns whether the document has many short lines and hardly a blank one between them."""
+        short = self.characters <= SHORT_LINE * self.lines
+        return self.lines >= SHORT_LINES and short and self.blank_lines <= 0.01 * self.lines
 
 
 def chosen_by_hash(text: str, fraction: float, salt: bytes = b"") -> bool:
