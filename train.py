@@ -90,8 +90,8 @@ class CommandLine(TrainConfig):
 def main() -> None:
     os.umask(os.umask(0o022) | 0o022)  # no other user may write to the files of a run
     with join() as ranks:
-        config, base = read_settings(CommandLine, TrainConfig, sys.argv[1:], PRESETS, __doc__)
-        start = find_start(config, base, ranks)
+        config, base, typed = read_settings(CommandLine, TrainConfig, sys.argv[1:], PRESETS, __doc__)
+        start = find_start(config, base, typed, ranks)
         if start.is_finished():
             start.say_finished()
             return

@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +23,12 @@ from tqdm import tqdm
 if "gpt" not in sys.modules:  # this script works also where `gpt` is not installed
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
-from gpt.config import make_config, parse_flags, positional, refuse
+from gpt.config import fields, make_config, parse_flags, positional, refuse
 from gpt.errors import InputError, printable, run_main, say
 from gpt.files import remove_tree
 from gpt.text.encode import batches_of, encode_batches, units_of
-from gpt.text.gather import GatheredInput, gather_input, training_sample
+from gpt.text.fit import tokenizer_for, validation_share
+from gpt.text.gather import GatheredInput, gather_input, training_sample, with_validation_share
 from gpt.text.shards import MANIFEST, ShardWriter, write_manifest, writing
 from gpt.text.sources import Reading
 from gpt.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
@@ -36,7 +37,7 @@ STAGING = "prepare.tmp"  # folder inside the output folder; holds the new files 
 OURS = re.compile(r"prepare\.tmp|dataset\.json|tokenizer(_config)?\.json|(train|val)_\d{6}\.bin")
 SHOWN = 5  # files that a note names
 MANY_ENDS = 10  # from so many typed <|endoftext|> on, a note says that they are ordinary text
-SMALL_MEGABYTES = 5  # with less text, a vocabulary of 50,000 is too large
+SMALL_BYTES = 5_000_000  # with less text, a vocabulary of 50,000 is too large
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,14 @@ class PrepareConfig:
     """built-in text: stdlib (this Python's own sources), shakespeare (1.1 MB, downloaded)"""
     url: str = ""
     """another address for the corpus shakespeare; the file must be the same"""
-    tokenizer: str = "gpt2"
-    """gpt2 or another tiktoken name, byte, bpe:N (N ids trained on this text), x.tiktoken, or a folder with one (data,
-    run, checkpoint, Hugging Face)"""
+    tokenizer: str = "auto"
+    """auto (by the size of the text: byte below 100 KB, else bpe:N; never a download), gpt2 or another tiktoken name,
+    byte, bpe:N (N ids, or fewer, trained on this text), x.tiktoken, or a folder with one (data, run, checkpoint,
+    Hugging Face)"""
     val: tuple[str, ...] = ()
     """files or folders to validate on, instead of a part of the input"""
     val_fraction: float = 0.05
-    """share of the input to validate on; 0 = no validation split"""
+    """share of the input to validate on, more by default if that is less than a context; 0 = no validation split"""
     val_split: Literal["auto", "hash", "tail"] = "auto"
     """hash: documents by their hash; tail: the end of the text; auto: hash for 100 documents or more of similar size"""
     field: str = ""
@@ -117,17 +119,38 @@ def is_encoding(name: str) -> bool:
 
 def main() -> None:
     os.umask(os.umask(0o022) | 0o022)  # no other user may write to the new files
-    prepare(make_config(PrepareConfig, parse_flags(PrepareConfig, sys.argv[1:], __doc__)))
+    flags = parse_flags(PrepareConfig, sys.argv[1:], __doc__)
+    prepare(make_config(PrepareConfig, flags), flags)
 
 
-def prepare(config: PrepareConfig) -> None:
-    """Makes the data folder `config.out`. Creates nothing before all of the input has been read and checked."""
+def prepare(config: PrepareConfig, typed: Container[str] = ()) -> None:
+    """Makes the data folder `config.out`. `typed` are the settings given as flags. Creates nothing before all of the
+    input has been read and checked."""
     began = time.monotonic()
     out = check_out(Path(config.out))
-    trained = config.tokenizer.startswith("bpe:")  # the tokenizer is trained on the input, which must be read first
-    tokenizer = None if trained else load_tokenizer(config.tokenizer)
+    by_text = config.tokenizer == "auto" or config.tokenizer.startswith("bpe:")  # the input must be read first
+    tokenizer = None if by_text else load_tokenizer(config.tokenizer)
     if tokenizer:
         choose_dtype(config.dtype, tokenizer)
+    data, name = gather(config, typed, existing_parent(out))
+    with contextlib.suppress(BrokenPipeError):  # the dataset is made whoever reads
+        if config.tokenizer == "auto":
+            size = readable(data.survey.bytes)
+            say(f"tokenizer: {name}, which suits {size} of text (to fine-tune a model, give its own: --tokenizer gpt2)")
+        tell_encodings(data)
+        say(f"validation: {data.split.reason}")
+    tokenizer = tokenizer or load_tokenizer(name, training_sample(data))
+    dtype = choose_dtype(config.dtype, tokenizer)
+    with staging(out) as folder:
+        splits = write_shards(config, data, tokenizer, dtype, folder)
+        write_manifest(folder, tokenizer.manifest_entry, dtype, splits, source_of(config, typed, data))
+        publish(folder, out)
+    summarise(config, data, tokenizer, splits, time.monotonic() - began)
+
+
+def gather(config: PrepareConfig, typed: Container[str], spool_folder: Path) -> tuple[GatheredInput, str]:
+    """Returns the input after its first pass, and the name of its tokenizer. Unless the share to validate on is typed,
+    it grows until it holds a context."""
     data = gather_input(
         config.inputs,
         config.val,
@@ -136,18 +159,13 @@ def prepare(config: PrepareConfig) -> None:
         config.reading,
         config.val_split,
         config.val_fraction,
-        spool_folder=existing_parent(out),
+        spool_folder,
     )
-    tokenizer = tokenizer or load_tokenizer(config.tokenizer, training_sample(data))
-    dtype = choose_dtype(config.dtype, tokenizer)
-    with contextlib.suppress(BrokenPipeError):  # the dataset is made whoever reads
-        tell_encodings(data)
-        say(f"validation: {data.split.reason}")
-    with staging(out) as folder:
-        splits = write_shards(config, data, tokenizer, dtype, folder)
-        write_manifest(folder, tokenizer.manifest_entry, dtype, splits, source_of(config, data))
-        publish(folder, out)
-    summarise(config, data, tokenizer, splits, time.monotonic() - began)
+    name = tokenizer_for(data.survey.bytes) if config.tokenizer == "auto" else config.tokenizer
+    share = validation_share(config.val_fraction, data.survey.characters, name)
+    if share > config.val_fraction and "val_fraction" not in typed and not config.val:
+        data = with_validation_share(data, config.val_split, share)
+    return data, name
 
 
 # ---- before anything is created
@@ -253,9 +271,9 @@ def publish(folder: Path, out: Path) -> None:
             os.replace(path, out / path.name)
 
 
-def source_of(config: PrepareConfig, data: GatheredInput) -> dict[str, Any]:
-    """Returns the manifest's entry on the origin of the text: names of the inputs, counts, and the options that change
-    the result."""
+def source_of(config: PrepareConfig, typed: Container[str], data: GatheredInput) -> dict[str, Any]:
+    """Returns the manifest's entry on the origin of the text: names of the inputs, counts, the options that change the
+    result, and the words of the command line that prepares the same text again."""
     counts = ("documents", "characters", "bytes", "empty_docs", "undecodable", "replaced")
     return {
         "inputs": list(map(printable, config.inputs)),
@@ -267,7 +285,23 @@ def source_of(config: PrepareConfig, data: GatheredInput) -> dict[str, Any]:
         "options": {name: getattr(config, name) for name in ("field", "split_on", "encoding", "errors", "keep_crlf")},
         "encodings": {printable(name): encoding for name, encoding in data.encodings().items()},  # where not UTF-8
         "lost": {printable(name): lost.counts for name, lost in data.lost().items()},
+        "recipe": recipe_of(config, typed),
     }
+
+
+def recipe_of(config: PrepareConfig, typed: Container[str]) -> list[str]:
+    """Returns the words of the command line, without those that do not depend on the text: folder, tokenizer, its
+    dtype, and workers."""
+    words = [*config.inputs]
+    for name, field in fields(PrepareConfig).items():
+        value = getattr(config, name)
+        if name in ("inputs", "out", "tokenizer", "dtype", "workers") or (value == field.default and name not in typed):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            words += [f"--{name}", *(value if isinstance(value, tuple) else [str(value)])]
+    return list(map(printable, words))
 
 
 def tell_encodings(data: GatheredInput) -> None:
@@ -281,7 +315,7 @@ def tell_encodings(data: GatheredInput) -> None:
 def summarise(
     config: PrepareConfig, data: GatheredInput, tokenizer: Tokenizer, splits: dict[str, Any], seconds: float
 ) -> None:
-    out, megabytes = printable(config.out), data.count("bytes") / 1e6
+    out, size = printable(config.out), readable(data.count("bytes"))
     say(
         f"documents: {data.count('documents'):,} ({data.count('empty_docs'):,} empty and {data.count('undecodable'):,} "
         f"unreadable ones skipped, {data.count('replaced'):,} characters replaced)"
@@ -293,12 +327,12 @@ def summarise(
         say(f"note: {text}")
     if data.survey.repeated:
         say(f"note: {data.survey.repeated:,} training documents are also validation documents")
-    if megabytes < SMALL_MEGABYTES and tokenizer.vocab_size > 50_000:
+    if data.count("bytes") < SMALL_BYTES and tokenizer.vocab_size > 50_000:
         say(
-            f"note: {megabytes:.1f} MB is little text for {tokenizer.vocab_size:,} ids; "
-            "--tokenizer bpe:2048 or byte gives a better model"
+            f"note: {size} is little text for {tokenizer.vocab_size:,} ids, but to fine-tune a model that has them; "
+            "--tokenizer auto gives a better new model"
         )
-    say(f"{out}: {megabytes:,.1f} MB of text in {seconds:.1f} s")
+    say(f"{out}: {size} of text in {seconds:.1f} s")
     say(f"next: python train.py PRESET --data {out}   (without PRESET it lists them)")
 
 
@@ -316,6 +350,11 @@ def notes(data: GatheredInput) -> Iterator[str]:
     for name, lines in (data.survey.list_like, data.val_survey.list_like):
         if lines and ends < MANY_ENDS:
             yield f"{printable(name)}: {lines:,} short lines in one document; if each is a text, use --split_on lines"
+
+
+def readable(count: int) -> str:
+    """Returns a number of bytes in words: 1,234 -> "1.2 KB"."""
+    return f"{count / 1e3:.1f} KB" if count < 1e6 else f"{count / 1e6:,.1f} MB"
 
 
 if __name__ == "__main__":

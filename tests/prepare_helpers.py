@@ -46,7 +46,8 @@ EOT = 256  # of the byte tokenizer, which most tests use
 
 def prepare_here(out, *inputs, tokenizer="byte", workers=1, **settings):
     """Prepare `inputs` into `out` in this process; returns the manifest."""
-    prepare(PrepareConfig(str(out), tuple(map(str, inputs)), tokenizer=tokenizer, workers=workers, **settings))
+    config = PrepareConfig(str(out), tuple(map(str, inputs)), tokenizer=tokenizer, workers=workers, **settings)
+    prepare(config, typed=settings)
     return json.loads((out / "dataset.json").read_text(encoding="utf-8"))
 
 

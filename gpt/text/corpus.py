@@ -1,5 +1,6 @@
 """The data of a run, opened and checked: shards, tokenizer, training windows, validation set."""
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,37 +9,45 @@ import numpy as np
 
 from gpt.errors import InputError, tell
 from gpt.text.reader import TokenReader, Verifier
-from gpt.text.shards import Dataset, open_dataset
+from gpt.text.shards import Dataset
 from gpt.text.tokenizer import Tokenizer, load_tokenizer
 from gpt.text.windows import Windows, require_tokens, validation_batches
 
 
 class Corpus:
-    """The shards in `folder` as training windows and a validation set. `foreign_tokenizer` names the tokenizer of
+    """The shards of `dataset` as training windows and a validation set. `foreign_tokenizer` names the tokenizer of
     shards that do not name theirs. If `verify` is "full", the thread `verifier` checks the sha256 of the shards in the
     background once it is started. Raises InputError if there is too little text for one batch."""
 
     def __init__(
-        self, folder: Path, foreign_tokenizer: str, verify: str, block_size: int, global_batch_size: int, seed: int
+        self, dataset: Dataset, foreign_tokenizer: str, verify: str, block_size: int, global_batch_size: int, seed: int
     ):
-        dataset = open_dataset(folder, foreign_tokenizer)
         if dataset.notice:
             tell(dataset.notice)
-        self.block_size, self.shard_list = block_size, dataset.shard_list
+        self.dataset, self.block_size, self.shard_list = dataset, block_size, dataset.shard_list
         self.tokenizer = open_tokenizer(dataset, foreign_tokenizer)
         vocab_size = self.tokenizer.vocab_size
         self.readers = {split: TokenReader(shards, vocab_size) for split, shards in dataset.splits.items() if shards}
         self.windows = Windows(self.readers["train"], block_size, seed)
-        if self.windows.per_epoch < global_batch_size:
-            raise InputError(
-                f"{folder}: the training split has {self.windows.per_epoch} windows of {block_size} tokens, "
-                f"global_batch_size is {global_batch_size}; lower it or give more text"
-            )
         if self.has_validation():
             require_tokens("val", self.readers["val"], block_size)
+        if self.windows.per_epoch < global_batch_size:
+            raise InputError(
+                f"{dataset.folder}: the training split has {self.windows.per_epoch} windows of {block_size} tokens, "
+                f"global_batch_size is {global_batch_size}; lower it or give more text"
+            )
         self.byte_lengths = self.tokenizer.byte_lengths()
         shards = [shard for shards in dataset.splits.values() for shard in shards]
         self.verifier = Verifier(shards if verify == "full" else [], vocab_size)
+
+    def check_tokenizer(self, owner: str, entry: dict[str, Any], tokenizer: str) -> None:
+        """Raises InputError unless the data has the tokenizer of `owner`, whose manifest entry is `entry`: see
+        `check_tokenizer`. The error gives the command that prepares the same text with `tokenizer`, a name or folder
+        that data/prepare.py takes, into a new folder."""
+        out = f"{self.dataset.folder}-{Path(tokenizer).resolve().name}"
+        words = [*(self.dataset.recipe or ["INPUT"]), "--tokenizer", tokenizer, "--out", out]
+        advice = f"prepare the data with it, for --data {shlex.quote(out)}: python data/prepare.py {shlex.join(words)}"
+        check_tokenizer(owner, entry, self.tokenizer, advice)
 
     def has_validation(self) -> bool:
         return "val" in self.readers
@@ -65,15 +74,15 @@ def open_tokenizer(dataset: Dataset, foreign_tokenizer: str) -> Tokenizer:
             f"{dataset.folder}: the data names its own tokenizer, {dataset.tokenizer['name']}; leave out --tokenizer"
         )
     tokenizer = load_tokenizer(dataset.folder)
-    check_tokenizer(str(dataset.folder), dataset.tokenizer, tokenizer)
+    check_tokenizer(str(dataset.folder), dataset.tokenizer, tokenizer, "re-run data preparation")
     return tokenizer
 
 
-def check_tokenizer(owner: str, entry: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Raises InputError unless `tokenizer`, that of the data, has the identity in `entry`. `entry` is the manifest
-    entry of the tokenizer with which `owner` was made."""
+def check_tokenizer(owner: str, entry: dict[str, Any], tokenizer: Tokenizer, advice: str) -> None:
+    """Raises InputError, which ends with `advice`, unless `tokenizer`, that of the data, has the identity in `entry`,
+    the manifest entry of the tokenizer with which `owner` was made."""
     if entry["identity"] != tokenizer.identity:
         raise InputError(
             f"tokenizers differ: {owner} has {entry['name']} ({entry['identity'][:12]}), the data {tokenizer.name} "
-            f"({tokenizer.identity[:12]}); prepare the data with --tokenizer {owner}"
+            f"({tokenizer.identity[:12]}); {advice}"
         )

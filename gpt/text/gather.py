@@ -1,7 +1,7 @@
 """Gathers the input of data/prepare.py: reads all of it once, counts and checks it, and decides how to split it."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,16 @@ def tell_findings(sources: list[TextSource], left_out: list[LeftOut], reading: R
         if field != "text" and not reading.field:
             files = [source for source in records if source.field == field]
             note("info", f"{named(files)}: the text is the field {field!r}; choose another one with --field")
+
+
+def with_validation_share(data: GatheredInput, val_split: str, fraction: float) -> GatheredInput:
+    """Returns `data` with `fraction` of the input to validate on, instead of a smaller share. Reads the input again,
+    because the hash of a document decides which side it falls on."""
+    skip = data.reading.errors == "skip"
+    survey = survey_documents(read_pieces(data.sources, data.reading), fraction, skip_nuls=skip)
+    split = choose_split(val_split, fraction, survey, has_files=False)
+    reason = f"{split.reason} (more than {data.split.fraction:g}: one context)"
+    return replace(data, survey=survey, split=replace(split, reason=reason))
 
 
 def require_documents(names: str, survey: Survey) -> None:

@@ -146,12 +146,14 @@ class Shard:
 class Dataset:
     """The splits of a folder. `tokenizer` is the manifest's entry for the tokenizer, or None in a foreign folder, which
     has no manifest and comes from another program; `notice` is a line for the user (what is assumed, what is not read),
-    or ""."""
+    or "". `recipe`: the words of the command line that prepared the folder, without tokenizer and output folder; empty
+    if they are not known."""
 
     folder: Path
     splits: dict[str, tuple[Shard, ...]]
     tokenizer: dict[str, str] | None
     notice: str
+    recipe: tuple[str, ...] = ()
 
     @property
     def shard_list(self) -> dict[str, list[list[Any]]]:
@@ -159,6 +161,10 @@ class Dataset:
         return {
             split: [[s.path.name, s.tokens, s.sha256] for s in shards] for split, shards in sorted(self.splits.items())
         }
+
+    def tokens(self, split: str) -> int:
+        """Returns the number of tokens of a split; 0 if there is none."""
+        return sum(shard.tokens for shard in self.splits.get(split, ()))
 
 
 def open_dataset(folder: Path, foreign_tokenizer: str = "") -> Dataset:
@@ -184,11 +190,12 @@ def open_manifest(folder: Path, manifest: dict[str, Any]) -> Dataset:
             split: tuple(listed_shard(folder, entry, dtype) for entry in entries)
             for split, entries in manifest["splits"].items()
         }
+        recipe = tuple(map(str, manifest.get("source", {}).get("recipe", ())))
         if not splits["train"]:
             raise ValueError("no train shards")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{path}: not a dataset manifest ({error!r}); re-run data preparation") from None
-    return Dataset(folder, splits, tokenizer, warn_unlisted(folder, splits))
+    return Dataset(folder, splits, tokenizer, warn_unlisted(folder, splits), recipe)
 
 
 def listed_shard(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from gpt.errors import InputError, IntegrityError
+from gpt.errors import InputError, IntegrityError, note
 from gpt.files import read_pointer, step_folders
 from gpt.text.huggingface import (
     BYTE_OF,
@@ -204,12 +204,14 @@ def trained_tokenizer(source: str, training_text: Iterable[str] | None) -> Token
 
 
 def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
-    """Returns a byte-level BPE with GPT-2's pattern and `size` ids before end-of-text, trained on `texts`. Raises
-    InputError if the texts give fewer ids, or if the package tokenizers is missing."""
+    """Returns a byte-level BPE with GPT-2's pattern and `size` ids before end-of-text, trained on `texts`; if they give
+    fewer ids, as many as they give. Raises InputError if the package tokenizers is missing."""
     try:
         import tokenizers
     except ImportError:
-        raise InputError(f"tokenizer bpe:{size}: training needs tokenizers; pip install tokenizers") from None
+        raise InputError(
+            f"tokenizer bpe:{size}: training needs tokenizers; pip install tokenizers, or use --tokenizer byte"
+        ) from None
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
@@ -218,8 +220,9 @@ def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
     trained.train_from_iterator(texts, trainer)
     ranks = {unspelled(text): rank for text, rank in trained.get_vocab().items()}
     if len(ranks) < size:
-        raise InputError(f"tokenizer bpe:{size}: the text yields only {len(ranks)} ids; use bpe:{len(ranks)} or fewer")
-    return tokenizer_from(Vocabulary(f"bpe:{size}", ranks, GPT2_PATTERNS[0], {END_OF_TEXT: size}), f"bpe:{size}")
+        note("info", f"tokenizer bpe:{size}: the text yields {len(ranks)} ids, so it is bpe:{len(ranks)}")
+    name, end_of_text = f"bpe:{len(ranks)}", len(ranks)
+    return tokenizer_from(Vocabulary(name, ranks, GPT2_PATTERNS[0], {END_OF_TEXT: end_of_text}), name)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int | None = None) -> None:

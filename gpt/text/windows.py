@@ -20,6 +20,7 @@ import numpy as np
 
 from gpt.errors import InputError
 from gpt.loss import IGNORED
+from gpt.text.fit import windows_per_epoch
 from gpt.text.reader import TokenReader
 
 FEISTEL_ROUNDS = 6
@@ -32,7 +33,7 @@ class Windows:
         require_tokens("train", reader, block_size)
         self.reader, self.block_size, self.seed = reader, block_size, seed
         self.offsets = min(block_size, len(reader) - block_size)  # number of possible offsets of an epoch
-        self.per_epoch = (len(reader) - self.offsets) // block_size
+        self.per_epoch = windows_per_epoch(len(reader), block_size)
 
     def start(self, n: np.ndarray) -> np.ndarray:
         """Returns the places in the stream where the windows numbered `n` begin; both are int64 (count,)."""

@@ -94,7 +94,7 @@ def open_run(
         step = stepper(config, state, machine, record["compile"], train_step)
         log = start_log(config, progress, start.budget, draw) if ranks.leads else None
         recorder = Recorder(log, config.rhythm.log_every, state, start.budget, corpus.windows, machine)
-        constant = {"config": flatten(config), "runtime": record, "base": origin}
+        constant = {"config": flatten(config), "asked": start.asked, "runtime": record, "base": origin}
         saver = Saver(out, state, corpus, recorder, constant, sampling, config.rhythm)
         with contextlib.closing(corpus), contextlib.closing(log) if log else contextlib.nullcontext():
             yield Run(config, machine, corpus, start.budget, state, step, recorder, saver, stop)

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 
 from gpt.checkpoint.read import Checkpoint, find_model_folder, load_folder, newest_checkpoint, verify_checkpoint
-from gpt.checkpoint.weights import load_model, read_config, weights_hash
+from gpt.checkpoint.weights import TOKENIZER_FILES, load_model, read_config, weights_hash
 from gpt.config import find_preset, flatten, list_presets, make_config, parse_flags, read_toml, refuse
 from gpt.errors import InputError, IntegrityError, ResourceError, ignore_write_errors, note, say, tell
 from gpt.files import STEP_FOLDER, is_folder, step_folders
 from gpt.model import GPT, ModelConfig
-from gpt.text.corpus import Corpus, check_tokenizer
-from gpt.text.tokenizer import Tokenizer
+from gpt.text.corpus import Corpus
+from gpt.text.fit import shrink_to_data
+from gpt.text.shards import SPLITS, Dataset, open_dataset
+from gpt.text.tokenizer import Tokenizer, choices
 from gpt.train.budget import Budget, LengthConfig, Progress, RhythmConfig
 from gpt.train.metrics_file import logged_evaluation
 from gpt.train.ranks import Ranks
@@ -38,10 +40,10 @@ MAY_CHANGE = names(LengthConfig) | names(RhythmConfig) | names(MachineConfig) | 
 
 def read_settings(
     command_line: type, config: type, argv: list[str], presets: Path, description: str
-) -> tuple[Any, Any]:
-    """Returns (settings of type `config`, folder of the base model or None) of a command line. Flags override the
-    preset, the preset the settings of the checkpoint or base model, and these the defaults. Raises InputError for bad
-    settings."""
+) -> tuple[Any, Any, set[str]]:
+    """Returns (settings of type `config`, folder of the base model or None, names of the flags) of a command line.
+    Flags override the preset, the preset the settings of the checkpoint or base model, and these the defaults. Raises
+    InputError for bad settings."""
     flags = parse_flags(command_line, argv, description)
     path = flags.get("resume", "auto")
     preset = find_preset(flags.get("preset") or ("finetune" if flags.get("init") else ""), presets)
@@ -62,7 +64,7 @@ def read_settings(
     if base:
         check_architecture(settings.model, set(given), inherited)
         check_base_is_elsewhere(base, settings.out)
-    return settings, base
+    return settings, base, set(flags)
 
 
 def base_model(init: str, out: str) -> tuple[Path | None, dict[str, Any]]:
@@ -127,6 +129,8 @@ class Start:
     progress: Progress
     newest: list[Path]
     """the newest step folder seen before the run folder is locked ([] if none)"""
+    asked: dict[str, int]
+    """the settings that are smaller than asked for, because the data are small: name -> the value asked for"""
 
     def is_finished(self) -> bool:
         """Returns whether nothing is left to do: no step, and no evaluation that a signal cut short."""
@@ -141,39 +145,67 @@ class Start:
             say(f"nothing to do: step {self.progress.step} of {self.budget.total_steps(self.progress)}{why}")
 
 
-def find_start(config: Any, base: Path | None, ranks: Ranks) -> Start:
-    """Returns the Start of a run. Raises InputError if settings, data or tokenizer do not fit together or to the
-    checkpoint, or differ between ranks; IntegrityError if data or checkpoints are damaged."""
+def find_start(config: Any, base: Path | None, typed: set[str], ranks: Ranks) -> Start:
+    """Returns the Start of a run. `typed` are the settings given as flags. Raises InputError if settings, data or
+    tokenizer do not fit together or to the checkpoint, or differ between ranks; IntegrityError if data or checkpoints
+    are damaged."""
     refuse(config.batch.problems_on(ranks.size))
+    dataset = open_dataset(config.data, config.tokenizer)
+    newest = step_folders(config.out)[:1]
+    checkpoint = checkpoint_to_resume(config.out, config.resume)
+    config, asked = fit_settings(config, typed, dataset, checkpoint, ranks)
     size, block_size = config.batch.global_batch_size, config.model.block_size
     verify = config.verify if ranks.leads else "size"
-    corpus = Corpus(config.data, config.tokenizer, verify, block_size, size, config.seed)
+    corpus = Corpus(dataset, config.tokenizer, verify, block_size, size, config.seed)
     budget = Budget(config.length, size, block_size, corpus.windows.per_epoch)
-    newest = step_folders(config.out)[:1]
-    checkpoint = find_checkpoint(config, base, corpus)
+    compare_with_checkpoint(config, base, corpus, checkpoint)
     progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
     if checkpoint and progress.evaluated_step != progress.step:  # evaluated after the checkpoint was saved, perhaps
         loss = logged_evaluation(Path(config.out), progress.step)
         if loss is not None:
             progress.evaluated(loss)
     ranks.check_same(settings=flatten(config), data=corpus.shard_list, checkpoint=asdict(progress))
-    return Start(config, base, corpus, budget, checkpoint, progress, newest)
+    return Start(config, base, corpus, budget, checkpoint, progress, newest, asked)
 
 
-def find_checkpoint(config: Any, base: Path | None, corpus: Corpus) -> Checkpoint | None:
-    """Returns the checkpoint that the run continues, or None for a new run. Raises InputError if tokenizer or settings
-    of the checkpoint differ from those of the run, IntegrityError if the data differ."""
-    checkpoint = checkpoint_to_resume(config.out, config.resume)
+def fit_settings(
+    config: Any, typed: set[str], dataset: Dataset, checkpoint: Checkpoint | None, ranks: Ranks
+) -> tuple[Any, dict[str, int]]:
+    """Returns the settings with a context and a batch that the data can fill, and the values asked for of those that
+    became smaller. Settings in `typed` stay. A run that continues keeps the values that it began with. The data of
+    rank 0 decide for all ranks."""
+    train, val = (int(ranks.first(dataset.tokens(split))) for split in SPLITS)
+    before = {name: flatten(config)[name] for name in ("block_size", "global_batch_size")}
+    if checkpoint:
+        asked = checkpoint.state.get("asked", {})
+        kept = [name for name in before.keys() & asked if name not in typed and before[name] == asked[name]]
+        smaller = {name: checkpoint.state["config"][name] for name in sorted(kept)}
+    else:
+        unit = ranks.size * max(config.batch.micro_batch_size, 1)
+        smaller = shrink_to_data(**before, fixed=typed, train_tokens=train, val_tokens=val, unit=unit)
+        asked = {name: before[name] for name in smaller}
+    if smaller:
+        texts = [f"{name} {before[name]} -> {value}" for name, value in smaller.items()]
+        size = f"{train:,} training and {val:,} validation tokens" if val else f"{train:,} training tokens"
+        note("info", f"{config.data}: little text ({size}): {', '.join(texts)}")
+    config = make_config(type(config), flatten(config), smaller)
+    refuse(config.batch.problems_on(ranks.size))
+    return config, asked
+
+
+def compare_with_checkpoint(config: Any, base: Path | None, corpus: Corpus, checkpoint: Checkpoint | None) -> None:
+    """Raises InputError if tokenizer or settings of the checkpoint that the run continues differ from those of the run,
+    IntegrityError if the data differ. Prints where the run begins."""
     if checkpoint is None:
         if not base:
             note("info", f"starting from scratch in {config.out}")
-        return None
-    accept = config.resume != "auto" and run_folder(config.resume).resolve() == checkpoint.path.resolve().parent
-    check_tokenizer(str(checkpoint.path), checkpoint.manifest["tokenizer"], corpus.tokenizer)
+        return
+    run = checkpoint.path.resolve().parent
+    accept = config.resume != "auto" and run_folder(config.resume).resolve() == run
+    corpus.check_tokenizer(str(checkpoint.path), checkpoint.manifest["tokenizer"], str(checkpoint.path))
     check_settings(flatten(config), checkpoint, accept)
     check_dataset(checkpoint, corpus.shard_list, accept)
     note("info", f"continuing {checkpoint.path} at step {checkpoint.step}")
-    return checkpoint
 
 
 def checkpoint_to_resume(out: str, resume: str) -> Checkpoint | None:
@@ -271,22 +303,30 @@ def shard_hashes(shard_list: dict[str, Any]) -> dict[str, tuple[int, str]]:
 def first_model(start: Start) -> tuple[GPT, dict[str, str] | None]:
     """Returns the model to train, in fp32 on the CPU (from the checkpoint, from the base model, or new), and the record
     of the base model that the run began with, or None."""
-    config, tokenizer = start.config, start.corpus.tokenizer
+    config, corpus = start.config, start.corpus
     if start.checkpoint:
         model, origin = load_model(start.checkpoint.path), start.checkpoint.state["base"]
     elif start.base:
-        model, origin = load_base(start.base, config.init, config.model.block_size, tokenizer)
+        model, origin = load_base(start.base, config.init, config.model.block_size, corpus)
     else:
         torch.manual_seed(config.seed)
-        model, origin = GPT(config.model, tokenizer.vocab_size), None
+        model, origin = GPT(config.model, corpus.tokenizer.vocab_size), None
     model.set_dropout(config.model.dropout)
     return model, origin
 
 
-def load_base(folder: Path, init: str, block_size: int, tokenizer: Tokenizer) -> tuple[GPT, dict[str, str]]:
+def load_base(folder: Path, init: str, block_size: int, corpus: Corpus) -> tuple[GPT, dict[str, str]]:
     """Returns the model to fine-tune, its context cropped to `block_size`, and a record of it: the name `init` that the
     user gave, and the sha256 of the weights. Raises InputError if its tokenizer is not that of the data."""
-    model, own_tokenizer, _ = load_folder(folder)
-    check_tokenizer(init, own_tokenizer.manifest_entry, tokenizer)
+    model, tokenizer, _ = load_folder(folder)
+    corpus.check_tokenizer(init, tokenizer.manifest_entry, tokenizer_source(init, folder, tokenizer))
     model.crop_context(block_size)
     return model, {"init": init, "sha256": weights_hash(folder)}
+
+
+def tokenizer_source(init: str, folder: Path, tokenizer: Tokenizer) -> str:
+    """Returns what data/prepare.py takes as --tokenizer for `tokenizer`, that of the base model `init` in `folder`. A
+    hub name is not enough, but for gpt2."""
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return tokenizer.name
+    return init if Path(init).is_dir() or init in choices() else str(folder)

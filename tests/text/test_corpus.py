@@ -61,7 +61,7 @@ def test_a_foreign_folder_trains_with_the_tokenizer_given(tmp_path):
 
 def test_fault_110_a_file_name_cannot_drive_the_terminal(data, capsys):
     llm_c(data / "x\x1b[2J.bin", [1])
-    Corpus(data, "", "size", 32, 1, 1).close()
+    Corpus(open_dataset(data), "", "size", 32, 1, 1).close()
     said = capsys.readouterr().err
     assert "\\x1b[2J" in said
     assert "\x1b" not in said

@@ -137,10 +137,21 @@ def test_bpe_sizes_that_cannot_be_are_refused():
         ("bpe:100", ["a"], "from 257"),
         ("bpe:x", ["a"], "from 257"),
         ("bpe:400", None, "trained by data/prepare.py"),
-        ("bpe:400", ["abab"], "yields only 25"),
     ):
         with pytest.raises(InputError, match=message):
             load_tokenizer(source, texts)
+
+
+@pytest.mark.parametrize(
+    ("text", "merges"), [("a", []), ("abab", [b"ab", b"abab"]), ("abab ab", [b"ab", b"abab", b" ab"])]
+)
+def test_a_text_that_yields_fewer_ids_gives_as_many_as_it_can(text, merges, capsys):
+    tokenizer = load_tokenizer("bpe:400", [text])
+    ranks = tokenizer.encoding._mergeable_ranks
+    assert {token for token in ranks if len(token) > 1} == set(merges)
+    assert sorted(ranks.values()) == list(range(256 + len(merges)))
+    assert (tokenizer.name, tokenizer.eot) == (f"bpe:{len(ranks)}", len(ranks))
+    assert f"bpe:400: the text yields {len(ranks)} ids" in capsys.readouterr().err
 
 
 # ---- loading

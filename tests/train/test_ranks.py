@@ -24,6 +24,7 @@ from training_helpers import (
     make_data,
     metrics,
     snapshot,
+    state_of,
     step_names,
     tiny_model,
     train_here,
@@ -35,8 +36,9 @@ from gpt.files import lock_folder
 from gpt.loss import IGNORED
 from gpt.model import GPT
 from gpt.text.corpus import Corpus
+from gpt.text.shards import open_dataset
 from gpt.train import ranks as ranks_module
-from gpt.train import setup
+from gpt.train import setup, start
 from gpt.train.budget import Progress
 from gpt.train.optim import LossScaler
 from gpt.train.ranks import Ranks, join, launched
@@ -239,7 +241,7 @@ def compare_evaluations(data):
     with join() as ranks:
         machine = MachineConfig(device="cpu", dtype="fp32", threads=1)
         model = tiny_model()
-        corpus = Corpus(data, "", "size", 32, 8, 1337)
+        corpus = Corpus(open_dataset(data), "", "size", 32, 8, 1337)
         for eval_tokens, batch_size in ((0, 4), (0, 1), (32, 1), (100, 2), (33, 1)):
             config = SimpleNamespace(rhythm=SimpleNamespace(eval_tokens=eval_tokens))
             state = State(model, None, None, Progress(micro_batch_size=batch_size))
@@ -548,6 +550,42 @@ def another_seed(rank):
     original = train.read_settings
     if rank == 1:
         train.read_settings = lambda *args: original(*args[:2], [*args[2], "--seed", "7"], *args[3:])
+
+
+def test_little_data_shrink_the_batch_to_a_multiple_of_the_ranks(launch, tmp_path):
+    data = make_data(tmp_path / "data", train_size=130, val_size=20)  # 5 windows of 21 tokens
+    args = ("tiny", "--data", data, "--out", tmp_path / "out", "--max_steps", 2, "--warmup_steps", 0, *QUICK)
+    runs = launch("test_ranks.disturbed", "none", *args)
+    assert codes(runs) == [0, 0]
+    assert "block_size 32 -> 21, global_batch_size 8 -> 4" in runs[0].stderr
+    assert state_of(tmp_path / "out", 2)["config"]["global_batch_size"] == 4
+
+
+def test_fault_074_ranks_with_other_data_shrink_as_rank_0_does_and_are_refused(launch, tmp_path):
+    make_data(tmp_path / "data", train_size=130, val_size=20)
+    make_data(tmp_path / "data of rank 1", train_size=170, val_size=30)
+    args = (
+        "tiny",
+        "--data",
+        tmp_path / "data",
+        "--out",
+        tmp_path / "out",
+        "--max_steps",
+        2,
+        "--warmup_steps",
+        0,
+        *QUICK,
+    )
+    runs = launch("test_ranks.disturbed", "other_data", *args)
+    assert codes(runs) == [2, 2]
+    assert sum("rank 1 disagrees with rank 0 on the data" in run.stderr for run in runs) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def other_data(rank):
+    original = start.open_dataset
+    if rank == 1:
+        start.open_dataset = lambda folder, *args: original(f"{folder} of rank 1", *args)
 
 
 def test_one_clock_ends_a_run_by_its_minutes_on_all_ranks(train_ranks, tmp_path):

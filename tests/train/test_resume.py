@@ -19,6 +19,7 @@ from training_helpers import (
 )
 
 from gpt.text.corpus import Corpus
+from gpt.text.shards import open_dataset
 
 TO_THE_BIT = ("--dropout", "0.1", "--micro_batch_size", "2", "--threads", "2", "--log_every", "1", "--eval_every", "4")
 
@@ -32,7 +33,7 @@ KINDS = [("--dtype", "fp32"), ("--optimizer", "muon", "--dtype", "bf16")]
 @pytest.mark.parametrize("kind", KINDS, ids=("adamw-fp32", "muon-bf16"))
 def test_fault_055_056_two_kills_at_and_after_an_epochs_end_change_no_bit(kind, processes, tmp_path):
     data = make_data(tmp_path / "data", train_size=1980)
-    corpus = Corpus(str(data), "", "size", 32, 8, 1337)
+    corpus = Corpus(open_dataset(data), "", "size", 32, 8, 1337)
     assert corpus.windows.per_epoch == 64  # eight steps
     corpus.close()
     settings = ("tiny", "--data", data, "--max_steps", "20", "--save_every", "8", *TO_THE_BIT, *kind)

@@ -1,15 +1,22 @@
 """Where a run starts: what may be resumed with which settings, what a fine-tune may start from, and refusals."""
 
+import json
+import shlex
 import shutil
+from pathlib import Path
 
+import prepare
 import pytest
 import torch
-from training_helpers import EIGHT_STEPS, make_data, save_step, snapshot, state_of, step_names, train_here
+from prepare_helpers import prepare_here
+from training_helpers import EIGHT_STEPS, in_process, make_data, save_step, snapshot, state_of, step_names, train_here
 
 from gpt.checkpoint.read import find_model_folder, load_pretrained, verify_checkpoint
-from gpt.text.tokenizer import train_bpe
+from gpt.text.corpus import Corpus
+from gpt.text.shards import open_dataset
+from gpt.text.tokenizer import load_tokenizer, train_bpe
 from gpt.train import start
-from gpt.train.start import load_base
+from gpt.train.start import load_base, tokenizer_source
 
 
 def test_fault_061_a_finished_run_changes_no_file(run, again):
@@ -192,10 +199,12 @@ def test_fault_079_a_shorter_context_is_cropped_and_said_and_a_longer_one_refuse
     done = train_here(*command, "--block_size", "16")
     assert done.code == 0, done.stderr
     assert done.stderr.count("context cropped from 32 to 16") == 1
-    tuned, tokenizer, _ = load_pretrained(tmp_path / "tuned")
+    tuned, _, _ = load_pretrained(tmp_path / "tuned")
+    corpus = Corpus(open_dataset(made / "data"), "", "size", 16, 8, 1)
     assert (tuned.config.block_size, tuned.position.weight.shape) == (16, (16, 32))
     base, _, _ = load_pretrained(run)
-    cropped, _ = load_base(find_model_folder(run), str(run), 16, tokenizer)
+    cropped, _ = load_base(find_model_folder(run), str(run), 16, corpus)
+    corpus.close()
     assert torch.equal(cropped.position.weight, base.position.weight[:16])
     ids = torch.arange(16)[None]
     with torch.no_grad():
@@ -283,3 +292,145 @@ def test_kernels_that_a_model_cannot_use_are_refused_before_anything_is_made(fla
     assert done.code == 2
     assert "kernels on needs dropout 0 and heads of an even width" in done.last
     assert not (tmp_path / "out").exists()
+
+
+# ---- little text
+
+
+TINY = ("tiny", "--warmup_steps", "0")
+
+
+def lines_of(done, words):
+    return [line for line in done.stderr.splitlines() if words in line]
+
+
+@pytest.fixture
+def little(tmp_path):
+    """Data of 153 training and 22 validation tokens; the preset tiny asks for a context of 32 and a batch of 8."""
+    return make_data(tmp_path / "little", train_size=150, val_size=20)
+
+
+@pytest.fixture
+def train_on(little, tmp_path):
+    """Returns train_here for the preset tiny on the little data, into the folder `out`."""
+    return lambda *flags, out="out": train_here(*TINY, "--data", little, "--out", tmp_path / out, *flags)
+
+
+def test_context_and_batch_shrink_to_the_data_and_one_line_says_so(train_on, little, tmp_path):
+    done = train_on("--max_steps", "2")
+    assert done.code == 0, done.stderr
+    [line] = lines_of(done, "->")
+    size = "153 training and 22 validation tokens"
+    assert line == f"info: {little}: little text ({size}): block_size 32 -> 21, global_batch_size 8 -> 6"
+    state = state_of(tmp_path / "out", 2)
+    assert (state["config"]["block_size"], state["config"]["global_batch_size"]) == (21, 6)
+    assert state["asked"] == {"block_size": 32, "global_batch_size": 8}
+    assert load_pretrained(tmp_path / "out")[0].config.block_size == 21
+    repeated = train_here(tmp_path / "out/config.toml", "--out", tmp_path / "new")
+    assert repeated.code == 0 and not lines_of(repeated, "->")
+    assert (
+        snapshot(tmp_path / "new")["step-000000002/model.safetensors"][0]
+        == (snapshot(tmp_path / "out")["step-000000002/model.safetensors"][0])
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--block_size", "32"), "val has 22 tokens; needs at least 33 (block_size+1)"),
+        (("--global_batch_size", "8"), "6 windows of 21 tokens, global_batch_size is 8"),
+        (("--block_size", "16", "--global_batch_size", "9"), "8 windows of 16 tokens, global_batch_size is 9"),
+    ],
+)
+def test_fault_024_025_settings_that_are_typed_do_not_shrink(flags, message, train_on, tmp_path):
+    done = train_on(*flags)
+    assert done.code == 2
+    assert message in done.last
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_typed_shrinks_beside_what_is(train_on):
+    done = train_on("--block_size", "18", "--max_steps", "1")
+    assert (done.code, len(lines_of(done, "global_batch_size 8 -> 7"))) == (0, 1)
+    done = train_on("--global_batch_size", "4", "--max_steps", "1", out="other")
+    assert (done.code, len(lines_of(done, "block_size 32 -> 21"))) == (0, 1)
+    assert not lines_of(done, "global_batch_size")
+
+
+def test_a_batch_of_micro_batches_stays_a_multiple_of_them(train_on, tmp_path):
+    done = train_on("--micro_batch_size", "4", "--max_steps", "1")
+    assert done.code == 0, done.stderr
+    assert state_of(tmp_path / "out", 1)["config"]["global_batch_size"] == 4
+
+
+def test_data_too_short_for_any_context_are_refused(tmp_path):
+    data = make_data(tmp_path / "data", train_size=150, val_size=6)  # 7 tokens: a context of 6
+    done = train_here("tiny", "--data", data, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "val has 7 tokens; needs at least 33 (block_size+1)" in done.last
+    assert not lines_of(done, "->")
+
+
+@pytest.mark.parametrize("by", ["auto", "path"])
+def test_a_run_keeps_the_context_and_batch_that_it_began_with(by, train_on, tmp_path):
+    assert train_on("--max_steps", "2").code == 0
+    run = ("--resume", tmp_path / "out") if by == "path" else ()
+    assert train_here(*run, "--max_steps", "3").code == 0 if run else True
+    done = train_on("--max_steps", "4", *run)
+    assert done.code == 0, done.stderr
+    assert len(lines_of(done, "block_size 32 -> 21, global_batch_size 8 -> 6")) == 1
+    assert state_of(tmp_path / "out", 4)["asked"] == {"block_size": 32, "global_batch_size": 8}
+
+
+def test_a_run_keeps_them_though_the_data_have_grown(train_on, little, tmp_path):
+    assert train_on("--max_steps", "2").code == 0
+    make_data(little, train_size=3000, val_size=500)
+    assert train_on("--max_steps", "3").code == 3  # the dataset changed
+    done = train_on("--max_steps", "3", "--resume", tmp_path / "out")
+    assert done.code == 0, done.stderr
+    assert state_of(tmp_path / "out", 3)["config"]["block_size"] == 21
+    done = train_on("--max_steps", "4", "--resume", tmp_path / "out", "--block_size", "32")
+    assert done.code == 2 and "another architecture (block_size 21 -> 32)" in done.last
+
+
+def test_a_fine_tunes_context_shrinks_to_the_data(run, little, tmp_path):
+    command = (*TINY, "--init", run, "--data", little, "--out", tmp_path / "tuned", "--max_steps", "1")
+    done = train_here(*command)
+    assert done.code == 0, done.stderr
+    assert len(lines_of(done, "block_size 32 -> 21, global_batch_size 8 -> 6")) == 1
+    assert load_pretrained(tmp_path / "tuned")[0].position.weight.shape[0] == 21
+    shutil.rmtree(run)
+    assert train_here(*command[:-1], "2").code == 0
+
+
+def test_fault_023_the_refusal_gives_the_command_that_prepares_the_same_text(run, tmp_path):
+    source, data = tmp_path / "it's a text.txt", tmp_path / "data"
+    source.write_text("the sea was calm and a gull cried once " * 50)
+    prepare_here(data, source, tokenizer="bpe:270", val_fraction=0.3)
+    command = (*TINY, "--init", run, "--out", tmp_path / "tuned", "--max_steps", "1")
+    done = train_here(*command, "--data", data)
+    assert done.code == 2
+    helps = done.last.partition("python data/prepare.py ")[2]
+    assert in_process(prepare.main, "prepare.py", *shlex.split(helps)).code == 0
+    done = train_here(*command, "--data", f"{data}-{run.name}")
+    assert done.code == 0, done.stderr
+    for folder in (data, Path(f"{data}-{run.name}")):
+        source_entry = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["source"]
+        assert source_entry["recipe"] == [str(source), "--val_fraction", "0.3"]
+
+
+@pytest.mark.parametrize(
+    ("init", "files", "expected"),
+    [
+        ("gpt2", ["vocab.json"], "gpt2"),
+        ("gpt2-medium", ["vocab.json"], "FOLDER"),
+        ("org/name", ["tokenizer.json"], "FOLDER"),
+        ("gpt2-medium", [], "byte"),
+        ("FOLDER", ["tokenizer.json"], "FOLDER"),
+    ],
+)
+def test_a_bases_tokenizer_is_named_so_that_prepare_finds_it(init, files, expected, tmp_path):
+    for name in files:
+        (tmp_path / name).touch()
+    named = tokenizer_source(init.replace("FOLDER", str(tmp_path)), tmp_path, load_tokenizer("byte"))
+    assert named == expected.replace("FOLDER", str(tmp_path))

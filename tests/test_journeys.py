@@ -1,0 +1,114 @@
+"""README's commands for one's own text run as they are written, on texts of any size: prepare, train, write, tune."""
+
+import json
+import re
+import shlex
+import tomllib
+
+import prepare
+import pytest
+from paths import ROOT
+from training_helpers import QUICK, in_process, text_of, tiny_model
+
+import sample
+import train
+from gpt.checkpoint.write import save_checkpoint
+from gpt.generate.sampling import SamplingParams
+from gpt.text.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAIN = {"data/prepare.py": prepare.main, "train.py": train.main, "sample.py": sample.main}
+# What a test adds: a short run, and the machine.
+ADDED = {
+    "data/prepare.py": (),
+    "train.py": ("--max_steps", "2", *QUICK),
+    "sample.py": ("--max_new_tokens", "4", "--device", "cpu"),
+}
+
+
+def journeys():
+    """README's blocks of shell commands under "Your text", each a list of commands as words."""
+    section = README.partition("\n## Your text\n")[2].partition("\n## ")[0]
+    return [
+        [shlex.split(line) for line in block.splitlines()] for block in re.findall(r"```sh\n(.*?)```", section, re.S)
+    ]
+
+
+SMALL, ON_GPT2 = journeys()[:2]
+
+
+def follow(commands):
+    """Runs README's commands in the current folder, and returns what they print."""
+    done = []
+    for _python, script, *words in commands:
+        done.append(in_process(MAIN[script], script, *words, *ADDED[script]))
+        assert done[-1].code == 0, done[-1].stderr
+    return done
+
+
+@pytest.fixture
+def my_texts(tmp_path, monkeypatch):
+    """An empty current folder but for my_texts/; returns a function that puts a text there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_texts").mkdir()
+    return lambda text, name="a.txt": (tmp_path / "my_texts" / name).write_text(text, encoding="utf-8")
+
+
+def manifest(folder):
+    return json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("size", "tokenizer"),
+    [(300, "byte"), (1_000, "byte"), (5_000, "byte"), (60_000, "byte"), (150_000, "bpe:"),
+     pytest.param(2_000_000, "bpe:", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_a_text_of_any_size_is_prepared_trained_on_and_continued_in_writing(size, tokenizer, my_texts, tmp_path):
+    my_texts(text_of(size))
+    prepared, _trained, written = follow(SMALL)
+    assert manifest(tmp_path / "data/mine")["tokenizer"]["name"].startswith(tokenizer)
+    assert "tokenizer: " in prepared.stdout
+    assert written.stdout.startswith("Once upon a time")
+
+
+@pytest.mark.parametrize("pieces", [20, 300])
+def test_a_folder_of_short_poems_too(pieces, my_texts, tmp_path):
+    for number in range(pieces):
+        my_texts(text_of(60, seed=number), f"{number}.txt")
+    follow(SMALL)
+    assert (manifest(tmp_path / "data/mine")["source"]["split"]["rule"] == "hash") == (pieces >= 100)
+
+
+@pytest.fixture
+def gpt2_on_the_hub(tmp_path, bpe_cache, monkeypatch):
+    """Makes "gpt2" on the hub a model with one small layer, GPT-2's vocabulary and its context of 1024."""
+    tokenizer = load_tokenizer("gpt2")
+    model = tiny_model(tokenizer.vocab_size, n_layer=1, n_embd=4, block_size=1024)
+    state = {"progress": {}, "scaler": {}, "config": {}, "runtime": {}, "base": None}
+    about = {"dataset": {"train": []}, "code": "test"}
+    folder = save_checkpoint(tmp_path / "hub", 1, model, tokenizer, {}, state, vars(SamplingParams()), about)
+    monkeypatch.setattr("gpt.checkpoint.read.fetch_from_hub", lambda name: folder)
+
+
+@pytest.mark.parametrize("size", [1_000, 5_000, pytest.param(60_000, marks=pytest.mark.slow)])
+def test_gpt2_is_tuned_on_a_text_of_any_size(size, gpt2_on_the_hub, my_texts, tmp_path):
+    my_texts(text_of(size))
+    follow(ON_GPT2)
+    settings = tomllib.loads((tmp_path / "out/tuned/config.toml").read_text(encoding="utf-8"))
+    assert settings["block_size"] < 1024
+
+
+def test_data_with_another_tokenizer_than_the_base_are_refused_with_the_command_that_helps(
+    gpt2_on_the_hub, my_texts, tmp_path
+):
+    my_texts(text_of(5_000))
+    follow(SMALL[:1])
+    done = in_process(train.main, "train.py", "--init", "gpt2", "--data", "data/mine", "--out", "out/tuned", *QUICK)
+    assert done.code == 2
+    command = done.last.partition("python ")[2]
+    assert command == "data/prepare.py my_texts/ --tokenizer gpt2 --out data/mine-gpt2"
+    assert not (tmp_path / "out").exists()
+    follow([["python", *shlex.split(command)]])
+    follow([["python", "train.py", "--init", "gpt2", "--data", "data/mine-gpt2", "--out", "out/tuned"]])
