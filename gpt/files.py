@@ -17,6 +17,7 @@ from gpt.errors import InputError, IntegrityError, ResourceError, note
 
 JSON_LIMIT = 1 << 28  # bytes; the tokenizer.json of a vocabulary of 200,000 takes 15 MB
 STEP_FOLDER = re.compile(r"^step-\d{9}$")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LOCK = "lock"
 LOCKED_BYTE = 1 << 30  # the byte that Windows locks: far behind the text, which must stay readable
 LOCK_POLL_SECONDS = 0.1
@@ -97,6 +98,7 @@ def read_limited(path: Path) -> bytes | None:
     try:
         with open(path, "rb") as file:
             data = file.read(JSON_LIMIT + 1)
+        refuse_lfs_pointer(path, data)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -104,6 +106,16 @@ def read_limited(path: Path) -> bytes | None:
     if len(data) > JSON_LIMIT:
         raise IntegrityError(f"{path}: {path.stat().st_size} bytes, at most {JSON_LIMIT} are read; restore it")
     return data
+
+
+def refuse_lfs_pointer(path: Path, data: bytes | None = None) -> None:
+    """Raises InputError if a file, or its content `data`, is the pointer that git leaves where git-lfs is not
+    installed."""
+    if data is None:
+        with open(path, "rb") as file:
+            data = file.read(len(LFS_POINTER))
+    if data.startswith(LFS_POINTER):
+        raise InputError(f"{path}: git-lfs's pointer, not the file; run git lfs install and git lfs pull in its folder")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from gpt.checkpoint.weights import INDEX, TOKENIZER_FILES
 from gpt.errors import InputError, ResourceError
 
 NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?\Z")
-FILES = ["*.safetensors", INDEX, "config.json", "generation_config.json", *TOKENIZER_FILES]
+FILES = ["*.safetensors", INDEX, "config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES]
 TIMEOUT_SECONDS = 10  # for the hub's first answer
 
 

@@ -20,6 +20,7 @@ from gpt.checkpoint.weights import TOKENIZER_FILES, load_model
 from gpt.errors import InputError, IntegrityError, ResourceError, note
 from gpt.files import STEP_FOLDER, inside, is_folder, read_json, read_pointer, sha256_of, step_folders, step_number
 from gpt.model import GPT
+from gpt.text.foreign import kind_of_folder, kind_of_weights
 from gpt.text.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
@@ -136,11 +137,22 @@ def candidates(path: str | Path) -> list[Path]:
         best = read_pointer(folder, "best")
         steps = sorted(steps_of_run(folder), key=lambda step: step != best)
         if not steps:
-            raise InputError(f"{path}: no checkpoint here; give a step folder, a run folder or a GPT-2 folder")
+            raise not_a_model(folder)
         return steps
-    if os.path.exists(folder) or not is_hub_name(str(path)):
+    if os.path.exists(folder):
+        what = kind_of_weights(folder) or "a file, not a folder; give a step folder, a run folder or a GPT-2 folder"
+        raise InputError(f"{path}: {what}")
+    if not is_hub_name(str(path)):
         raise InputError(f"{path}: no such checkpoint folder; give a step folder, a run folder or a hub name")
     return [fetch_from_hub(str(path))]
+
+
+def not_a_model(folder: Path) -> InputError:
+    """Returns the error for a folder without a config.json and step folders."""
+    what = kind_of_folder(folder) or kind_of_weights(folder)
+    if what is None and is_hub_name(str(folder)):
+        what = f"no checkpoint here, and this folder hides the hub's {folder}; rename it, or work in another folder"
+    return InputError(f"{folder}: {what or 'no checkpoint here; give a step folder, a run folder or a GPT-2 folder'}")
 
 
 def steps_of_run(out: str | Path) -> list[Path]:

@@ -13,12 +13,22 @@ from torch import Tensor
 
 from gpt.device import empty_together
 from gpt.errors import InputError, IntegrityError, ResourceError
-from gpt.files import inside, read_json, sha256_of
+from gpt.files import inside, read_json, refuse_lfs_pointer, sha256_of
 from gpt.model import GPT, ModelConfig
+from gpt.text.foreign import kind_of_folder, kind_of_weights
+from gpt.text.huggingface import FOREIGN_TOKENIZERS
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    *FOREIGN_TOKENIZERS,
+)
 
 PREFIX = "transformer."
 NAMES = {  # part of our name -> part of Hugging Face's name
@@ -33,6 +43,7 @@ NAMES = {  # part of our name -> part of Hugging Face's name
 TRANSPOSED = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc.weight", "mlp.proj.weight")  # GPT-2 stores (in, out)
 HEAD = "lm_head.weight"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+OTHER_HEADS = ("score.", "classifier.", "qa_outputs.", "multiple_choice_head.", "v_head.")
 HEADER_LIMIT = 1 << 22  # bytes; an optimizer needs 3,500 per layer, and checking 4 MiB takes 15 MB and 0.2 s
 MASKS = re.compile(r"^h\.\d+\.attn\.(bias|masked_bias)$")  # buffers in old files: causal masks
 
@@ -83,8 +94,8 @@ def all_finite(value: Tensor) -> bool:
     return bool(torch.stack(value.aminmax()).isfinite().all())
 
 
-def config_json(config: ModelConfig, vocab_size: int, eot: int) -> dict[str, Any]:
-    """Returns the content of config.json for a model with this ModelConfig, vocabulary size and end-of-text id."""
+def config_json(config: ModelConfig, vocab_size: int, role_ids: dict[str, int]) -> dict[str, Any]:
+    """Returns the content of config.json for a model with this ModelConfig, vocabulary size and ids of the roles."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         **GPT2_ONLY,
@@ -100,9 +111,7 @@ def config_json(config: ModelConfig, vocab_size: int, eot: int) -> dict[str, Any
         "resid_pdrop": config.dropout,
         "initializer_range": 0.02,
         "use_cache": True,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
-        "pad_token_id": eot,
+        **role_ids,
         "dtype": "float32",
         "torch_dtype": "float32",
     }
@@ -122,7 +131,8 @@ def weight_files(folder: Path) -> list[Path]:
             return [inside(folder, name) for name in sorted(set(index["weight_map"].values()))]
         except (KeyError, AttributeError, TypeError):
             raise IntegrityError(f"{folder / INDEX}: not a weight index; restore it") from None
-    raise InputError(f"{folder}: no {WEIGHTS} (pickled weights are not read); give a GPT-2 checkpoint folder")
+    what = kind_of_folder(folder) or kind_of_weights(folder) or f"no {WEIGHTS}; give a GPT-2 checkpoint folder"
+    raise InputError(f"{folder}: {what}")
 
 
 def weights_hash(folder: Path) -> str:
@@ -137,6 +147,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises IntegrityError if the file is missing or malformed, has a header above HEADER_LIMIT or gives a name twice
     (stricter than the safetensors library), ResourceError if it cannot be read."""
     try:
+        refuse_lfs_pointer(path)
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             if size > HEADER_LIMIT:
@@ -181,7 +192,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, int]:
     another architecture, IntegrityError if it is malformed."""
     values = read_json(folder / "config.json")
     if values is None:
-        raise InputError(f"{folder}: no config.json; give a GPT-2 checkpoint folder, a run folder or a hub name")
+        what = kind_of_folder(folder) or "no config.json; give a GPT-2 checkpoint folder, a run folder or a hub name"
+        raise InputError(f"{folder}: {what}")
     for name, wanted in GPT2_ONLY.items():
         if values.get(name, wanted) not in (wanted, EQUIVALENT.get(name, wanted)):
             raise InputError(f"{folder}: {name} is {values[name]!r}, GPT-2 has {wanted!r}; use another model")
@@ -240,6 +252,14 @@ def check_weights(folder: Path, model: GPT, tensors: dict[str, Tensor]) -> None:
             problems.append(f"{name} is {shape}, model wants {shapes[name]}")
         if dtype not in FLOATS:
             problems.append(f"{name} is of type {dtype}; needs one of {', '.join(map(str, FLOATS))}")
+    if problems and all(problem.endswith(" is unknown") and problem.startswith(OTHER_HEADS) for problem in problems):
+        new = f"{folder}-lm"
+        raise InputError(
+            f"{folder}: holds {problems[0].split()[0]}, the head of a classifier or reward model; write the language "
+            "model below it, and copy the tokenizer's files: "
+            'python -c "from transformers import GPT2LMHeadModel as M; '
+            f'M.from_pretrained({str(folder)!r}).save_pretrained({new!r})"'
+        )
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise IntegrityError(f"weights do not fit: {folder}: {'; '.join(problems[:5])}{more}")

@@ -56,9 +56,11 @@ def save_checkpoint(
 def write_model(folder: Path, weights: Tensors, model: GPT, tokenizer: Tokenizer, sampling: Json) -> None:
     """Writes the files of a checkpoint that Hugging Face reads: weights, settings and tokenizer."""
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    write_json(folder / "config.json", config_json(model.config, model.vocab_size, tokenizer.eot))
-    eot = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
-    write_json(folder / "generation_config.json", {"do_sample": True, **sampling, **eot})
+    ids = tokenizer.role_ids
+    first, *others = ids["eos_token_id"]
+    one_eos = ids | {"eos_token_id": first}  # some programs read only one id from config.json
+    write_json(folder / "config.json", config_json(model.config, model.vocab_size, one_eos))
+    write_json(folder / "generation_config.json", {"do_sample": True, **sampling, **(ids if others else one_eos)})
     save_tokenizer(tokenizer, folder, model_max_length=model.config.block_size)
 
 

@@ -29,11 +29,13 @@ class Launch(NamedTuple):
 class Decoder:
     """R row slots over one static cache, R being `backend.slots(rows)`. A text does not depend on the texts in other
     rows, only on R: each row is prefilled by itself, and in a step no row's arithmetic depends on another row. The ids
-    in `banned` are never chosen."""
+    in `banned` are never chosen; `stops` are the ids that end a text, apart from `eot`."""
 
-    def __init__(self, backend: Backend, rows: int, eot: int, banned: Collection[int] = ()):
+    def __init__(
+        self, backend: Backend, rows: int, eot: int, banned: Collection[int] = (), stops: Collection[int] = ()
+    ):
         self.model = backend.model
-        self.step = Step(backend, backend.slots(rows), eot, banned)
+        self.step = Step(backend, backend.slots(rows), eot, banned, stops)
         self.launcher: Step | CapturedStep = CapturedStep(self.step) if backend.captures else self.step
         self.capacity = self.model.config.block_size
         self.lengths = np.zeros(len(self.step), dtype=np.int64)  # (R,) positions of each row after all steps in flight

@@ -120,7 +120,7 @@ class TextGenerator:
     def encode(self, prompt: str, name: str, params: GenerationParams) -> np.ndarray:
         """Returns the ids of a prompt, int32 (T,); end-of-text alone for an empty one. If a prompt is longer than the
         context, keeps its last ids if `params.truncate`, else raises InputError, which calls it `name`."""
-        ids = self.tokenizer.encode(prompt, params.allow_special) or [self.tokenizer.eot]
+        ids = self.tokenizer.encode_prompt(prompt, params.allow_special)
         context = self.model.config.block_size
         if len(ids) > context and not params.truncate:
             raise InputError(f"{name} has {len(ids)} tokens, context is {context}; use --truncate")
@@ -181,7 +181,8 @@ class TextGenerator:
         if decoder and decoder.step.backend is backend and len(decoder.step) == backend.slots(rows):
             return decoder
         del decoder  # its cache would take the memory that the new cache needs
-        return Decoder(backend, rows, self.tokenizer.eot, self.unused_ids())
+        eot, *stops = self.tokenizer.stops
+        return Decoder(backend, rows, eot, self.unused_ids(), stops)
 
     def unused_ids(self) -> list[int]:
         """Returns the ids that are no token: they must never be chosen."""

@@ -81,10 +81,10 @@ class Sequence:
         self.top_logprobs: list[list[tuple[int, float]]] | None = [] if self.params.top_logprobs else None
 
     def take(self, chosen: int, logprob: float, likeliest: list[tuple[int, float]]) -> str:
-        """Appends the id `chosen`, or ends the text if it is end-of-text. Returns the piece of text that has become
-        certain. Stores `logprob` and `likeliest`, a list of (id, log-probability), if `params` has `logprobs` or
-        `top_logprobs` set."""
-        if chosen == self.tokenizer.eot:
+        """Appends the id `chosen`, or ends the text if it is one of the tokenizer's `stops`. Returns the piece of text
+        that has become certain. Stores `logprob` and `likeliest`, a list of (id, log-probability), if `params` has
+        `logprobs` or `top_logprobs` set."""
+        if chosen in self.tokenizer.stops:
             return self.finish("stop")
         self.ids.append(chosen)
         if self.logprobs is not None:

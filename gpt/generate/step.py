@@ -50,7 +50,9 @@ class Step:
     """`most`: steps in one launch. `lag`: launches that may still run when the results of the oldest are read. A plain
     step runs at once, so 1 and 0."""
 
-    def __init__(self, backend: Backend, rows: int, eot: int, banned: Collection[int] = ()):
+    def __init__(
+        self, backend: Backend, rows: int, eot: int, banned: Collection[int] = (), stops: Collection[int] = ()
+    ):
         model, device = backend.model, backend.model.device
         assert 0 <= eot < model.vocab_size
         self.backend, self.device, self.eot, self.vocab_size = backend, device, eot, model.vocab_size
@@ -60,7 +62,8 @@ class Step:
         self.launched = np.zeros(rows, dtype=np.int64)  # `turns` after all steps in flight, on the host
         self.draws = torch.zeros(rows, 2 * DRAWS_AHEAD, dtype=torch.int64, device=device)  # two blocks, used in turn
         self.filters = Filters(rows, device)
-        self.ignores_eot = torch.zeros(rows, dtype=torch.bool, device=device)  # (R,) rows that never choose `eot`
+        self.ignores_eot = torch.zeros(rows, dtype=torch.bool, device=device)  # (R,) rows that never choose a stop id
+        self.stops = torch.tensor(stops, dtype=torch.int64, device=device) if len(stops) else None  # apart from `eot`
         self.banned = torch.tensor(banned, dtype=torch.int64, device=device) if len(banned) else None
         self.seen: torch.Tensor | None = None  # (R, V) tokens in each row's window, if a row has a repetition penalty
         self.report: int | None = None  # the number N; None for ids alone
@@ -87,6 +90,9 @@ class Step:
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """Chooses each row's next id from logits (R, V), which it changes in place. Copies the ids to `next`,
         increments `turns` and returns the ids (R,), negative where sampling.choose finds none."""
+        if self.stops is not None:  # here, because the C++ sampler knows `eot` alone
+            ignored = logits[:, self.stops].masked_fill(self.ignores_eot[:, None], torch.finfo(torch.float32).min)
+            logits[:, self.stops] = ignored
         if self.backend.choose_step:
             return self.backend.choose_step(logits, self)
         # Not -inf, which would look like damaged weights.

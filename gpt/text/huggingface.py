@@ -14,14 +14,29 @@ Hugging Face look up whole pieces first. Together this gives the ids that tiktok
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from gpt.errors import InputError, IntegrityError
 from gpt.files import read_json, read_limited
+from gpt.text.added_tokens import (
+    BRACKETED,
+    END_OF_TEXT,
+    GPT2_CLASSES,
+    STOPS,
+    Additions,
+    Entries,
+    begins_with_eot,
+    bos_is_eot,
+    end_of_text,
+    read_entries,
+    read_settings,
+    roles_of,
+    stop_ids,
+)
+from gpt.text.foreign import kind_of_folder
 
-END_OF_TEXT = "<|endoftext|>"
 # The spellings of each known pattern: tiktoken's spelling (possessive, hence fast), Hugging Face's spelling, others.
 # Hugging Face's engine reads `{1,3}+` as a repeated group and `$` as the end of any line: it must get its own spelling.
 GPT2_PATTERNS = (
@@ -41,6 +56,13 @@ O200K_PATTERNS = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 ) * 2  # one spelling serves both
+FOREIGN_TOKENIZERS = {
+    "vocab.txt": "WordPiece",
+    "spiece.model": "sentencepiece",
+    "sentencepiece.bpe.model": "sentencepiece",
+    "spm.model": "sentencepiece",
+    "tokenizer.model": "sentencepiece",
+}
 PATTERNS = {"gpt2": GPT2_PATTERNS, "cl100k": CL100K_PATTERNS, "o200k": O200K_PATTERNS}
 
 Pair = tuple[bytes, ...]
@@ -56,6 +78,7 @@ class Vocabulary:
     pattern: str
     special_tokens: dict[str, int]
     end_of_text: str = END_OF_TEXT
+    additions: Additions = field(default_factory=Additions)
 
 
 def pattern_name(pattern: str | None) -> str | None:
@@ -92,15 +115,17 @@ def to_huggingface(vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[str, An
     """Returns the contents of `tokenizer.json` and of `tokenizer_config.json`."""
     merges, pure = merges_of(vocabulary.ranks)
     vocab = {spelled(token): rank for token, rank in vocabulary.ranks.items()} | vocabulary.special_tokens
+    ordinary, hidden = vocabulary.additions.ordinary, vocabulary.additions.hidden
+    added = {text: rank for text, rank in (vocabulary.special_tokens | ordinary).items() if text not in hidden}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     stored = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [added_token(text, rank) for text, rank in by_id(vocabulary.special_tokens)],
+        "added_tokens": [added_token(text, rank, text not in ordinary) for text, rank in by_id(added)],
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer_of(vocabulary.pattern, byte_level),
-        "post_processor": byte_level | {"use_regex": True},
+        "post_processor": beginning(vocabulary) or byte_level | {"use_regex": True},
         "decoder": byte_level | {"use_regex": True},
         "model": {
             "type": "BPE",
@@ -121,9 +146,10 @@ def to_huggingface(vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[str, An
 def config_of(vocabulary: Vocabulary) -> dict[str, Any]:
     """Returns the content of `tokenizer_config.json`. Another class than PreTrainedTokenizerFast would drop the
     pattern; CTranslate2 needs an unknown token; without `model_input_names` transformers 4 returns token types, which
-    GPT-2 adds to its embeddings. The last two keys are this program's own."""
+    GPT-2 adds to its embeddings. The last keys are this program's own."""
     roles: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), vocabulary.end_of_text)
-    return roles | {
+    stops = list(vocabulary.additions.stops)
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
@@ -131,6 +157,19 @@ def config_of(vocabulary: Vocabulary) -> dict[str, Any]:
         "tiktoken_name": vocabulary.name,
         "tiktoken_pattern": vocabulary.pattern,
     }
+    return roles | vocabulary.additions.roles | config | ({STOPS: stops} if stops else {})
+
+
+def beginning(vocabulary: Vocabulary) -> dict[str, Any] | None:
+    """Returns the post_processor of a tokenizer that puts end-of-text before each text, None for any other."""
+    if not vocabulary.additions.begins:
+        return None
+    eot = vocabulary.end_of_text
+    token: dict[str, Any] = {"SpecialToken": {"id": eot, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    ids = {eot: {"id": eot, "ids": [vocabulary.special_tokens[eot]], "tokens": [eot]}}
+    pair = [token, first, token, second]
+    return {"type": "TemplateProcessing", "single": [token, first], "pair": pair, "special_tokens": ids}
 
 
 def by_id(ids: dict[Any, int]) -> list[tuple[Any, int]]:
@@ -138,9 +177,11 @@ def by_id(ids: dict[Any, int]) -> list[tuple[Any, int]]:
     return sorted(ids.items(), key=lambda entry: entry[1])
 
 
-def added_token(text: str, rank: int) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": rank, "content": text} | flags | {"special": True}
+def added_token(text: str, rank: int, special: bool) -> dict[str, Any]:
+    """Returns an entry of "added_tokens". `normalized` makes Hugging Face look for ordinary tokens in the text between
+    the special ones."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    return {"id": rank, "content": text} | flags | {"normalized": not special, "special": special}
 
 
 def pre_tokenizer_of(pattern: str, byte_level: dict[str, Any]) -> dict[str, Any]:
@@ -192,43 +233,78 @@ def read_folder(folder: Path) -> Vocabulary:
 
     Raises InputError if there is no tokenizer, or if it is not a byte-level BPE with a known pattern, and names the
     component; IntegrityError for a malformed file."""
-    path, config = folder / "tokenizer.json", read_json(folder / "tokenizer_config.json") or {}
-    stored = read_json(path)
+    path = folder / "tokenizer.json"
     try:
+        config, stored = read_settings(folder), read_json(path)
         if stored is not None:
             return from_tokenizer_json(path, stored, config)
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
             return from_vocab_and_merges(folder, config)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise IntegrityError(f"{folder}: malformed tokenizer files ({error!r}); restore them") from None
-    raise InputError(f"{folder}: no tokenizer in it; needs tokenizer.json, or vocab.json and merges.txt")
+    for name, kind in FOREIGN_TOKENIZERS.items():
+        if (folder / name).exists():
+            raise refused(folder / name, f"a tokenizer of the kind {kind}")
+    what = kind_of_folder(folder) or "no tokenizer in it; needs tokenizer.json, or vocab.json and merges.txt"
+    raise InputError(f"{folder}: {what}")
 
 
 def from_tokenizer_json(path: Path, stored: dict[str, Any], config: dict[str, Any]) -> Vocabulary:
     model = stored["model"]
     check_components(path, stored, model)
-    special_tokens = {entry["content"]: entry["id"] for entry in stored["added_tokens"]}
-    ranks = ranks_of(path, model["vocab"], special_tokens)
+    entries = read_entries(path.parent, stored["added_tokens"], config, model["vocab"])
+    whole = bool(model.get("ignore_merges"))
+    vocabulary = vocabulary_of(path, model["vocab"], model["merges"], whole, entries, config)
     pattern = config.get("tiktoken_pattern")
     if pattern is None:
         pattern = known_pattern(path, stored["pre_tokenizer"], config)
-        check_merges(path, ranks, model["merges"], model.get("ignore_merges", False))
-    name = config.get("tiktoken_name", path.parent.name)
-    return Vocabulary(name, ranks, pattern, special_tokens, end_of_text(path, special_tokens, config))
+        check_merges(path, vocabulary.ranks, model["merges"], whole)
+    eot = vocabulary.special_tokens[vocabulary.end_of_text]
+    begins = begins_with_eot(path, stored.get("post_processor"), eot)
+    return replace(vocabulary, pattern=pattern, additions=replace(vocabulary.additions, begins=begins))
 
 
 def from_vocab_and_merges(folder: Path, config: dict[str, Any]) -> Vocabulary:
     path = folder / "vocab.json"
-    vocab = (read_json(path) or {}) | (read_json(folder / "added_tokens.json") or {})
+    kind = config.get("tokenizer_class")
+    if kind not in GPT2_CLASSES and not str(kind).startswith(("PreTrainedTokenizer", "TokenizersBackend")):
+        raise refused(folder / "tokenizer_config.json", f"tokenizer_class {kind}")
     if config.get("add_prefix_space"):
         raise refused(folder / "tokenizer_config.json", "add_prefix_space")
-    name = eos_token(config)
-    special_tokens = {name: vocab[name]} if name in vocab else {}
-    ranks = ranks_of(path, vocab, special_tokens)
+    vocab = read_json(path) or {}
     lines = (read_limited(folder / "merges.txt") or b"").decode("utf-8").splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")]
-    check_merges(folder / "merges.txt", ranks, merges, ignore_merges=False)
-    return Vocabulary(folder.name, ranks, GPT2_PATTERNS[0], special_tokens, end_of_text(path, special_tokens, config))
+    entries = read_entries(folder, [], config, vocab)
+    vocabulary = vocabulary_of(path, vocab, merges, False, entries, config)
+    check_merges(folder / "merges.txt", vocabulary.ranks, merges, ignore_merges=False)
+    begins = bos_is_eot(path, config, vocabulary.end_of_text)
+    return replace(vocabulary, additions=replace(vocabulary.additions, begins=begins))
+
+
+def vocabulary_of(
+    path: Path, vocab: dict[str, int], merges: list[Any], whole: bool, entries: Entries, config: dict[str, Any]
+) -> Vocabulary:
+    """Returns the Vocabulary of a Hugging Face vocabulary and its added tokens, with GPT-2's pattern. `whole`: whether
+    the BPE looks up whole pieces (`ignore_merges`)."""
+    made = set() if whole else {"".join(pair) for pair in pairs_of(merges)}
+    ordinary, special_tokens = {}, {}
+    for text, entry in entries.items():
+        in_bpe = text in vocab and (len(text) == 1 or text in made)
+        if in_bpe or not entry.get("special"):
+            ordinary[text] = entry["id"]
+        if not in_bpe:
+            special_tokens[text] = entry["id"]
+    unnamed = {text: rank for text, rank in vocab.items() if BRACKETED.fullmatch(text) and text not in entries}
+    hidden = {} if whole else {text: rank for text, rank in unnamed.items() if text not in made}
+    eot = end_of_text(path, special_tokens, config)
+    special_tokens |= hidden
+    ranks = ranks_of(path, vocab, special_tokens)
+    ids = {*ranks.values(), *special_tokens.values()}
+    roles = roles_of(config, special_tokens.keys() | ordinary.keys(), eot)
+    stops = stop_ids(path.parent, config, ids, special_tokens[eot])
+    additions = Additions(ordinary, frozenset(hidden), roles, stops)
+    name = config.get("tiktoken_name", path.parent.name)
+    return Vocabulary(name, ranks, GPT2_PATTERNS[0], special_tokens, eot, additions)
 
 
 def refused(path: Path, component: str) -> InputError:
@@ -246,9 +322,6 @@ def check_components(path: Path, stored: dict[str, Any], model: dict[str, Any]) 
     for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(setting):
             raise refused(path, f"model setting {setting}")
-    ordinary = [entry["content"] for entry in stored["added_tokens"] if not entry["special"]]
-    if ordinary:
-        raise refused(path, f"added token {ordinary[0]!r}")
 
 
 def known_pattern(path: Path, pre_tokenizer: dict[str, Any] | None, config: dict[str, Any]) -> str:
@@ -286,9 +359,14 @@ def ranks_of(path: Path, vocab: dict[str, int], special_tokens: dict[str, int]) 
     return {joined[start:end]: rank for (start, end), rank in zip(borders, ordinary.values(), strict=True)}
 
 
+def pairs_of(merges: Iterable[Any]) -> list[tuple[str, ...]]:
+    """Returns the merges of either spelling, "a b" or ["a", "b"], as pairs."""
+    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+
+
 def check_merges(path: Path, ranks: dict[bytes, int], merges: Iterable[Any], ignore_merges: bool) -> None:
     """Raises InputError unless Hugging Face, with these merges, encodes as tiktoken does with the ids as ranks."""
-    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    pairs = pairs_of(merges)
     expected, pure = merges_of(ranks)
     spellings = [(spelled(left), spelled(right)) for left, right in expected]
     if pairs == spellings and (pure or ignore_merges):
@@ -296,17 +374,3 @@ def check_merges(path: Path, ranks: dict[bytes, int], merges: Iterable[Any], ign
     order = [ranks.get(bytes(BYTE_OF.get(c, 0) for c in "".join(pair)), -1) for pair in pairs]
     if not (ignore_merges and not pure and order == sorted(order) and set(pairs) == set(spellings)):
         raise refused(path, "model with merges in another order than its ids")
-
-
-def eos_token(config: dict[str, Any]) -> str:
-    token = config.get("eos_token") or END_OF_TEXT
-    return token["content"] if isinstance(token, dict) else token
-
-
-def end_of_text(path: Path, special_tokens: dict[str, int], config: dict[str, Any]) -> str:
-    """Returns the special token that separates documents: <|endoftext|>, else the token that is named as `eos_token`.
-    Raises InputError if there is neither."""
-    name = END_OF_TEXT if END_OF_TEXT in special_tokens else eos_token(config)
-    if name not in special_tokens:
-        raise InputError(f"{path}: no end-of-text token; needs {END_OF_TEXT}, or an eos_token in tokenizer_config.json")
-    return name

@@ -2,10 +2,11 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import tiktoken
 
 from gpt.errors import InputError, IntegrityError, note
 from gpt.files import read_pointer, step_folders
+from gpt.text.added_tokens import END_OF_TEXT, Additions, matcher
 from gpt.text.huggingface import (
     BYTE_OF,
-    END_OF_TEXT,
     GPT2_PATTERNS,
     Vocabulary,
     by_id,
@@ -27,6 +28,7 @@ from gpt.text.huggingface import (
 )
 from gpt.text.rank_files import named_encoding, read_rank_file
 
+ROLES_WITH_IDS = ("bos_token", "eos_token", "pad_token")
 # Texts that patterns treat differently: letters, digits, contractions, every white space, marks, and how a text ends.
 PROBES = (
     "The quick brown fox's dog didn't; WE'LL we've I'm you'd they're IT'S naïve Straße ſ's DŽungla",
@@ -43,11 +45,12 @@ PROBES = (
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tiktoken Encoding with the id that stands before each document."""
+    """A tiktoken Encoding with the id that stands before each document, and what a Hugging Face folder adds."""
 
     name: str
     encoding: tiktoken.Encoding
     eot: int
+    additions: Additions = field(default_factory=Additions)
 
     @property
     def vocab_size(self) -> int:
@@ -60,6 +63,8 @@ class Tokenizer:
         spelling of the pattern is not part of it: tiktoken has changed that of gpt2 twice."""
         parts = [f"{rank} {token.hex()}" for token, rank in by_id(self.encoding._mergeable_ranks)]
         parts += [f"{rank} special {text}" for text, rank in by_id(self.encoding._special_tokens)]
+        parts += [f"{rank} ordinary {text}" for text, rank in by_id(self.additions.ordinary)]
+        parts += [f"hidden {text}" for text in sorted(self.additions.hidden)]
         parts += [" ".join(map(str, self.encode(probe))) for probe in PROBES]
         return hashlib.sha256("\n".join(parts).encode("utf-8")).hexdigest()
 
@@ -67,6 +72,35 @@ class Tokenizer:
     def manifest_entry(self) -> dict[str, Any]:
         """The entry for the tokenizer in the manifests of shards and checkpoints."""
         return {"name": self.name, "identity": self.identity, "vocab_size": self.vocab_size, "eot": self.eot}
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The ids that end a text; end-of-text is the first."""
+        return self.eot, *self.additions.stops
+
+    @property
+    def role_ids(self) -> dict[str, Any]:
+        """Returns the ids that Hugging Face's settings name: "bos_token_id", "pad_token_id", and "eos_token_id", a list
+        of the ids that end a text, that of the eos token first."""
+        ids = self.special_tokens | self.additions.ordinary
+        bos, eos, pad = (ids.get(self.additions.roles.get(role, ""), self.eot) for role in ROLES_WITH_IDS)
+        stops = sorted(self.stops, key=lambda rank: rank != eos)
+        return {"bos_token_id": bos, "eos_token_id": stops, "pad_token_id": pad}
+
+    def with_roles_of(self, other: "Tokenizer") -> "Tokenizer":
+        """Returns this tokenizer with the roles, the stop ids and the beginning of `other`, which has the same ids."""
+        return replace(self, additions=other.additions)
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The special tokens that a text may hold, text -> id."""
+        others = self.additions.ordinary.keys() | self.additions.hidden
+        return {text: rank for text, rank in self.encoding._special_tokens.items() if text not in others}
+
+    @functools.cached_property
+    def matchers(self) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None]:
+        """Patterns that find special tokens and ordinary added tokens."""
+        return matcher(self.special_tokens), matcher(self.additions.ordinary)
 
     @property
     def pattern(self) -> str:
@@ -77,14 +111,34 @@ class Tokenizer:
         become U+FFFD. Raises InputError for a text that the tokenizer cannot split."""
         return self.encode_to_numpy(text, allow_special).tolist()
 
+    def encode_prompt(self, text: str, allow_special: bool = False) -> list[int]:
+        """Returns the ids that a model continues: those of `encode`, after end-of-text if the tokenizer puts it before
+        each text or if there are no others."""
+        ids = self.encode(text, allow_special)
+        return [self.eot, *ids] if self.additions.begins or not ids else ids
+
     def encode_to_numpy(self, text: str, allow_special: bool = False) -> np.ndarray:
         """Returns the ids as `encode` does, uint32 (tokens,). Several threads can encode at the same time."""
-        allowed = self.encoding.special_tokens_set if allow_special else frozenset()
+        special, ordinary = self.matchers
+        pieces = [text]
+        for pattern in (special if allow_special else None, ordinary):
+            if pattern:
+                found = (pattern.split(piece) if index % 2 == 0 else [piece] for index, piece in enumerate(pieces))
+                pieces = list(itertools.chain.from_iterable(found))
+        ids = self.special_tokens | self.additions.ordinary
+        encoded = [
+            np.array([ids[piece]], np.uint32) if index % 2 else self.encode_plain(piece)
+            for index, piece in enumerate(pieces)  # text, token, text, token, …, text
+        ]
+        return np.concatenate(encoded) if len(encoded) > 1 else encoded[0]
+
+    def encode_plain(self, text: str) -> np.ndarray:
+        """Returns the ids of a text without added tokens."""
         try:
-            return self.encoding.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
             repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return self.encode_to_numpy(repaired, allow_special)
+            return self.encode_plain(repaired)
         except BaseException as error:  # ValueError, or tiktoken's PanicException, which derives from BaseException
             if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
                 raise
@@ -110,6 +164,8 @@ class Tokenizer:
         ids."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         ranks = self.encoding._mergeable_ranks
+        ordinary = self.additions.ordinary
+        lengths[list(ordinary.values())] = [len(text.encode("utf-8", "replace")) for text in ordinary]
         lengths[list(ranks.values())] = list(map(len, ranks))
         return lengths
 
@@ -118,7 +174,8 @@ class Tokenizer:
         """The text of `tokenizer.json` and the settings for `tokenizer_config.json`."""
         ranks, special_tokens = self.encoding._mergeable_ranks, self.encoding._special_tokens
         [end_of_text] = [text for text, rank in special_tokens.items() if rank == self.eot]
-        stored, config = to_huggingface(Vocabulary(self.name, ranks, self.pattern, special_tokens, end_of_text))
+        vocabulary = Vocabulary(self.name, ranks, self.pattern, special_tokens, end_of_text, self.additions)
+        stored, config = to_huggingface(vocabulary)
         return json.dumps(stored, ensure_ascii=False, indent=1), config
 
 
@@ -168,7 +225,8 @@ def tokenizer_from(vocabulary: Vocabulary, source: str) -> Tokenizer:
         )
     except ValueError as error:
         raise InputError(f"{source}: pattern not understood ({error}); correct it") from None
-    return Tokenizer(vocabulary.name, encoding, vocabulary.special_tokens[vocabulary.end_of_text])
+    eot = vocabulary.special_tokens[vocabulary.end_of_text]
+    return Tokenizer(vocabulary.name, encoding, eot, vocabulary.additions)
 
 
 def check_vocabulary(vocabulary: Vocabulary, source: str) -> None:

@@ -18,7 +18,7 @@ from gpt.model import GPT, ModelConfig
 from gpt.text.corpus import Corpus
 from gpt.text.fit import shrink_to_data
 from gpt.text.shards import SPLITS, Dataset, open_dataset
-from gpt.text.tokenizer import Tokenizer, choices
+from gpt.text.tokenizer import Tokenizer, choices, load_tokenizer
 from gpt.train.budget import Budget, LengthConfig, Progress, RhythmConfig
 from gpt.train.metrics_file import logged_evaluation
 from gpt.train.ranks import Ranks
@@ -302,12 +302,15 @@ def shard_hashes(shard_list: dict[str, Any]) -> dict[str, tuple[int, str]]:
 
 def first_model(start: Start) -> tuple[GPT, dict[str, str] | None]:
     """Returns the model to train, in fp32 on the CPU (from the checkpoint, from the base model, or new), and the record
-    of the base model that the run began with, or None."""
+    of the base model that the run began with, or None. The tokenizer of `start` gets the roles that the checkpoint or
+    base model gives to tokens, so that the run saves them too."""
     config, corpus = start.config, start.corpus
     if start.checkpoint:
         model, origin = load_model(start.checkpoint.path), start.checkpoint.state["base"]
+        corpus.tokenizer = corpus.tokenizer.with_roles_of(load_tokenizer(start.checkpoint.path))
     elif start.base:
-        model, origin = load_base(start.base, config.init, config.model.block_size, corpus)
+        model, base_tokenizer, origin = load_base(start.base, config.init, config.model.block_size, corpus)
+        corpus.tokenizer = corpus.tokenizer.with_roles_of(base_tokenizer)
     else:
         torch.manual_seed(config.seed)
         model, origin = GPT(config.model, corpus.tokenizer.vocab_size), None
@@ -315,13 +318,14 @@ def first_model(start: Start) -> tuple[GPT, dict[str, str] | None]:
     return model, origin
 
 
-def load_base(folder: Path, init: str, block_size: int, corpus: Corpus) -> tuple[GPT, dict[str, str]]:
-    """Returns the model to fine-tune, its context cropped to `block_size`, and a record of it: the name `init` that the
-    user gave, and the sha256 of the weights. Raises InputError if its tokenizer is not that of the data."""
+def load_base(folder: Path, init: str, block_size: int, corpus: Corpus) -> tuple[GPT, Tokenizer, dict[str, str]]:
+    """Returns the model to fine-tune, its context cropped to `block_size`, its tokenizer, and a record of it: the name
+    `init` that the user gave, and the sha256 of the weights. Raises InputError if its tokenizer is not that of the
+    data."""
     model, tokenizer, _ = load_folder(folder)
     corpus.check_tokenizer(init, tokenizer.manifest_entry, tokenizer_source(init, folder, tokenizer))
     model.crop_context(block_size)
-    return model, {"init": init, "sha256": weights_hash(folder)}
+    return model, tokenizer, {"init": init, "sha256": weights_hash(folder)}
 
 
 def tokenizer_source(init: str, folder: Path, tokenizer: Tokenizer) -> str:

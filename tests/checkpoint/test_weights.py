@@ -186,7 +186,7 @@ def test_an_untied_head_is_refused(byte, tmp_path):
 def test_a_folder_with_pickle_weights_alone_is_refused_and_they_are_not_opened(byte, tmp_path):
     theirs_of(byte, tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(InputError, match="pickled weights are not read"):
+    with pytest.raises(InputError, match="pickled weights, which are not read; write them as safetensors: python -c"):
         load_pretrained(tmp_path)
 
 

@@ -130,6 +130,10 @@ def edited(folder, source, edit):
     return folder
 
 
+def with_flag(text, flag):
+    return {"id": 401, "content": text, "special": True, flag: True}
+
+
 @pytest.mark.parametrize(
     ("component", "edit"),
     [
@@ -141,7 +145,9 @@ def edited(folder, source, edit):
         ("pre_tokenizer None", lambda t: t.update(pre_tokenizer=None)),
         ("pre_tokenizer pattern", lambda t: t["pre_tokenizer"].update(use_regex=False)),
         ("byte_fallback", lambda t: t["model"].update(byte_fallback=True)),
-        ("added token", lambda t: t["added_tokens"].append({"id": 401, "content": "foo", "special": False})),
+        ("added token 'foo' with lstrip", lambda t: t["added_tokens"].append(with_flag("foo", "lstrip"))),
+        ("added token 'foo' with rstrip", lambda t: t["added_tokens"].append(with_flag("foo", "rstrip"))),
+        ("added token 'foo' with single_word", lambda t: t["added_tokens"].append(with_flag("foo", "single_word"))),
         ("merges in another order", lambda t: t["model"]["merges"].reverse()),
         ("merges in another order", lambda t: t["model"]["merges"].pop()),
         ("vocabulary entry", lambda t: t["model"]["vocab"].update({"a b": 402})),

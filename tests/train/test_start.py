@@ -5,6 +5,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import foreign_helpers
 import prepare
 import pytest
 import torch
@@ -17,6 +18,9 @@ from gpt.text.shards import open_dataset
 from gpt.text.tokenizer import load_tokenizer, train_bpe
 from gpt.train import start
 from gpt.train.start import load_base, tokenizer_source
+
+STORED = ("config", "generation_config", "tokenizer_config")  # files of a step folder
+ROLES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]", "unk_token": "<unk>", "mask_token": "<mask>"}
 
 
 def test_fault_061_a_finished_run_changes_no_file(run, again):
@@ -203,7 +207,7 @@ def test_fault_079_a_shorter_context_is_cropped_and_said_and_a_longer_one_refuse
     corpus = Corpus(open_dataset(made / "data"), "", "size", 16, 8, 1)
     assert (tuned.config.block_size, tuned.position.weight.shape) == (16, (16, 32))
     base, _, _ = load_pretrained(run)
-    cropped, _ = load_base(find_model_folder(run), str(run), 16, corpus)
+    cropped, _, _ = load_base(find_model_folder(run), str(run), 16, corpus)
     corpus.close()
     assert torch.equal(cropped.position.weight, base.position.weight[:16])
     ids = torch.arange(16)[None]
@@ -434,3 +438,23 @@ def test_a_bases_tokenizer_is_named_so_that_prepare_finds_it(init, files, expect
         (tmp_path / name).touch()
     named = tokenizer_source(init.replace("FOLDER", str(tmp_path)), tmp_path, load_tokenizer("byte"))
     assert named == expected.replace("FOLDER", str(tmp_path))
+
+
+def test_a_fine_tune_keeps_every_eos_and_the_roles_of_its_base_and_so_does_a_continued_run(tmp_path):
+    foreign_helpers.all_roles(tmp_path / "base")
+    foreign_helpers.edit(tmp_path / "base", "generation_config.json", lambda values: values.update(eos_token_id=[1, 9]))
+    tokenizer = load_tokenizer(tmp_path / "base")
+    data = make_data(tmp_path / "data", tokenizer=tokenizer)
+    settings = ("finetune", "--init", tmp_path / "base", "--data", data, "--out", tmp_path / "out", "--save_every", "2")
+    settings += ("--warmup_steps", "1", "--global_batch_size", "2", "--device", "cpu", "--block_size", "32")
+    for steps in (2, 4):
+        done = train_here(*settings, "--max_steps", steps)
+        assert done.code == 0, done.stderr
+        folder = tmp_path / f"out/step-{steps:09d}"
+        stored = {name: json.loads((folder / f"{name}.json").read_text()) for name in STORED}
+        assert stored["generation_config"]["eos_token_id"] == [1, 9]
+        ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 300}
+        assert {name: stored["config"][name] for name in ids} == ids
+        assert {name: stored["tokenizer_config"][name] for name in ROLES} == ROLES
+        _, saved, _ = load_pretrained(folder)
+        assert saved.stops == (1, 9)
