@@ -21,12 +21,12 @@ from torch import Tensor
 
 from gpt.config import positional, refuse
 from gpt.errors import run_main, tell
-from gpt.generate.generator import TextGenerator
+from gpt.generate.generator import TextGenerator, sample_line
 from gpt.generate.sampling import SamplingParams
 from gpt.loss import IGNORED
 from gpt.model import ModelConfig
 from gpt.report.plot import RunPicture
-from gpt.train.budget import BatchConfig, LengthConfig, RhythmConfig
+from gpt.train.budget import BY_THE_CLOCK, BatchConfig, LengthConfig, RhythmConfig
 from gpt.train.optim import OptimConfig, clip_gradients, gated_step, learning_rate
 from gpt.train.ranks import join
 from gpt.train.runtime import MachineConfig, Runtime, seed_step
@@ -35,7 +35,7 @@ from gpt.train.start import find_start, read_settings
 from gpt.train.state import State
 
 PRESETS = Path(__file__).parent / "presets"
-SAMPLE_TOKENS = 200
+SAMPLE_TOKENS, LINE_TOKENS = 200, 60
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def main() -> None:
 
 
 def train(run: Run) -> None:
-    """Trains until a limit ends the run or a signal stops it, then saves a last checkpoint. Evaluates and saves before
-    an optimizer step, logs and prints samples after it, each as often as the settings say."""
+    """Trains until a limit ends the run or a signal stops it, then saves a last checkpoint. Evaluates, saves and prints
+    samples before an optimizer step, logs after it, each as often as the settings say."""
     config, progress, ranks = run.config, run.state.progress, run.ranks
     size, rhythm = config.batch.global_batch_size, config.rhythm
     run.corpus.verifier.start()
@@ -111,6 +111,8 @@ def train(run: Run) -> None:
                 run.saver.save()
             if progress.due(rhythm.save_every):
                 run.saver.save()
+            if ranks.leads and run.samples.due(progress):
+                tell(sample(run))
             if run.budget.spent(progress) or ranks.any(run.stop):
                 break
             started = time.perf_counter()
@@ -118,13 +120,12 @@ def train(run: Run) -> None:
             batch = batches.take(progress.windows_seen, size)  # windows_seen is all that resuming needs
             seed_step(config.seed, progress.step, ranks.rank)
             numbers = run.step(batch, lr)
+            seconds = time.perf_counter() - started
             progress.advance(size, config.model.block_size)
-            run.recorder.step(lr, numbers)
-            run.count_seconds(time.perf_counter() - started)
+            run.recorder.step(lr, numbers, seconds)
+            run.count_seconds(seconds)
             profiled()
             run.corpus.verifier.check()
-            if ranks.leads and progress.due(rhythm.sample_every):
-                tell(sample(run))
     run.saver.save(is_last=True)
 
 
@@ -190,11 +191,15 @@ def evaluate(run: Run) -> tuple[float, float] | None:
 
 
 def sample(run: Run) -> str:
-    """Returns a text of up to SAMPLE_TOKENS tokens that the model generates from an empty prompt, between a heading and
-    an end line."""
-    generator = TextGenerator(run.state.model, run.corpus.tokenizer)
-    [[completion]] = generator.generate([""], max_new_tokens=SAMPLE_TOKENS, seed=run.config.seed)
-    return f"--- sample at step {run.state.progress.step}\n{completion.text}\n---"
+    """Returns a text that the model generates from an empty prompt: up to SAMPLE_TOKENS tokens between a heading and an
+    end line or, where sample_every is left out, one line."""
+    step, model, tokenizer, seed = run.state.progress.step, run.state.model, run.corpus.tokenizer, run.config.seed
+    if run.samples.every == BY_THE_CLOCK:
+        heading = f"sample at step {step}, {run.samples.seconds():.0f} s: "
+        return heading + sample_line(model, tokenizer, LINE_TOKENS, seed, width=79 - len(heading))
+    generator = TextGenerator(model, tokenizer)
+    [[completion]] = generator.generate([""], max_new_tokens=SAMPLE_TOKENS, seed=seed)
+    return f"--- sample at step {step}\n{completion.text}\n---"
 
 
 if __name__ == "__main__":

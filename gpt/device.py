@@ -1,6 +1,7 @@
 """The hardware: devices, precisions, threads, compilers, memory."""
 
 import contextlib
+import functools
 import math
 import mmap
 import os
@@ -15,6 +16,7 @@ import torch
 from gpt.errors import InputError, note
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILERS = {"cpu": "C++", "cuda": "C"}  # kind of device -> language of the compiler that torch.compile calls for it
 GIB = 1024**3
 HUGE_PAGE = 2 << 20  # bytes
 ALIGNMENT = 64  # bytes
@@ -64,6 +66,15 @@ def has_compiler() -> bool:
     return bool(os.environ.get("CC")) or any(map(shutil.which, ("gcc", "clang")))
 
 
+def can_compile(device: torch.device) -> bool:
+    """Returns whether torch.compile finds, by its rules, the compiler that it needs for `device`: C++ for a CPU, C for
+    Triton on a GPU."""
+    if device.type == "cpu":
+        usual = {"Windows": "cl", "Darwin": "clang++"}.get(platform.system(), "g++")
+        return bool(shutil.which(os.environ.get("CXX", usual)))
+    return device.type != "cuda" or has_compiler()
+
+
 def set_precision(dtype: torch.dtype) -> None:
     """Allows TF32 in matrix products, unless `dtype` is float32: then they keep full float32 precision."""
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
@@ -73,6 +84,14 @@ def set_threads(threads: int) -> None:
     """Sets the number of CPU threads that torch uses; 0 leaves it unchanged."""
     if threads:
         torch.set_num_threads(threads)
+
+
+@functools.cache  # registers once
+def use_one_thread_after_fork() -> None:
+    """Makes every process that is forked from this one use one thread of torch: after a fork, the threads that computed
+    here are missing there, and GNU's OpenMP would wait for them for ever."""
+    if hasattr(os, "register_at_fork"):  # Windows has no fork
+        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 # ---- copies

@@ -1,6 +1,8 @@
 """Files and folders: durable writes, names that were read from files, hashes, JSON, locks, the cache folder."""
 
 import contextlib
+import errno
+import functools
 import hashlib
 import json
 import os
@@ -9,7 +11,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +23,8 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LOCK = "lock"
 LOCKED_BYTE = 1 << 30  # the byte that Windows locks: far behind the text, which must stay readable
 LOCK_POLL_SECONDS = 0.1
+# Answers of file systems that cannot flush a folder. After a full disk or a quota, a new name may really be lost.
+UNSUPPORTED = {errno.EINVAL, errno.EIO, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES}
 
 
 # ---- writing
@@ -51,14 +55,34 @@ def no_link(path: str, flags: int) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes the entries of a folder to the disk; a no-op on Windows."""
+    """Flushes the entries of a folder to the disk; a no-op on Windows. Only warns if the file system cannot do it, as
+    on cloud drives and network shares. Raises OSError for other errors."""
     if os.name == "nt":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        warn_refused("flush folders", error.strerror, "after a power cut the newest files may be missing")
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Sets the permissions of a file; only warns if the file system refuses."""
+    try:
+        path.chmod(mode)
+    except OSError as error:
+        warn_refused("change permissions", error.strerror, "files keep those that they have")
+
+
+@functools.cache  # warns once
+def warn_refused(what: str, reason: str, result: str) -> None:
+    """Warns that the file system refused to do something that no result needs."""
+    note("warning", f"this file system does not {what} ({reason}): {result}")
 
 
 def remove_tree(folder: Path) -> None:
@@ -177,21 +201,56 @@ def read_pointer(out: str | Path, name: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[Callable[[], None]]:
     """Locks a folder until the context or this process ends. Raises ResourceError, which names the holder, if another
-    program has locked the folder with lock_folder. Only warns if the file system has no locks."""
+    program has locked the folder with lock_folder. Only warns if the file system has no locks.
+
+    Yields a function that raises ResourceError if the folder or its lock file has been deleted, moved or replaced
+    since: another program may then have locked what stands there now."""
     path = folder / LOCK
     try:
         file = open(path, "a+b", buffering=0, opener=no_link)
     except OSError as error:
         raise ResourceError(f"{path}: cannot be opened ({error.strerror}); remove it or give another --out") from None
-    with file:
+    with file, open_folder(folder) as descriptor:
         take_lock(file, folder)
         write_holder(file, f"pid {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        opened = {path: file.fileno(), folder: descriptor}
+        watched = {place: number for place, number in opened.items() if in_place(place, number)}
+
+        def check() -> None:
+            for place, number in reversed(watched.items()):
+                if not in_place(place, number):
+                    raise ResourceError(
+                        f"{place}: was deleted, moved or replaced while in use; put it back, or give the command again"
+                    )
+
         try:
-            yield
+            yield check
         finally:
             write_holder(file, "")
+
+
+@contextlib.contextmanager
+def open_folder(folder: Path) -> Iterator[int]:
+    """Yields a descriptor of a folder, -1 if the system has none. While it is open, no other folder gets its inode."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # always on Windows, which does not let a folder go whose files are open
+        yield -1
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def in_place(path: Path, descriptor: int) -> bool:
+    """Returns whether `path` is still the open file or folder of `descriptor`, by device and inode."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
 
 
 def take_lock(file: IO[bytes], folder: Path) -> None:

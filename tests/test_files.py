@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from file_systems import refuse
 from paths import ROOT
 from training_helpers import make_data, snapshot, train_here
 
@@ -25,6 +27,7 @@ from gpt.files import (
     make_private,
     read_json,
     remove_tree,
+    set_mode,
     write_durably,
 )
 
@@ -100,6 +103,93 @@ def test_a_link_to_a_folder_is_removed_and_the_folder_is_not(tmp_path):
     assert os.listdir(tmp_path) == ["kept"]
     remove_tree(tmp_path / "kept")
     assert os.listdir(tmp_path) == []
+
+
+# ---- file systems that refuse
+
+
+@pytest.mark.parametrize("answer", ["EINVAL", "EIO", "ENOTSUP", "ENOSYS"])
+def test_fault_122_a_folder_that_cannot_be_flushed_is_one_warning_for_any_number_of_files(
+    tmp_path, monkeypatch, capsys, answer
+):
+    refuse(monkeypatch, fsync=answer)
+    for name in ("a", "b", "c"):
+        write_durably(tmp_path / name, name)
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["a", "b", "c"]
+    reason = os.strerror(getattr(errno, answer))
+    assert capsys.readouterr().err == (
+        f"warning: this file system does not flush folders ({reason}): "
+        "after a power cut the newest files may be missing\n"
+    )
+
+
+@pytest.mark.parametrize("answer", ["ENOSPC", "EDQUOT"])
+def test_fault_122_a_folder_for_which_the_disk_is_full_is_still_an_error(tmp_path, monkeypatch, answer):
+    refuse(monkeypatch, fsync=answer)
+    with pytest.raises(OSError) as caught:
+        write_durably(tmp_path / "x", "new")
+    assert caught.value.errno == getattr(errno, answer)
+
+
+@pytest.mark.parametrize("answer", ["EINVAL", "EIO", "ENOTSUP"])
+def test_fault_122_a_file_that_cannot_be_flushed_stays_an_error(tmp_path, monkeypatch, answer):
+    def fail(_descriptor):
+        raise OSError(getattr(errno, answer), "no")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no"):
+        write_durably(tmp_path / "x", "new")
+    assert os.listdir(tmp_path) == []
+
+
+def test_fault_122_permissions_that_cannot_be_set_are_one_warning(tmp_path, monkeypatch, capsys):
+    refuse(monkeypatch, chmod="EPERM")
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+        set_mode(tmp_path / name, 0o600)
+    assert re.fullmatch(r"warning: .* does not change permissions \(.*\): .*\n", capsys.readouterr().err)
+
+
+# ---- a locked folder that goes away
+
+
+@pytest.mark.parametrize("what", ["folder", "lock", "folder_replaced", "lock_replaced", "folder_gone"])
+def test_fault_120_a_locked_folder_or_lock_that_is_deleted_moved_or_replaced_is_noticed(tmp_path, what):
+    folder, away = tmp_path / "run", tmp_path / "away"
+    folder.mkdir()
+    with lock_folder(folder) as check:
+        check()
+        if what == "folder_gone":
+            shutil.rmtree(folder)
+        else:
+            (folder if what.startswith("folder") else folder / "lock").rename(away)
+        if what == "folder_replaced":
+            folder.mkdir()
+            (folder / "lock").touch()
+        if what == "lock_replaced":
+            (folder / "lock").touch()
+        place = folder / "lock" if what.startswith("lock") else folder
+        with pytest.raises(ResourceError, match=rf"^{re.escape(str(place))}: was deleted, moved or replaced"):
+            check()
+        if what == "folder":
+            away.rename(folder)  # moved back
+            check()
+
+
+def test_fault_120_a_folder_that_only_changes_inside_is_the_same(tmp_path):
+    with lock_folder(tmp_path) as check:
+        (tmp_path / "x").write_text("new")
+        (tmp_path / "x").rename(tmp_path / "y")
+        tmp_path.chmod(0o755)
+        check()
+
+
+def test_fault_120_where_inodes_change_by_themselves_nothing_is_noticed_and_nothing_fails(tmp_path, monkeypatch):
+    numbers = iter(range(10**6))
+    monkeypatch.setattr(os.path, "samestat", lambda a, b: next(numbers) > 10**5)
+    with lock_folder(tmp_path) as check:
+        (tmp_path / "lock").unlink()
+        check()
 
 
 # ---- reading

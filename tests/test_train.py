@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import types
@@ -30,14 +31,14 @@ from training_helpers import (
 import gpt
 import train
 from gpt.config import make_config, read_toml
-from gpt.errors import ResourceError
+from gpt.errors import NonFiniteError, ResourceError, printable
 from gpt.loss import IGNORED
 from gpt.model import GPT
 from gpt.text.reader import TokenReader
 from gpt.text.shards import open_dataset
 from gpt.text.tokenizer import load_tokenizer, train_bpe
 from gpt.text.windows import Windows
-from gpt.train import saver, setup
+from gpt.train import budget, saver, setup
 from gpt.train.budget import Progress
 from gpt.train.optim import LossScaler, OptimConfig, make_optimizer
 from gpt.train.runtime import MachineConfig, Runtime
@@ -573,6 +574,31 @@ def test_a_validation_loss_that_is_not_finite_is_no_best_and_no_invalid_json(dat
     assert not (out / "best.txt").exists()
 
 
+@pytest.mark.parametrize("what", ["folder", "lock", "metrics.jsonl"])
+def test_fault_120_a_run_whose_folder_lock_or_metrics_go_warns_twice_and_ends_in_exit_5(
+    what, data, tmp_path, monkeypatch
+):
+    out, flags = tmp_path / "out", ("--save_every", 1, "--eval_every", 0)
+    gone = out if what == "folder" else out / what
+    at_step(monkeypatch, 3, lambda: gone.rename(tmp_path / "away"))
+    run = tiny(data, out, *flags)
+    assert run.code == 5
+    assert run.stderr.count("warning: checkpoint at step") == 2
+    assert f"{gone}: was deleted, moved or replaced" in run.last
+    assert not gone.exists()
+    saved = tmp_path / "away" if what == "folder" else out
+    assert step_names(saved) == ["step-000000002", "step-000000003"]
+
+
+def test_fault_120_a_run_goes_on_by_the_same_command_after_its_lock_was_deleted(data, plain, tmp_path, monkeypatch):
+    out, flags = tmp_path / "out", ("--save_every", 1)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, (out / "lock").unlink)
+        assert tiny(data, out, *flags).code == 5
+    assert tiny(data, out, *flags).code == 0
+    assert fingerprint(out, LENGTH) == fingerprint(plain, LENGTH)
+
+
 # ---- samples, profile, precision
 
 
@@ -582,6 +608,100 @@ def test_sample_every_prints_text_of_the_model(data, tmp_path):
         "--- sample at step 4",
         "--- sample at step 8",
     ]
+
+
+SAMPLE = r"sample at step (\d+), (\d+) s: (.*)"
+
+
+def test_where_sample_every_is_left_out_a_line_of_text_is_printed_before_the_first_step(data, tmp_path):
+    run = tiny(data, tmp_path / "out")
+    [(step, seconds, text)] = [found.groups() for found in re.finditer(SAMPLE, run.stderr)]
+    assert (step, seconds) == ("0", "0")
+    assert len(text) > 10
+    assert all(len(line) <= 79 for line in run.stderr.splitlines() if line.startswith("sample at"))
+    assert run.stderr.index("sample at") < run.stderr.index("step 1/")
+    assert "sample at" not in tiny(data, tmp_path / "off", "--sample_every", 0).stderr
+
+
+def test_lines_by_the_clock_show_the_text_of_the_model_at_that_step_and_go_on_with_evaluations(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(budget, "SAMPLE_SECONDS", (0,))
+    out = tmp_path / "out"
+    run = tiny(data, out, "--eval_every", 2, "--save_every", 2, "--keep_last", 9)
+    found = {int(step): text for step, _, text in re.findall(SAMPLE, run.stderr)}
+    assert list(found) == [0, 2, 4, 6, 8]
+    for step in (2, 8):
+        model = gpt.load(out / f"step-{step:09d}", device="cpu", dtype="fp32", backend="eager")
+        [[completion]] = model.generate([""], max_new_tokens=train.LINE_TOKENS, seed=1337)
+        shown = printable(" ".join(completion.text.split()), keep="")
+        assert shown.startswith(found[step])
+        assert len(found[step]) >= min(len(shown), 50)
+
+
+def test_fault_033_lines_at_every_step_leave_the_losses_bit_identical(data, plain, tmp_path, monkeypatch):
+    due = budget.SampleTimes.due
+    monkeypatch.setattr(budget.SampleTimes, "due", lambda self, progress: due(self, progress) or True)
+    out = tmp_path / "out"
+    run = tiny(data, out)
+    assert len(re.findall(SAMPLE, run.stderr)) == LENGTH + 1
+    assert fingerprint(out, LENGTH) == fingerprint(plain, LENGTH)
+
+
+@pytest.mark.parametrize("error", [ResourceError("memory is full; x"), NonFiniteError("non-finite logits at token 3")])
+def test_a_line_of_text_that_fails_does_not_end_the_run(data, plain, tmp_path, monkeypatch, error):
+    def fail(*_args, **_keywords):
+        raise error
+
+    monkeypatch.setattr(gpt.generate.generator.TextGenerator, "generate", fail)
+    run = tiny(data, tmp_path / "out")
+    assert f"sample at step 0, 0 s: ({error})" in run.stderr
+    assert fingerprint(tmp_path / "out", LENGTH) == fingerprint(plain, LENGTH)
+
+
+# ---- the last lines
+
+
+def test_the_last_lines_say_why_a_run_ended_the_best_loss_where_it_is_and_the_next_command(data, tmp_path):
+    out = tmp_path / "my out"
+    lines = tiny(data, out).stderr.splitlines()[-3:]
+    best = min((r["val_loss"], r["step"]) for r in metrics(out) if "val_loss" in r)
+    assert lines[0] == f"info: ended: max_steps {LENGTH} reached at step {LENGTH}"
+    assert lines[1] == f"info: best: val_loss {best[0]:.4f} at step {best[1]}, in {out}/step-{best[1]:09d}"
+    assert lines[2] == f"info: next: python sample.py '{out}'"
+    assert (out / f"step-{best[1]:09d}/config.json").exists()
+
+
+def test_the_next_command_of_an_installed_program_is_gpt_sample(data, tmp_path, monkeypatch):
+    original = train.find_start
+
+    def find_start(*args):
+        sys.argv[0] = "gpt train"
+        return original(*args)
+
+    monkeypatch.setattr(train, "find_start", find_start)
+    assert tiny(data, tmp_path / "out").last == f"info: next: gpt sample {tmp_path / 'out'}"
+
+
+def test_a_run_without_validation_has_no_best_loss_in_its_last_lines(tmp_path):
+    run = tiny(make_data(tmp_path / "data", val_size=0), tmp_path / "out")
+    assert f"info: ended: max_steps {LENGTH} reached at step {LENGTH}" in run.stderr
+    assert "best:" not in run.stderr
+
+
+def test_a_run_that_is_stopped_says_its_best_loss_before_the_last_line(data, tmp_path, monkeypatch):
+    at_step(monkeypatch, 5, lambda: signal.raise_signal(signal.SIGTERM))
+    run = tiny(data, tmp_path / "out")
+    assert re.fullmatch(r"info: best: val_loss \S+ at step 4, in .*/step-000000004", run.stderr.splitlines()[-2])
+    assert run.last.startswith("stopped: signal at step 6: checkpoint saved")
+    assert "ended:" not in run.stderr
+
+
+@pytest.mark.parametrize(("validation", "log_every", "steps"), [(0, 3, [3, 6, 8]), (0, 100, [8]), (600, 100, [4, 8])])
+def test_the_last_step_is_logged_whatever_log_every_is(tmp_path, validation, log_every, steps):
+    folder, out = make_data(tmp_path / "data", val_size=validation), tmp_path / "out"
+    assert tiny(folder, out, "--log_every", log_every).code == 0
+    assert [record["step"] for record in metrics(out) if "loss" in record] == steps
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 
 from gpt.checkpoint.hub import fetch_from_hub, is_hub_name
 from gpt.checkpoint.weights import TOKENIZER_FILES, load_model
-from gpt.errors import InputError, IntegrityError, ResourceError, note
+from gpt.errors import Error, InputError, IntegrityError, ResourceError, note
 from gpt.files import STEP_FOLDER, inside, is_folder, read_json, read_pointer, sha256_of, step_folders, step_number
 from gpt.model import GPT
 from gpt.text.foreign import kind_of_folder, kind_of_weights
@@ -29,6 +30,8 @@ OPTIMIZER = "training/optimizer.safetensors"
 STATE = "training/state.json"
 GPT2_VOCABULARIES = range(50257, 50305)  # GPT-2's size, up to its padding to a multiple of 64
 THREADS_LOCK = threading.Lock()
+
+MOST_READINGS = 10  # of a run's pointers, while the run deletes step folders
 
 T = TypeVar("T")
 Loaded = tuple[GPT, Tokenizer, dict[str, Any]]
@@ -115,15 +118,14 @@ def check_file(folder: Path, name: str, entry: dict[str, Any], hash_it: bool) ->
 def newest_checkpoint(out: str | Path) -> Checkpoint | None:
     """Returns the newest valid Checkpoint of a run that can be resumed, or None if the run has no step folders. Raises
     IntegrityError if no step folder is valid."""
-    folders = steps_of_run(out)
-    return first_valid(folders, verify_checkpoint) if folders else None
+    return first_valid(lambda: steps_of_run(out), verify_checkpoint) if step_folders(out) else None
 
 
 def find_model_folder(path: str | Path) -> Path:
     """Returns the folder of the model at `path`, a folder or a hub name: see `candidates`. Verifies the folder if it
     has a manifest, but does not load the model. Raises InputError if there is no such model, IntegrityError if none of
     its checkpoints is valid."""
-    return first_valid(candidates(path), verified)
+    return first_valid(lambda: candidates(path), verified)
 
 
 def candidates(path: str | Path) -> list[Path]:
@@ -163,21 +165,50 @@ def steps_of_run(out: str | Path) -> list[Path]:
     return folders
 
 
-def first_valid(folders: list[Path], use: Callable[[Path], T]) -> T:
+def first_valid(list_folders: Callable[[], list[Path]], use: Callable[[Path], T]) -> T:
     """Returns use(folder) of the first folder for which `use` raises no IntegrityError; warns of each earlier error.
-    Raises IntegrityError if all fail."""
-    if len(folders) == 1:
-        return use(folders[0])
+    Raises IntegrityError if all fail. A run in training deletes old step folders: calls `list_folders()` again if a
+    folder changed while it was used."""
+    for _ in range(MOST_READINGS - 1):
+        try:
+            return first_of(list_folders(), use)
+        except FolderChanged:
+            continue
+    return first_of(list_folders(), use, watch=False)
+
+
+class FolderChanged(Exception):
+    """Another program changed or deleted a step folder while this program read it."""
+
+
+def first_of(folders: list[Path], use: Callable[[Path], T], watch: bool = True) -> T:
+    """Returns what first_valid returns, for the list `folders`. With `watch`, raises FolderChanged if `use` failed for
+    a folder that was changed meanwhile."""
     for folder, following in zip_longest(folders, folders[1:]):
+        before = version_of(folder)
         try:
             return use(folder)
-        except IntegrityError as error:
+        except (Error, OSError, SafetensorError) as error:
+            if watch and (version_of(folder) != before or not folder.is_dir()):
+                raise FolderChanged from None
+            if len(folders) == 1 or not isinstance(error, IntegrityError):
+                raise
             problem = str(error).split(";")[0]
             note("warning", f"{problem}; trying {following.name}" if following else problem)
     raise IntegrityError(
         f"{folders[0].parent}: none of {len(folders)} checkpoints can be used; restore one, or start anew with another "
         "--out (--init takes weights alone)"
     )
+
+
+def version_of(folder: Path) -> tuple[int, int, int] | None:
+    """Returns a value that differs after retention has deleted a step folder, or its trainer state; None if the folder
+    has no manifest."""
+    try:
+        status = os.stat(folder / MANIFEST)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def verified(folder: Path) -> Path:
@@ -197,7 +228,7 @@ def load_pretrained(
     folder or a hub name, see `candidates`; the other arguments are those of load_model. Raises InputError if there is
     no such model, IntegrityError if none of its checkpoints can be used."""
     load = functools.partial(load_verified, dtype=dtype, device=device, together=together)
-    return first_valid(candidates(path), load)
+    return first_valid(lambda: candidates(path), load)
 
 
 def load_verified(folder: Path, **options: Any) -> Loaded:

@@ -16,7 +16,7 @@ from torch import Tensor
 from gpt.checkpoint.read import FORMAT_VERSION, MANIFEST, OPTIMIZER, STATE, sealed
 from gpt.checkpoint.weights import WEIGHTS, all_finite, config_json, weights_of
 from gpt.errors import NonFiniteError, ResourceError
-from gpt.files import remove_tree, sha256_of, sync_folder, write_durably
+from gpt.files import remove_tree, set_mode, sha256_of, sync_folder, write_durably
 from gpt.model import GPT
 from gpt.text.tokenizer import Tokenizer, save_tokenizer
 
@@ -76,7 +76,7 @@ def make_durable(folder: Path) -> dict[str, Json]:
     mode = (folder / "config.json").stat().st_mode  # safetensors makes files that only the owner can read
     entries = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        path.chmod(mode)
+        set_mode(path, mode)
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
         entries[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of(path)}

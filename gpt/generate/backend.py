@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gpt.attention import cached_attention
-from gpt.device import has_compiler
+from gpt.device import COMPILERS, can_compile, has_compiler
 from gpt.errors import InputError
 from gpt.generate.sampling import choose
 from gpt.kernels.native_model import NativeModel
@@ -105,8 +105,10 @@ def pick_backend(name: str, model: GPT, steps: int, rows: int) -> str:
         library = native_library(model, wait=work >= BUILD_PAYS)
         return "native" if library is not None and native_is_faster(model, rows, library) else "eager"
     if name == "auto" and device == "cuda":
-        can_compile = has_compiler() and (rows == 1 or torch.__version__ >= CHOICE_COMPILES)  # compares numbers
-        return "compiled" if steps >= COMPILE_PAYS and can_compile else "captured"
+        compiles = has_compiler() and (rows == 1 or torch.__version__ >= CHOICE_COMPILES)  # compares numbers
+        return "compiled" if steps >= COMPILE_PAYS and compiles else "captured"
+    if name == "compiled" and not can_compile(model.device):
+        raise InputError(f"backend compiled: no {COMPILERS[device]} compiler found; install one or use --backend auto")
     if name == "captured" and device != "cuda":
         raise InputError(f"backend captured: CUDA graphs need a CUDA device, the model is on {device}; use auto")
     if name == "native" and native_library(model, wait=True) is None:

@@ -11,8 +11,8 @@ import torch
 
 from gpt.checkpoint.read import load_pretrained
 from gpt.config import fields, make_config, refuse, suggestion
-from gpt.device import free_memory, pick_device, set_precision
-from gpt.errors import InputError
+from gpt.device import free_memory, pick_device, set_precision, use_one_thread_after_fork
+from gpt.errors import InputError, NonFiniteError, ResourceError, printable
 from gpt.generate.backend import BACKENDS, Backend, pick_backend
 from gpt.generate.decode import Decoder
 from gpt.generate.sampling import SamplingParams
@@ -31,9 +31,11 @@ PromptIds = Iterable[int | str] | None  # None: 1, 2, …
 
 class TextGenerator:
     """A model with its tokenizer. `defaults` (name -> value, as in generation_config.json) replace the defaults of
-    SamplingParams; `backend` is a key of BACKENDS or "auto"."""
+    SamplingParams; `backend` is a key of BACKENDS or "auto". A process that is forked later generates with one thread,
+    unless the model is on a GPU: CUDA does not work there."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, defaults: dict[str, Any] | None = None, backend: str = "auto"):
+        use_one_thread_after_fork()
         self.model, self.tokenizer, self.backend = model, tokenizer, backend
         known = fields(SamplingParams)
         usable = {name: value for name, value in (defaults or {}).items() if name in known}
@@ -188,6 +190,21 @@ class TextGenerator:
         """Returns the ids that are no token: they must never be chosen."""
         special = set(self.tokenizer.encoding._special_tokens.values())
         return [i for i in np.flatnonzero(self.tokenizer.byte_lengths() == 0).tolist() if i not in special]
+
+
+def sample_line(model: GPT, tokenizer: Tokenizer, tokens: int, seed: int, width: int) -> str:
+    """Returns a text that a model in training generates from an empty prompt, in one line of at most `width`
+    characters. Never fails for lack of memory or because of the weights: then returns the reason."""
+    generator = TextGenerator(model, tokenizer, backend="eager")  # it needs no second copy of the weights
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")  # on a GPU, sampling uses operations that are not deterministic
+    try:
+        [[completion]] = generator.generate([""], max_new_tokens=tokens, seed=seed, rows=1)
+    except (ResourceError, NonFiniteError) as error:
+        return f"({error})"
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+    return printable(" ".join(completion.text.split()), keep="")[:width]
 
 
 def weight_versions(model: GPT) -> list[tuple]:

@@ -1,16 +1,20 @@
 """Reads and compares what runs have recorded: their settings, and their losses by step, tokens and time."""
 
+import contextlib
 import os
 import sys
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from gpt.errors import InputError, ResourceError, note
+from gpt.errors import InputError, IntegrityError, ResourceError, note
+from gpt.files import read_json, step_folders
 from gpt.train.metrics_file import METRICS, parse_record
+
+NATS, BITS = "nats per token", "bits per byte"
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,9 @@ class Point:
     loss: float | None
     """nats per token"""
     val_loss: float | None
+    """in the unit of the History"""
+    val_bpb: float | None = None
+    """bits per byte"""
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,22 @@ class History:
     name: str
     points: list[Point]
     settings: dict[str, Any]
+    tokenizer: str = ""
+    """identity of the tokenizer in its newest checkpoint, "" if unknown"""
+    unit: str = NATS
+    """of all losses"""
+
+    def in_bits(self) -> "History":
+        """Returns this run with its validation losses in bits per byte, and without training losses: what a training
+        batch has in bytes is not recorded."""
+        points = [replace(point, loss=None, val_loss=point.val_bpb) for point in self.points]
+        return replace(self, points=points, unit=BITS)
+
+    def bits_per_nat(self) -> float | None:
+        """Returns bits per byte / nats per token of the last evaluation, or None. It depends on the tokenizer and the
+        validation text alone."""
+        last = [point for point in self.evaluations() if point.val_loss and point.val_bpb][-1:]
+        return last[0].val_bpb / last[0].val_loss if last else None  # type: ignore[operator]
 
     def curve(self, measured: str, axis: str) -> list[tuple[float, float]]:
         """Returns (place, loss) of the points that have both: `measured` is "loss" or "val_loss", `axis` "step",
@@ -60,6 +83,18 @@ def common_loss(histories: list[History]) -> float | None:
     return max(map(attrgetter("val_loss"), bests), default=None)
 
 
+def comparable(histories: list[History]) -> list[History]:
+    """Returns `histories`, in bits per byte if their tokenizers differ: nats per token would compare unequal tokens.
+    For a run without checkpoints, the ratio of both units tells whether its tokenizer differs."""
+    tokenizers = {history.tokenizer for history in histories}
+    ratios = [ratio for history in histories if (ratio := history.bits_per_nat())]
+    differ = len(tokenizers - {""}) > 1 or ("" in tokenizers and ratios and max(ratios) > 1.01 * min(ratios))
+    if not differ:
+        return histories
+    note("info", "these runs have different tokenizers: compared by bits per byte of the validation text")
+    return [history.in_bits() for history in histories]
+
+
 def differing(histories: list[History]) -> dict[str, list[Any]]:
     """Returns setting -> its value in each run (None if the run lacks it), for the settings that differ, except `out`.
     Compares only runs that have settings."""
@@ -83,10 +118,21 @@ def read_histories(folders: Iterable[str | Path]) -> list[History]:
         if not os.path.isfile(path / METRICS):  # Path.is_file raises for a name that is too long
             raise InputError(f"{path}: no {METRICS} there; give the folder of a run, such as out/demo")
     names = [path.resolve().name for path in paths]
+    names = [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
     return [
-        History(str(path) if names.count(name) > 1 else name, read_points(path / METRICS), read_settings(path))
+        History(name, read_points(path / METRICS), read_settings(path), tokenizer_of(path))
         for path, name in zip(paths, names, strict=True)
     ]
+
+
+def tokenizer_of(run: Path) -> str:
+    """Returns the identity of the tokenizer in the newest checkpoint of a run that has a readable one, or ""."""
+    for folder in step_folders(run):
+        with contextlib.suppress(IntegrityError, ResourceError):
+            entry = (read_json(folder / "training/manifest.json") or {}).get("tokenizer")
+            if isinstance(entry, dict) and isinstance(entry.get("identity"), str):
+                return entry["identity"]
+    return ""
 
 
 def read_points(path: Path) -> list[Point]:
@@ -119,8 +165,8 @@ def in_order(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def point_of(record: dict[str, Any]) -> Point:
     """Returns the point of a record. Step 0 is at 0 seconds: its evaluation has no time in files of older versions."""
     seconds = 0.0 if record["step"] == 0 else finite(record.get("train_seconds"))
-    tokens, loss, val_loss = (finite(record.get(name)) for name in ("tokens", "loss", "val_loss"))
-    return Point(record["step"], tokens, seconds, loss, val_loss)
+    tokens, *losses = (finite(record.get(name)) for name in ("tokens", "loss", "val_loss", "val_bpb"))
+    return Point(record["step"], tokens, seconds, *losses)
 
 
 def finite(value: Any) -> Any:

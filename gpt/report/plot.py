@@ -2,7 +2,8 @@
 
 RUN is a folder that train.py has written. The picture shows its training and validation loss. The table shows the last
 and the best validation loss, and the training time and tokens at the first evaluation that reached a given loss. Of
-several runs it also lists the settings that differ. The picture of one run is RUN/loss.png, as during training."""
+several runs it also lists the settings that differ; if their tokenizers differ, it compares bits per byte. The picture
+of one run is RUN/loss.png, as during training."""
 
 import importlib.util
 import io
@@ -18,7 +19,7 @@ import numpy as np
 from gpt.config import make_config, parse_flags, positional, refuse, toml_value
 from gpt.errors import InputError, ResourceError, note, printable, say
 from gpt.files import is_folder, write_durably
-from gpt.report.metrics import History, Point, common_loss, differing, read_histories
+from gpt.report.metrics import BITS, History, Point, common_loss, comparable, differing, read_histories
 
 PICTURE = "loss.png"
 INSTALL = 'pip install -c constraints.txt -e ".[plot]" brings matplotlib'
@@ -36,7 +37,8 @@ class PlotConfig:
     """what the losses are drawn against; seconds are of training alone, without evaluation and saving; auto: step for
     one run, tokens for several"""
     loss: float = 0.0
-    """the validation loss to which time and tokens are counted; 0 = the lowest that all runs have reached"""
+    """the validation loss to which time and tokens are counted, in the unit of the table; 0 = the lowest that all runs
+    have reached"""
 
     def __post_init__(self) -> None:
         problems = []
@@ -54,7 +56,7 @@ def main() -> None:
     is_one = len(config.runs) == 1
     out = Path(config.out or (Path(config.runs[0]) / PICTURE if is_one else PICTURE))
     axis = config.x if config.x != "auto" else "step" if is_one else "tokens"
-    histories = read_histories(config.runs)
+    histories = comparable(read_histories(config.runs))
     check_drawable(histories, axis)
     if is_folder(out) or not is_folder(out.parent):
         raise InputError(f"{out}: must be a file in an existing folder; give another --out")
@@ -113,7 +115,8 @@ def losses_of(history: History, axis: str) -> list[tuple[float, float]]:
 def table(histories: list[History], loss: float | None) -> list[str]:
     """Returns the table as lines of text: the results of each run and, if there are several, the settings that differ.
     `loss` is the loss to reach; if it is None, the two columns about it are left out."""
-    heading = ["run", "steps", "tokens", "seconds", "val_loss", "best", "at step"]
+    measure = "val_bpb" if histories[0].unit == BITS else "val_loss"
+    heading = ["run", "steps", "tokens", "seconds", measure, "best", "at step"]
     heading += [] if loss is None else [f"seconds to {loss:.4f}", f"tokens to {loss:.4f}"]
     lines = aligned([heading, *(results(history, loss) for history in histories)])
     if len(histories) == 1:
@@ -168,7 +171,7 @@ def draw(histories: list[History], axis: str, loss: float | None, form: str) -> 
         warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
         figure = Figure(figsize=(9, 5.5), layout="constrained")
         axes = figure.subplots()
-        axes.set(xlabel=AXES[axis], ylabel="loss, nats per token")
+        axes.set(xlabel=AXES[axis], ylabel=f"loss, {histories[0].unit}")
         axes.grid(alpha=0.3)
         if axis == "tokens":
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -1,7 +1,13 @@
-"""The length of a run, how often it logs, evaluates and saves, and how far it has come."""
+"""The length of a run, how often it logs, evaluates, saves and prints samples, and how far it has come."""
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+
+LIMITS = ("max_steps", "max_tokens", "max_epochs", "max_minutes", "stop_after_minutes")
+SAMPLE_SECONDS = (0, 5, 20, 60)  # when a run prints the first lines of its model's text
+BY_THE_CLOCK = -1  # the value of sample_every for these lines
 
 
 @dataclass(frozen=True)
@@ -45,16 +51,19 @@ class LengthConfig:
     """stop after so many passes over the training data"""
     max_minutes: float = 0.0
     """stop after so many minutes of training, summed over resumes; the schedule follows the clock, not to the bit"""
+    stop_after_minutes: float = 0.0
+    """save and exit with 75 before so many minutes on the wall clock have passed since the command began, for time
+    slots: the same command continues. Sets the length of the schedule only if no other limit is given"""
     patience: int = 0
     """stop after so many evaluations in a row without a new best; 0 = never"""
 
     def problems(self) -> list[str]:
         """Returns what is wrong with these values, in words; empty if nothing is."""
-        limits = {name: getattr(self, name) for name in ("max_steps", "max_tokens", "max_epochs", "max_minutes")}
+        limits = {name: getattr(self, name) for name in LIMITS}
         checked = limits | {"patience": self.patience}
         problems = [f"{name} {value} must be 0 or more" for name, value in checked.items() if value < 0]
         if not any(limits.values()):
-            problems.append("nothing ends the run: give max_steps, max_tokens, max_epochs or max_minutes")
+            problems.append(f"nothing ends the run: give {', '.join(LIMITS[:-1])} or {LIMITS[-1]}")
         return problems
 
 
@@ -69,8 +78,9 @@ class RhythmConfig:
     """tokens of the validation split to evaluate on; 0 = all"""
     save_every: int = 1000
     """steps between checkpoints; one is saved at the end, on a signal and at a new best anyway; 0 = only then"""
-    sample_every: int = 0
-    """steps between printed samples of the model's text; 0 = none"""
+    sample_every: int = BY_THE_CLOCK
+    """steps between printed samples of the model's text; 0 = none; -1 = one line at about 0, 5, 20 and 60 seconds, then
+    at evaluations"""
     keep_last: int = 2
     """newest checkpoints to keep, beside the best; only the newest two can be resumed"""
     keep_every: int = 0
@@ -78,7 +88,12 @@ class RhythmConfig:
 
     def problems(self) -> list[str]:
         """Returns what is wrong with these values, in words; empty if nothing is."""
-        problems = [f"{name} {value} must be 0 or more" for name, value in asdict(self).items() if value < 0]
+        least = dict.fromkeys(asdict(self), 0) | {"sample_every": BY_THE_CLOCK}
+        problems = [
+            f"{name} {value} must be {least[name]} or more"
+            for name, value in asdict(self).items()
+            if value < least[name]
+        ]
         return problems + [
             f"{name} must be at least 1" for name in ("log_every", "keep_last") if getattr(self, name) == 0
         ]
@@ -128,7 +143,7 @@ class Progress:
         return True
 
 
-@dataclass(frozen=True)
+@dataclass
 class Budget:
     """The limits of a run, and how many steps they allow."""
 
@@ -136,24 +151,45 @@ class Budget:
     global_batch_size: int
     block_size: int
     windows_per_epoch: int
+    slot_seconds: float = math.inf
+    """what is left of stop_after_minutes, as rank 0 measured it at this step; inf before the first"""
 
     def total_steps(self, progress: Progress) -> int:
         """Returns the step at which the first limit ends the run. It changes if the batch size changes on resume. Under
-        max_minutes it is an estimate from the pace so far."""
-        length, left = self.length, []
+        max_minutes, or stop_after_minutes alone, it is an estimate from the pace so far."""
+        return progress.step + min(self.steps_left(progress).values())
+
+    def steps_left(self, progress: Progress) -> dict[str, int]:
+        """Returns name of a limit -> steps that it allows from here, for the limits that are set. stop_after_minutes is
+        among them only if it is the only one."""
+        length, left = self.length, {}
         if length.max_steps:
-            left.append(length.max_steps - progress.step)
+            left["max_steps"] = length.max_steps - progress.step
         if length.max_tokens:
             tokens = length.max_tokens - progress.windows_seen * self.block_size
-            left.append(math.ceil(tokens / (self.global_batch_size * self.block_size)))
+            left["max_tokens"] = math.ceil(tokens / (self.global_batch_size * self.block_size))
         if length.max_epochs:
             windows = length.max_epochs * self.windows_per_epoch - progress.windows_seen
-            left.append(math.ceil(windows / self.global_batch_size))
+            left["max_epochs"] = math.ceil(windows / self.global_batch_size)
         if length.max_minutes:
-            pace = progress.train_seconds / progress.step if progress.step else 1.0
-            seconds = max(0.0, 60 * length.max_minutes - progress.train_seconds)
-            left.append(math.ceil(seconds / max(pace, 1e-9)))
-        return progress.step + min(left)
+            left["max_minutes"] = steps_in(60 * length.max_minutes - progress.train_seconds, progress)
+        if not left:
+            seconds = min(self.slot_seconds, 60 * length.stop_after_minutes)
+            left["stop_after_minutes"] = max(1, steps_in(seconds, progress))  # this slot ends it, but not the run
+        return left
+
+    def follows_slot(self) -> bool:
+        """Returns whether stop_after_minutes is the only limit, so that the schedule follows it."""
+        return not any(getattr(self.length, name) for name in LIMITS if name != "stop_after_minutes")
+
+    def reason(self, progress: Progress) -> str:
+        """Returns in words which limit has ended the run: "max_steps 100 reached"."""
+        if self.out_of_patience(progress):
+            return f"no new best in {progress.evals_without_best} evaluations (patience)"
+        left = self.steps_left(progress)
+        name = min(left, key=left.__getitem__)
+        value = getattr(self.length, name)
+        return f"{name} {value:g} reached" if isinstance(value, float) else f"{name} {value} reached"
 
     def out_of_patience(self, progress: Progress) -> bool:
         """Returns whether `patience` evaluations in a row brought no new best."""
@@ -162,3 +198,34 @@ class Budget:
     def spent(self, progress: Progress) -> bool:
         """Returns whether the run has reached a limit or used up its patience."""
         return self.out_of_patience(progress) or progress.step >= self.total_steps(progress)
+
+
+def steps_in(seconds: float, progress: Progress) -> int:
+    """Returns how many steps take `seconds` of training at the pace so far; before the first step, at one a second."""
+    pace = progress.train_seconds / progress.step if progress.step else 1.0
+    return math.ceil(max(0.0, seconds) / max(pace, 1e-9))
+
+
+class SampleTimes:
+    """When a run prints samples: every `every` steps or, if `every` is BY_THE_CLOCK, at about SAMPLE_SECONDS after the
+    first question, and from then on after each evaluation. Ask `due` once per step. `clock()` returns seconds."""
+
+    def __init__(self, every: int, clock: Callable[[], float] = time.monotonic):
+        self.every, self.clock, self.first_step = every, clock, -1
+        self.start, self.left = math.nan, list(SAMPLE_SECONDS) if every == BY_THE_CLOCK else []
+
+    def due(self, progress: Progress) -> bool:
+        """Returns whether a sample is due at this step, before the next one."""
+        if self.first_step < 0:
+            self.first_step, self.start = progress.step, self.clock()
+        if self.every != BY_THE_CLOCK:
+            return progress.due(self.every) and progress.step > self.first_step
+        if not self.left:
+            return progress.evaluated_step == progress.step
+        passed = [seconds for seconds in self.left if seconds <= self.seconds()]
+        self.left = self.left[len(passed) :]
+        return bool(passed)
+
+    def seconds(self) -> float:
+        """Returns the seconds since the first question."""
+        return self.clock() - self.start

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from gpt.config import flatten
-from gpt.errors import code_and_reason, ignore_write_errors, note, tell
+from gpt.errors import ResourceError, code_and_reason, ignore_write_errors, note, tell
 from gpt.files import write_durably
 from gpt.model import flops_per_token
 from gpt.text.windows import Windows
@@ -56,7 +57,7 @@ class Log:
                 self.bar.set_postfix_str(short(record))
         self.send(record)
         self.is_drawn = False
-        if "val_loss" in record and time.monotonic() >= self.next_drawing:
+        if "val_loss" in record and time.monotonic() >= self.next_drawing and self.metrics.in_place():
             self.draw_losses()
 
     def send(self, record: dict) -> None:
@@ -79,11 +80,13 @@ class Log:
         self.next_drawing, self.is_drawn = time.monotonic() + SECONDS_BETWEEN_DRAWINGS, True
 
     def close(self) -> None:
-        """Closes the bar, the file and wandb. Draws the losses if there are new ones, except after Ctrl-C."""
+        """Closes the bar, the file and wandb. Draws the losses if there are new ones, except after Ctrl-C and in
+        a folder that is no longer that of this run."""
         with ignore_write_errors(sys.stderr):
             self.bar.close()
+        may_draw = self.metrics.in_place() and not isinstance(sys.exception(), KeyboardInterrupt)
         self.metrics.close()
-        if not (self.is_drawn or isinstance(sys.exception(), KeyboardInterrupt)):
+        if may_draw and not self.is_drawn:
             with contextlib.suppress(KeyboardInterrupt):  # the last checkpoint is saved already
                 self.draw_losses()
         if self.wandb_run is not None:
@@ -94,7 +97,9 @@ class Log:
 class Recorder:
     """Turns the numbers of steps into records for `log` (None on ranks that do not write). The host reads the numbers
     of a step when the next step is launched, so that it does not wait for the device. There a step that was not finite
-    ends the run, before anything is saved."""
+    ends the run, before anything is saved.
+
+    `waited` holds the seconds that reading waited for the device, until the run adds them to its train_seconds."""
 
     def __init__(
         self, log: Log | None, log_every: int, state: State, budget: Budget, windows: Windows, machine: Runtime
@@ -108,24 +113,30 @@ class Recorder:
         self.next_window = state.progress.windows_seen
         self.recent: collections.deque[float] = collections.deque(maxlen=100)  # the last finite losses
         self.logged_tokens, self.logged_seconds = state.progress.tokens, state.progress.train_seconds
+        self.is_async, self.waited, self.done_seconds = machine.device.type != "cpu", 0.0, self.logged_seconds
 
-    def step(self, lr: float, numbers: torch.Tensor) -> None:
+    def step(self, lr: float, numbers: torch.Tensor, seconds: float = 0.0) -> None:
         """Takes the numbers of the step that was just launched: `lr`, and `numbers` (3,), on the device: loss, gradient
-        norm and whether both are finite. First calls `read` for the step before."""
-        self.read()
+        norm and whether both are finite. The host spent `seconds` on it, which are not in train_seconds yet. First
+        calls `read` for the step before, on which a GPU was at work during these seconds."""
+        self.read(seconds=seconds if self.is_async else 0.0)
         self.pending = (self.progress.step, self.progress.tokens, lr, self.fetch(numbers), self.next_window)
         self.next_window = self.progress.windows_seen
         if self.log:
             self.log.advance(self.budget.total_steps(self.progress))
 
-    def read(self, hold: bool = False) -> None:
-        """Reads the numbers of the last step, and logs them every `log_every` steps. With `hold` the record waits for
-        the evaluation of this step; the next `read` logs it in any case. Raises NonFiniteError as LossScaler.check
-        does."""
+    def read(self, hold: bool = False, seconds: float = 0.0) -> None:
+        """Reads the numbers of the last step, and logs them every `log_every` steps and at the end of the run. With
+        `hold` the record waits for the evaluation of this step; the next `read` logs it in any case. The device worked
+        on that step for `seconds` beyond train_seconds. Raises NonFiniteError as LossScaler.check does."""
         if self.pending is not None:
+            started = time.perf_counter()
             record = self.record_of(*self.pending)
+            self.waited += time.perf_counter() - started if self.is_async else 0.0
+            self.done_seconds = self.progress.train_seconds + self.waited + seconds
             self.pending = None
-            self.record = record if hold or record["step"] % self.log_every == 0 else None
+            is_last = record["step"] == self.progress.step and self.budget.spent(self.progress)
+            self.record = record if hold or is_last or record["step"] % self.log_every == 0 else None
         if self.record is not None and not hold:
             self.write(self.record)
             self.record = None
@@ -161,12 +172,12 @@ class Recorder:
     def write(self, record: dict) -> None:
         """Adds the training time to a record, and the speed if the record has a loss, and logs it."""
         if "loss" in record:
-            seconds = self.progress.train_seconds - self.logged_seconds
+            seconds = self.done_seconds - self.logged_seconds
             speed = (record["tokens"] - self.logged_tokens) / seconds if seconds else 0.0
             mfu = speed * self.flops_per_token / self.peak if self.peak else 0.0
-            self.logged_tokens, self.logged_seconds = record["tokens"], self.progress.train_seconds
+            self.logged_tokens, self.logged_seconds = record["tokens"], self.done_seconds
             record["tok_per_s"], record["mfu"] = round(speed, 1), round(mfu, 4)
-        record["train_seconds"] = round(self.progress.train_seconds, 3)
+        record["train_seconds"] = round(self.done_seconds, 3)
         if self.log:
             self.log.write(record, self.budget.total_steps(self.progress))
 
@@ -189,6 +200,23 @@ def short(record: dict) -> str:
     """Returns the short text of a record, for the end of the progress bar."""
     mfu = f" mfu {100 * record['mfu']:.0f}%" if record["mfu"] else ""
     return f"loss {record['loss']:.3f} {record['tok_per_s']:,.0f} tok/s{mfu}"
+
+
+def tell_end(reason: str, progress: Progress, out: Path) -> None:
+    """Prints the last lines of a run that a limit has ended: which one, the best loss and where it is, and the command
+    that uses the model."""
+    note("info", f"ended: {reason} at step {progress.step}")
+    tell_best(progress, out)
+    program = Path(sys.argv[0])
+    sample = f"python {shlex.quote(str(program.with_name('sample.py')))}" if program.suffix == ".py" else "gpt sample"
+    note("info", f"next: {sample} {shlex.quote(str(out))}")
+
+
+def tell_best(progress: Progress, out: Path) -> None:
+    """Prints the best validation loss of a run so far and its step folder, if there was an evaluation."""
+    if progress.best_loss is not None:
+        folder = out / f"step-{progress.best_step:09d}"
+        note("info", f"best: val_loss {progress.best_loss:.4f} at step {progress.best_step}, in {folder}")
 
 
 def start_log(config: Any, progress: Progress, budget: Budget, draw: Callable) -> Log:
@@ -222,9 +250,10 @@ def start_wandb(project: str, run_id: str | None, out: Path, config: dict) -> An
 
 
 @contextlib.contextmanager
-def exit_record(out: Path, ranks: Ranks) -> Iterator[None]:
+def exit_record(out: Path, ranks: Ranks, check_in_place: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Returns a context that writes to `out/exit.json` why the run failed, on any rank, or was stopped: torchrun's exit
-    code does not tell. Removes an older exit.json. Only rank 0 does this."""
+    code does not tell. Removes an older exit.json. Only rank 0 does this. Writes nothing if `check_in_place()` raises
+    ResourceError, because `out` is no longer the folder of this run."""
     if not ranks.leads:
         yield
         return
@@ -233,7 +262,8 @@ def exit_record(out: Path, ranks: Ranks) -> Iterator[None]:
 
     def write(error: BaseException) -> None:
         code, reason = code_and_reason(error)
-        with contextlib.suppress(OSError):  # the first error is the one to report
+        with contextlib.suppress(OSError, ResourceError):  # the first error is the one to report
+            check_in_place()
             write_durably(path, json.dumps({"code": code, "reason": reason}) + "\n")
 
     ranks.on_failure = write

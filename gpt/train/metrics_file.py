@@ -1,5 +1,6 @@
 """metrics.jsonl: one JSON record per logged step, written during training and read back afterwards."""
 
+import errno
 import json
 import math
 import os
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.errors import ResourceError, note
-from gpt.files import no_link, write_durably
+from gpt.files import in_place, no_link, write_durably
 
 METRICS = "metrics.jsonl"
 
@@ -21,11 +22,13 @@ class MetricsFile:
         try:
             self.last_line = cut_metrics(path, step)  # the last line when the file was opened
             self.file = open(path, "ab", buffering=0, opener=no_link)
+            self.is_watched = in_place(path, self.file.fileno())  # not where inodes change by themselves
         except OSError as error:
             raise self.refused(error) from None
 
     def refused(self, error: OSError) -> ResourceError:
-        return ResourceError(f"{self.path}: {error.strerror}; free some space or make it writable")
+        advice = "give the command again" if isinstance(error, FileNotFoundError) else "free some space"
+        return ResourceError(f"{self.path}: {error.strerror}; {advice} or make it writable")
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends a record. If writing fails, warns once and keeps the record for later."""
@@ -48,7 +51,15 @@ class MetricsFile:
         self.file.truncate(self.file.tell() - len(line) - 1)
         return json.loads(line) | record
 
+    def in_place(self) -> bool:
+        """Returns whether the file has its path still: False after it was deleted, moved, replaced or
+        closed."""
+        return not self.file.closed and (not self.is_watched or in_place(self.path, self.file.fileno()))
+
     def flush(self) -> None:
+        """Writes all records to the file. Raises OSError if that fails, or if the file was deleted or replaced."""
+        if not self.in_place():
+            raise FileNotFoundError(errno.ENOENT, "was deleted, moved or replaced while training")
         while self.unwritten:
             del self.unwritten[: self.file.write(self.unwritten)]
         self.told = False

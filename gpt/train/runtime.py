@@ -14,7 +14,9 @@ import torch
 
 from gpt.checkpoint.read import Checkpoint
 from gpt.device import (
+    COMPILERS,
     DTYPES,
+    can_compile,
     device_name,
     has_compiler,
     pick_device,
@@ -29,6 +31,7 @@ from gpt.model import REFERENCE, ModelConfig, Ops
 from gpt.text.windows import mix
 from gpt.train.cost import KERNELS_PAY, compiling_pays, launches_matter
 from gpt.train.ranks import Ranks
+from gpt.train.slot import Slot
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -79,6 +82,9 @@ class Runtime:
         kernels_can_run = self.device.type == "cpu" and self.dtype == torch.bfloat16 and can_build()
         if config.kernels == "on" and not kernels_can_run:
             raise InputError("kernels on: the C++ attention needs a CPU, bf16 and a C++ compiler; use auto")
+        if config.compile == "on" and not can_compile(self.device):
+            language = COMPILERS[self.device.type]
+            raise InputError(f"compile on: no {language} compiler found; install one or use --compile off")
         self.deterministic = config.deterministic or self.device.type == "cpu"
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -223,10 +229,11 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
 
 class StopFlag:
     """A context that notes the first SIGTERM or Ctrl-C in `signal`; the loop reads it between steps. A second Ctrl-C
-    interrupts at once."""
+    interrupts at once. It is set too when the `slot` of the command is over."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.slot = Slot(0)
 
     def __enter__(self) -> Self:
         self.previous = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -242,7 +249,7 @@ class StopFlag:
         self.signal = number
 
     def __bool__(self) -> bool:
-        return self.signal is not None
+        return self.signal is not None or self.slot.over()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,20 @@ from gpt.checkpoint.read import MANIFEST, OPTIMIZER, STATE, read_manifest, seale
 from gpt.checkpoint.write import save_checkpoint, write_json
 from gpt.config import to_toml
 from gpt.errors import IntegrityError, ResourceError, note
-from gpt.files import STEP_FOLDER, lock_folder, read_pointer, remove_tree, step_folders, step_number, write_durably
+from gpt.files import (
+    STEP_FOLDER,
+    lock_folder,
+    read_pointer,
+    remove_tree,
+    step_folders,
+    step_number,
+    warn_refused,
+    write_durably,
+)
 from gpt.text.corpus import Corpus
 from gpt.train.log import Recorder
 from gpt.train.ranks import Ranks
+from gpt.train.slot import Slot
 from gpt.train.state import State, optimizer_tensors
 
 TRAINER_STATES_KEPT = 2
@@ -24,17 +35,20 @@ FAILURES_ALLOWED = 2  # failed saves in a row that are only warnings
 
 
 @contextlib.contextmanager
-def locked_run_folder(out: str, settings: dict, newest: list[Path], ranks: Ranks) -> Iterator[Path]:
-    """Yields the run folder. Rank 0 creates and locks it, writes the settings and removes what an interrupted save
-    left. `newest`: the newest step folder seen before locking ([] if none). Raises ResourceError if another run uses
-    the folder or has saved there since then."""
+def locked_run_folder(
+    out: str, settings: dict, newest: list[Path], ranks: Ranks
+) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """Yields the run folder, and a function that raises ResourceError if another folder or none has taken its place.
+    Rank 0 creates and locks the folder, writes the settings and removes what an interrupted save left. `newest`: the
+    newest step folder seen before locking ([] if none). Raises ResourceError if another run uses the folder or has
+    saved there since then."""
     folder = Path(out)
     if not ranks.leads:
-        yield folder
+        yield folder, lambda: None
         return
     with write_errors(folder, "give another --out"):
         folder.mkdir(parents=True, exist_ok=True)
-    with lock_folder(folder):
+    with lock_folder(folder) as check_in_place:
         if step_folders(folder)[:1] != newest:
             raise ResourceError(f"{folder}: another run has just saved a checkpoint there; give the command again")
         with write_errors(folder, "give another --out"):
@@ -42,7 +56,7 @@ def locked_run_folder(out: str, settings: dict, newest: list[Path], ranks: Ranks
             values = {name: value for name, value in settings.items() if name != "resume"}
             heading = "# python train.py THIS_FILE --out NEW repeats this run\n"
             write_durably(folder / "config.toml", heading + to_toml(values))
-        yield folder
+        yield folder, check_in_place
 
 
 @contextlib.contextmanager
@@ -58,14 +72,27 @@ class Saver:
     """Writes the checkpoints of a run into `out`, points to the latest and the best, and deletes old ones.
 
     `constant` holds the entries that are the same in every state.json: the settings, the machine, the base model.
-    `sampling` are the defaults of generation. `rhythm` says how many checkpoints to keep (keep_last, keep_every). Ranks
-    whose `recorder` has no log write nothing."""
+    `sampling` are the defaults of generation. `rhythm` says how many checkpoints to keep (keep_last, keep_every).
+    `check_in_place()` raises ResourceError if `out` is no longer the folder of this run; `slot` learns how long saves
+    take. Ranks whose `recorder` has no
+    log write nothing."""
 
     def __init__(
-        self, out: Path, state: State, corpus: Corpus, recorder: Recorder, constant: dict, sampling: dict, rhythm: Any
+        self,
+        out: Path,
+        state: State,
+        corpus: Corpus,
+        recorder: Recorder,
+        constant: dict,
+        sampling: dict,
+        rhythm: Any,
+        check_in_place: Callable[[], None] = lambda: None,
+        slot: Slot | None = None,
     ):
         self.out, self.state, self.corpus, self.constant = Path(out), state, corpus, constant
         self.recorder, self.sampling, self.rhythm = recorder, sampling, rhythm
+        self.check_in_place = check_in_place
+        self.slot = slot or Slot(0)
         self.saved_step: int | None = None
         self.failures = 0
         if recorder.log and self.folder(state.progress.step).is_dir():  # finish what an interruption left undone
@@ -87,6 +114,7 @@ class Saver:
             self.point_to_best()  # a resumed run may have evaluated a step that was saved before
             return
         self.corpus.verifier.wait()
+        started = time.monotonic()
         try:
             self.write(step)
         except ResourceError as error:
@@ -97,6 +125,7 @@ class Saver:
             return
         self.saved_step, self.failures = step, 0
         apply_retention(self.out, step, self.rhythm.keep_last, self.rhythm.keep_every)
+        self.slot.saved(time.monotonic() - started)
 
     def write(self, step: int) -> None:
         state, corpus = self.state, self.corpus
@@ -104,6 +133,7 @@ class Saver:
         tensors = optimizer_tensors(state.model, state.optimizer)
         about = {"dataset": corpus.shard_list, "code": __version__}
         with write_errors(self.out, "free some space or make it writable"):
+            self.check_in_place()
             assert self.recorder.log
             self.recorder.log.sync()
             save_checkpoint(self.out, step, state.model, corpus.tokenizer, tensors, stored, self.sampling, about)
@@ -118,6 +148,7 @@ class Saver:
         progress = self.state.progress
         best = self.folder(progress.best_step)
         if progress.best_loss is not None and best.is_dir() and read_pointer(self.out, "best") != best:
+            self.check_in_place()
             point(self.out, "best", best)
 
 
@@ -132,17 +163,21 @@ def sweep(out: Path) -> None:
 
 
 def point(out: Path, name: str, folder: Path) -> None:
-    """Writes the name of `folder` to `out/<name>.txt`, and links `out/<name>` to `folder` if the system has links."""
+    """Writes the name of `folder` to `out/<name>.txt`, and links `out/<name>` to `folder` if the system has links.
+    Warns if a real folder is in the link's place: it may be all that is left of a checkpoint."""
     with write_errors(out / f"{name}.txt", "free some space or make it writable"):
         write_durably(out / f"{name}.txt", folder.name + "\n")
     link, temporary = out / name, out / f"{name}.tmp"
-    if link.exists() and not link.is_symlink():
+    if link.is_dir() and not link.is_symlink():  # made by zip or cp -L
+        note("warning", f"{link}: a folder, not a link: it stays as it is, {name}.txt names {folder.name}; delete it")
         return
     try:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(folder.name, target_is_directory=True)
         os.replace(temporary, link)
-    except (OSError, NotImplementedError):  # the text file decides; a link that cannot follow it must go
+    except (OSError, NotImplementedError) as error:  # the text file decides; a link that cannot follow it must go
+        reason = getattr(error, "strerror", None) or str(error)
+        warn_refused("make links", reason, "latest.txt and best.txt alone name the checkpoints")
         with contextlib.suppress(OSError):
             link.unlink()
 

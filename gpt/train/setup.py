@@ -2,27 +2,29 @@
 saves time, locks the run folder, and opens log and checkpoints."""
 
 import contextlib
+import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpt.config import flatten
-from gpt.errors import Stopped, note
+from gpt.errors import InputError, Stopped, note
 from gpt.kernels.cuda_graph import CudaGraph
 from gpt.model import GPT, REFERENCE, flops_per_token
 from gpt.text.corpus import Corpus
 from gpt.text.windows import Prefetch
 from gpt.train import memory
-from gpt.train.budget import Budget, Progress
+from gpt.train.budget import Budget, Progress, SampleTimes
 from gpt.train.graph import GraphedStep
-from gpt.train.log import Recorder, exit_record, start_log
+from gpt.train.log import Recorder, exit_record, start_log, tell_best, tell_end
 from gpt.train.optim import LossScaler, make_optimizer
 from gpt.train.ranks import Ranks
 from gpt.train.runtime import Runtime, StopFlag, check_runtime, profiler
 from gpt.train.saver import Saver, locked_run_folder
+from gpt.train.slot import Slot
 from gpt.train.start import Start, first_model
 from gpt.train.state import State, load_optimizer
 
@@ -45,6 +47,7 @@ class Run:
     recorder: Recorder
     saver: Saver
     stop: StopFlag
+    samples: SampleTimes = field(default_factory=lambda: SampleTimes(0))
 
     @property
     def ranks(self) -> Ranks:
@@ -67,10 +70,17 @@ class Run:
         return profiler(Path(self.config.out) / "trace.json" if asked else None)
 
     def count_seconds(self, seconds: float) -> None:
-        """Adds the time of a step to the run's train_seconds. If max_minutes limits the run, every rank adds the time
-        that rank 0 measured, so that all stop at the same step."""
-        limited = self.config.length.max_minutes
+        """Adds the time of a step, and the time that reading its numbers waited, to the run's train_seconds. If
+        time limits the run, every rank adds the time that rank 0 measured, so that all stop at the same step."""
+        seconds, self.recorder.waited = seconds + self.recorder.waited, 0.0
+        limited = self.config.length.max_minutes or self.budget.follows_slot()
         self.state.progress.train_seconds += self.ranks.first(seconds) if limited else seconds
+        if self.budget.follows_slot():
+            self.budget.slot_seconds = self.ranks.first(self.stop.slot.seconds_left())
+
+    def is_complete(self) -> bool:
+        """Returns whether a limit has ended the run, and its last evaluation is made."""
+        return self.budget.spent(self.state.progress) and not self.evaluation_due()
 
 
 @contextlib.contextmanager
@@ -85,8 +95,8 @@ def open_run(
     memory.check_fits(config.model, corpus.tokenizer.vocab_size, machine.device, config.optim.optimizer)
     model, origin = first_model(start)
     with (
-        locked_run_folder(config.out, flatten(config), start.newest, ranks) as out,
-        exit_record(out, ranks),
+        locked_run_folder(config.out, flatten(config), start.newest, ranks) as (out, check_in_place),
+        exit_record(out, ranks, check_in_place),
         StopFlag() as stop,
         memory.out_of_memory_errors(progress, config.model.block_size),
     ):
@@ -94,12 +104,26 @@ def open_run(
         step = stepper(config, state, machine, record["compile"], train_step)
         log = start_log(config, progress, start.budget, draw) if ranks.leads else None
         recorder = Recorder(log, config.rhythm.log_every, state, start.budget, corpus.windows, machine)
+        stop.slot = Slot(config.length.stop_after_minutes, 12 * model.num_parameters())  # weights and two moments, fp32
         constant = {"config": flatten(config), "asked": start.asked, "runtime": record, "base": origin}
-        saver = Saver(out, state, corpus, recorder, constant, sampling, config.rhythm)
+        saver = Saver(out, state, corpus, recorder, constant, sampling, config.rhythm, check_in_place, stop.slot)
         with contextlib.closing(corpus), contextlib.closing(log) if log else contextlib.nullcontext():
-            yield Run(config, machine, corpus, start.budget, state, step, recorder, saver, stop)
-        if ranks.any(stop):  # also waits until rank 0 has saved the last checkpoint
-            raise Stopped(f"signal at step {progress.step}: checkpoint saved in {out}; the same command continues")
+            samples = SampleTimes(config.rhythm.sample_every)
+            run = Run(config, machine, corpus, start.budget, state, step, recorder, saver, stop, samples)
+            yield run
+        tell_why(run, out)
+
+
+def tell_why(run: Run, out: Path) -> None:
+    """Prints why the loop of a run has ended. Raises Stopped if a signal, or the end of the slot, stopped it."""
+    progress, stop, length = run.state.progress, run.stop, run.config.length
+    stopped = stop.signal is not None or (stop.slot.is_over and not run.is_complete())
+    if not run.ranks.any(stopped):  # also waits until rank 0 has saved the last checkpoint
+        tell_end(run.budget.reason(progress), progress, out)
+        return
+    tell_best(progress, out)
+    why = f"stop_after_minutes {length.stop_after_minutes:g}" if stop.slot.is_over and not stop.signal else "signal"
+    raise Stopped(f"{why} at step {progress.step}: checkpoint saved in {out}; the same command continues")
 
 
 def build_state(start: Start, model: GPT, machine: Runtime, accumulate: Accumulate) -> tuple[State, dict[str, Any]]:
@@ -126,8 +150,24 @@ def build_state(start: Start, model: GPT, machine: Runtime, accumulate: Accumula
         torch.use_deterministic_algorithms(machine.deterministic)  # for the compiler too
         model.compile()
     if compiled or machine.ranks.size > 1:  # after its first step DDP orders its buckets anew, and with them its sums
-        warm_up(state, config.model.block_size, machine, accumulate)
+        with compiler_errors() if compiled else contextlib.nullcontext():
+            warm_up(state, config.model.block_size, machine, accumulate)
     return state, record
+
+
+@contextlib.contextmanager
+def compiler_errors() -> Iterator[None]:
+    """Turns an error of the compiler that torch.compile calls into an InputError."""
+    from torch._dynamo.exc import BackendCompilerFailed  # takes seconds to import, and the run compiles anyway
+
+    try:
+        yield
+    except BackendCompilerFailed as error:
+        cause = error.inner_exception
+        if not isinstance(cause, (OSError, RuntimeError, subprocess.CalledProcessError)):
+            raise
+        reason = str(cause).strip().partition("\n")[0]
+        raise InputError(f"compile on: the compiler failed ({reason}); use --compile off") from None
 
 
 def flops_of_run(start: Start, model: GPT, machine: Runtime) -> float:

@@ -19,7 +19,7 @@ from gpt.text.corpus import Corpus
 from gpt.text.fit import shrink_to_data
 from gpt.text.shards import SPLITS, Dataset, open_dataset
 from gpt.text.tokenizer import Tokenizer, choices, load_tokenizer
-from gpt.train.budget import Budget, LengthConfig, Progress, RhythmConfig
+from gpt.train.budget import LIMITS, Budget, LengthConfig, Progress, RhythmConfig
 from gpt.train.metrics_file import logged_evaluation
 from gpt.train.ranks import Ranks
 from gpt.train.runtime import MachineConfig
@@ -257,6 +257,7 @@ def check_settings(values: dict[str, Any], checkpoint: Checkpoint, accept: bool)
     another architecture, optimizer or seed. For another setting raises it too or, if `accept`, prints a note. Settings
     in MAY_CHANGE (length, rhythm, hardware) may change."""
     old = checkpoint.state["config"]
+    tell_new_length(old, values)
     changed = {
         name: (old[name], value)
         for name, value in values.items()
@@ -280,14 +281,22 @@ def check_settings(values: dict[str, Any], checkpoint: Checkpoint, accept: bool)
         note("info", f"setting changed on resume: {text}")
 
 
+def tell_new_length(old: dict[str, Any], values: dict[str, Any]) -> None:
+    """Prints a note if the settings `values` give the run another length than the settings `old`, because the learning
+    rate then jumps to where the schedule of the new length has it."""
+    changed = [f"{name} {old[name]!r} -> {values[name]!r}" for name in LIMITS if old.get(name, 0) != values[name]]
+    if changed and values["schedule"] != "constant":
+        note("info", f"length changed on resume ({', '.join(changed)}): the learning rate begins a new schedule")
+
+
 def check_dataset(checkpoint: Checkpoint, shard_list: dict[str, Any], accept: bool) -> None:
     """Raises IntegrityError if the data differ from those of the checkpoint; with `accept`, only warns."""
     before, now = shard_hashes(checkpoint.manifest["dataset"]), shard_hashes(shard_list)
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed and not accept:
         raise IntegrityError(
-            f"dataset changed since checkpoint: {', '.join(changed[:5])}; restore it, use a new --out, "
-            "or accept it with --resume PATH"
+            f"dataset changed since checkpoint: {', '.join(changed[:5])}; restore it, begin a new run from these "
+            f"weights with --init {checkpoint.path.parent} and a new --out, or accept it with --resume PATH"
         )
     if changed:
         note("warning", f"dataset changed since checkpoint: {', '.join(changed[:5])}")

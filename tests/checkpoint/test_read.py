@@ -17,13 +17,24 @@ import torch
 from checkpoint_helpers import FILES, assert_same_outputs, flip_a_bit, save, theirs_of
 from paths import ROOT
 from safetensors.torch import load_file, save_file
-from training_helpers import continue_run, in_process, make_data, metrics, rewrite_manifest, snapshot, train_here
+from training_helpers import (
+    continue_run,
+    in_process,
+    make_data,
+    metrics,
+    rewrite_manifest,
+    save_step,
+    snapshot,
+    step_names,
+    train_here,
+)
 
 import sample
+from gpt.checkpoint import read
 from gpt.checkpoint.read import find_model_folder, load_pretrained, newest_checkpoint, verify_checkpoint
 from gpt.errors import InputError, IntegrityError
 from gpt.text.tokenizer import load_tokenizer, train_bpe
-from gpt.train.saver import point
+from gpt.train.saver import apply_retention, drop_trainer_state, point
 
 # ---- damage
 
@@ -374,3 +385,76 @@ def test_fault_103_a_pickle_in_npy_shards_is_not_run(payload, tmp_path):
     assert train_here("tiny", "--data", data, *settings).code == 3
     np.save(data / "train.npy", np.array([Canary(tmp_path / "canary")], dtype=object), allow_pickle=True)
     assert train_here("tiny", "--data", data, *settings).code == 3
+
+
+# ---- a run that deletes what is being read
+
+
+def while_reading(monkeypatch, name, *actions):
+    """Makes the first calls of read.`name` do one of `actions` each before they begin."""
+    original, left = getattr(read, name), list(actions)
+
+    def function(*args, **options):
+        if left:
+            left.pop(0)()
+        return original(*args, **options)
+
+    monkeypatch.setattr(read, name, function)
+
+
+def train_on(run, step):
+    """Does to a run what training does at its next save: another step folder, new pointers, old ones deleted."""
+    save_step(run, step)
+    point(run, "latest", run / f"step-{step:09d}")
+    point(run, "best", run / f"step-{step:09d}")
+    apply_retention(run, step, keep_last=1, keep_every=0)
+
+
+@pytest.mark.parametrize("name", ["read_manifest", "check_file", "load_folder", "load_model"])
+@pytest.mark.parametrize("use", [load_pretrained, find_model_folder, newest_checkpoint])
+def test_fault_128_a_reader_of_a_run_reads_the_pointer_again_when_its_folder_is_deleted(
+    name, use, run, monkeypatch, capsys
+):
+    point(run, "best", run / "step-000000004")
+    while_reading(monkeypatch, name, lambda: train_on(run, 10), lambda: None, lambda: train_on(run, 12))
+    assert use(run)
+    assert "missing" not in capsys.readouterr().err
+    if name != "check_file" and use == load_pretrained:
+        assert step_names(run)[-1] in ("step-000000010", "step-000000012")
+
+
+def test_fault_128_a_link_is_followed_again_when_what_it_led_to_is_deleted(run, monkeypatch, capsys):
+    while_reading(monkeypatch, "read_manifest", lambda: train_on(run, 10))
+    load_pretrained(run / "latest")
+    assert capsys.readouterr().err == ""
+    assert step_names(run) == ["step-000000010"]
+
+
+def test_fault_128_a_reader_while_the_trainer_state_of_its_folder_is_dropped_reads_the_manifest_again(
+    run, monkeypatch, capsys
+):
+    folder = run / "step-000000004"
+    while_reading(monkeypatch, "check_file", lambda: drop_trainer_state(folder))
+    load_pretrained(folder)
+    assert capsys.readouterr().err == ""
+
+
+def test_fault_128_a_folder_that_changes_at_every_reading_is_an_error_in_the_end(run, monkeypatch):
+    readings = []
+
+    def damage(*_args, **_options):
+        readings.append(True)
+        os.utime(run / "step-000000004/training/manifest.json", ns=(len(readings), len(readings)))
+        raise IntegrityError("x: damaged; y")
+
+    monkeypatch.setattr(read, "load_verified", damage)
+    with pytest.raises(IntegrityError, match="damaged"):
+        load_pretrained(run / "step-000000004")
+    assert len(readings) == read.MOST_READINGS
+
+
+def test_fault_128_a_step_folder_that_is_named_and_deleted_is_exit_2(run, monkeypatch):
+    folder = run / "step-000000004"
+    while_reading(monkeypatch, "read_manifest", lambda: shutil.rmtree(folder))
+    with pytest.raises(InputError, match="no such checkpoint folder"):
+        load_pretrained(folder)

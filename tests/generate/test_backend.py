@@ -39,6 +39,16 @@ def test_what_cannot_run_here_is_refused_with_the_reason(generator):
         fp16.generate("a")
 
 
+@pytest.mark.parametrize(("device", "language"), [("cpu", r"C\+\+"), ("cuda", "C")])
+def test_fault_132_the_compiled_back_end_without_a_compiler_is_refused(generator, monkeypatch, device, language):
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "")
+    model = generator.model if device == "cpu" else gpu_model()
+    with pytest.raises(InputError, match=f"^backend compiled: no {language} compiler found; install one"):
+        pick_backend("compiled", model, 1, 1)
+
+
 def test_a_short_text_does_not_wait_for_the_kernels_to_be_built_and_a_long_job_does(generator, monkeypatch):
     calls = []
     for name, result in (("load_library", None), ("build_now", object()), ("start_background_build", None)):

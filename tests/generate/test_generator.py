@@ -1,6 +1,8 @@
 """TextGenerator: settings, prompts, seeds, streams, and a model that changes or is in training."""
 
+import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -237,3 +239,31 @@ def test_a_stream_that_ends_after_the_weights_have_changed_leaves_no_earlier_wei
     greedy(generator, "abc")
     stream.close()
     assert greedy(generator, "abc") == greedy(generator_of(other, backend), "abc")
+
+
+# ---- fork
+
+
+def generate_and_fork():
+    """In a process of its own: generates with two threads, forks, generates the same there, and prints both."""
+    torch.set_num_threads(2)
+    generator = generator_of(random_model(ModelConfig(2, 4, 256, 256)))
+    generator.generate(["x" * 200] * 4, max_new_tokens=4, seed=1)  # large enough products for two threads
+
+    def text():
+        return generator.generate(["ab"], max_new_tokens=20, temperature=0)[0][0].text
+
+    print(repr(text()), flush=True)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # a child that waits for threads that it does not have is killed
+        print(repr(text()), torch.get_num_threads(), flush=True)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def test_fault_130_a_process_forked_after_generating_with_several_threads_generates_with_one(processes):
+    done = processes.run("test_generator.generate_and_fork")
+    assert done.code == 0, done.stderr
+    parent, child, code = done.stdout.splitlines()
+    assert (child, code) == (f"{parent} 1", "0")

@@ -10,12 +10,13 @@ import sys
 import pytest
 from paths import ROOT
 from report_helpers import FAST, SLOW, make_run
-from training_helpers import DRAW, in_process, make_data, train_here
+from training_helpers import DRAW, in_process, make_data, text_of, train_here
 
 from gpt.config import fields
 from gpt.report import plot
-from gpt.report.metrics import read_histories
+from gpt.report.metrics import BITS, NATS, comparable, read_histories
 from gpt.report.plot import PlotConfig, RunPicture, table
+from gpt.text.tokenizer import train_bpe
 from gpt.train import log
 
 
@@ -67,6 +68,83 @@ def test_runs_with_the_same_settings_say_so(two):
 def test_a_run_without_validation_has_dashes(tmp_path):
     only_trained = make_run(tmp_path / "run", [{"step": 5, "tokens": 50, "loss": 2.0, "train_seconds": 1.0}])
     assert table(read_histories([only_trained]), None)[1].split() == ["run", "5", "50", "1.0", "-", "-", "-"]
+
+
+# ---- different tokenizers
+
+
+def in_units(records, bits_per_nat):
+    return [r | ({"val_bpb": bits_per_nat * r["val_loss"]} if "val_loss" in r else {}) for r in records]
+
+
+def with_tokenizer(run, identity):
+    (run / "step-000000010/training").mkdir(parents=True)
+    entry = {"tokenizer": {"name": "x", "identity": identity}}
+    (run / "step-000000010/training/manifest.json").write_text(json.dumps(entry))
+    return run
+
+
+@pytest.fixture
+def bytes_and_words(tmp_path):
+    """Two runs: the first with the lower loss per token, the second with fewer bits per byte."""
+    letters = make_run(tmp_path / "letters", in_units(FAST, 1.5))
+    return with_tokenizer(letters, "a"), with_tokenizer(make_run(tmp_path / "words", in_units(SLOW, 0.4)), "b")
+
+
+def test_runs_of_different_tokenizers_are_compared_by_bits_per_byte(bytes_and_words, drawn):
+    run = plot_here(*bytes_and_words, "--out", bytes_and_words[0] / "x.png")
+    assert run.code == 0, run.stderr
+    assert "info: these runs have different tokenizers: compared by bits per byte" in run.stderr
+    heading, letters, words = run.stdout.splitlines()[:3]
+    assert re.split(r"  +", heading)[4:] == ["val_bpb", "best", "at step", "seconds to 4.8000", "tokens to 4.8000"]
+    assert letters.split()[4:] == ["4.9500", "4.8000", "40", "41.5", "4,000"]
+    assert words.split()[4:] == ["1.3600", "1.3600", "20", "0.0", "0"]
+    assert drawn[0].axes[0].get_ylabel() == "loss, bits per byte"
+    lines = lines_of(drawn[0])  # of validation alone, and the loss to reach
+    assert [len(line) for line in lines] == [4, 3, 2]
+    assert lines[1] == [(tokens, pytest.approx(0.4 * loss)) for tokens, loss in ((0, 5.1), (2000, 4.1), (4000, 3.4))]
+
+
+def test_a_loss_that_is_given_is_in_the_unit_of_the_table(bytes_and_words):
+    heading, _, words = plot_here(
+        *bytes_and_words, "--loss", 1.5, "--out", bytes_and_words[0] / "x.png"
+    ).stdout.splitlines()[:3]
+    assert "seconds to 1.5000" in heading
+    assert words.split()[-2:] == ["61.5", "4,000"]
+
+
+@pytest.mark.parametrize(
+    ("identities", "ratios", "by_bits"),
+    [
+        ("aa", (1.0, 2.0), False),  # the same tokenizer, another validation text
+        ("ab", (1.0, 1.0), True),
+        ("a-", (1.0, 1.0), False),  # a run without checkpoints is known by its ratio
+        ("a-", (1.0, 1.2), True),
+        ("--", (0.9, 0.9), False),
+        ("--", (0.9, 0.8), True),
+    ],
+)
+def test_tokenizers_are_told_apart_by_their_identity_or_by_the_ratio_of_the_units(
+    tmp_path, identities, ratios, by_bits
+):
+    runs = []
+    for name, identity, ratio in zip(("one", "two"), identities, ratios, strict=True):
+        runs.append(make_run(tmp_path / name, in_units(FAST, ratio)))
+        if identity != "-":
+            with_tokenizer(runs[-1], identity)
+    histories = comparable(read_histories(runs))
+    assert {history.unit for history in histories} == {BITS if by_bits else NATS}
+
+
+def test_the_tokenizers_of_real_runs_are_told_apart_and_one_run_stays_in_nats(tmp_path):
+    runs = []
+    for name, tokenizer in (("byte", "byte"), ("bpe", train_bpe([text_of(4000)], 280)), ("again", "byte")):
+        data = make_data(tmp_path / f"data-{name}", tokenizer=tokenizer)
+        runs.append(tmp_path / name)
+        done = train_here("tiny", "--data", data, "--out", runs[-1], "--max_steps", 2, "--warmup_steps", 0)
+        assert done.code == 0, done.stderr
+    units = [comparable(read_histories(chosen))[0].unit for chosen in (runs, runs[:2], runs[::2], runs[:1])]
+    assert units == [BITS, BITS, NATS, NATS]
 
 
 # ---- the picture

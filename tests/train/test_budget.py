@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from gpt.train.budget import BatchConfig, Budget, LengthConfig, Progress
+from gpt.train.budget import BY_THE_CLOCK, BatchConfig, Budget, LengthConfig, Progress, SampleTimes
 
 
 def budget(**limits):
@@ -142,3 +142,65 @@ def test_a_batch_size_changed_on_resume_does_not_change_where_tokens_and_epochs_
     progress = Progress(step=10, windows_seen=20)  # of 2 each, half of the 40 windows of 64 tokens
     budget = Budget(LengthConfig(**{limit: value}), 4, 64, 20)
     assert budget.total_steps(progress) == 10 + 20 // 4
+
+
+# ---- slots, reasons, samples
+
+
+def test_a_slot_sets_the_length_only_where_nothing_else_does():
+    progress = Progress(step=10, train_seconds=5.0)
+    assert budget(max_steps=100, stop_after_minutes=1).total_steps(progress) == 100
+    alone = budget(stop_after_minutes=1)
+    assert alone.total_steps(progress) == 10 + 120
+    alone.slot_seconds = 10.0
+    assert alone.total_steps(progress) == 10 + 20
+    alone.slot_seconds = -1.0
+    assert alone.total_steps(progress) == 11
+    assert not alone.spent(progress)  # the next slot goes on
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"max_steps": 7}, "max_steps 7 reached"),
+        ({"max_steps": 700, "max_tokens": 1792}, "max_tokens 1792 reached"),
+        ({"max_epochs": 0.5, "max_steps": 50}, "max_epochs 0.5 reached"),
+        ({"max_minutes": 1.5, "max_steps": 50}, "max_minutes 1.5 reached"),
+        ({"max_steps": 700, "patience": 2}, "no new best in 3 evaluations (patience)"),
+    ],
+)
+def test_the_limit_that_ended_a_run_is_named(limits, reason):
+    progress = Progress(step=7, windows_seen=56, tokens=1792, train_seconds=90.0, evals_without_best=3)
+    assert budget(**limits).spent(progress)
+    assert budget(**limits).reason(progress) == reason
+
+
+def asked(every, moments, evaluated=(), start=0):
+    """Returns the steps at which a sample is due, asked at step start, start + 1, … at these seconds."""
+    progress = Progress(step=start)
+    times, due = SampleTimes(every, lambda: moments[progress.step - start]), []
+    for _ in moments:
+        if progress.step in evaluated:
+            progress.evaluated_step = progress.step
+        if times.due(progress):
+            due.append(progress.step)
+        progress.step += 1
+    return due
+
+
+def test_lines_by_the_clock_come_at_0_5_20_and_60_seconds_and_then_at_evaluations():
+    moments = [100.0 + step for step in range(100)]
+    assert asked(BY_THE_CLOCK, moments, evaluated=range(0, 100, 10)) == [0, 5, 20, 60, 70, 80, 90]
+
+
+def test_a_step_in_which_several_moments_pass_gets_one_line():
+    assert asked(BY_THE_CLOCK, [0.0, 30.0, 31.0, 61.0, 62.0], evaluated=[4]) == [0, 1, 3, 4]
+
+
+def test_every_so_many_steps_there_is_a_sample_but_none_again_where_a_run_continues():
+    assert asked(4, [0.0] * 13) == [4, 8, 12]
+    assert asked(4, [0.0] * 9, start=4) == [8, 12]
+
+
+def test_0_prints_no_samples():
+    assert asked(0, [float(second) for second in range(100)], evaluated=range(100)) == []

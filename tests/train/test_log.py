@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 from paths import ROOT
-from training_helpers import QUICK, full_disk, make_data, metrics, record_of
+from training_helpers import QUICK, full_disk, make_data, metrics, record_of, tiny_model
 
 from gpt.checkpoint.read import verify_checkpoint
 from gpt.errors import InputError, IntegrityError, NonFiniteError, ResourceError, Stopped, tell
 from gpt.train import log as log_module
-from gpt.train.log import Log, exit_record
+from gpt.train.budget import Progress
+from gpt.train.log import Log, Recorder, exit_record
 from gpt.train.ranks import Ranks
 
 SHORT = ("--max_steps", 6, "--warmup_steps", 0, "--log_every", 1, "--eval_every", 0)
@@ -68,6 +69,63 @@ def test_fault_036_without_any_stderr_all_is_logged(tmp_path, monkeypatch, capsy
     log.close()
     assert metrics(tmp_path) == [record_of(1)]
     assert capsys.readouterr().out == ""
+
+
+# ---- speeds
+
+
+class SlowDevice:
+    """A device whose clock is simulated: the host launches a step in 0.02 seconds, the device computes it in one."""
+
+    def __init__(self, monkeypatch, kind, log_every):
+        self.now, self.done, self.records = 100.0, 100.0, []
+        monkeypatch.setattr(log_module, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(log_module, "peak_flops", lambda *_: 1e9)
+        machine = SimpleNamespace(
+            device=SimpleNamespace(type=kind), dtype=None, ranks=SimpleNamespace(size=1), fetch=self.fetch
+        )
+        self.progress = Progress()
+        scaler = SimpleNamespace(check=lambda *_: None)
+        state = SimpleNamespace(progress=self.progress, scaler=scaler, model=tiny_model())
+        log = SimpleNamespace(advance=lambda _: None, write=lambda record, _: self.records.append(record))
+        budget = SimpleNamespace(total_steps=lambda _: 100, spent=lambda _: False)
+        self.recorder = Recorder(log, log_every, state, budget, None, machine)
+
+    def fetch(self, finished_at):
+        def wait():
+            self.now = max(self.now, finished_at)
+            return 3.0, 1.0, True
+
+        return wait
+
+    def step(self, is_async):
+        started = self.now
+        self.done = max(self.done, self.now + 0.02) + 1.0
+        self.now = self.now + 0.02 if is_async else self.done
+        seconds = self.now - started
+        self.progress.advance(1, 50)
+        self.recorder.step(1e-3, self.done, seconds)
+        self.progress.train_seconds += seconds + self.recorder.waited
+        self.recorder.waited = 0.0
+
+
+@pytest.mark.parametrize("log_every", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
+def test_the_first_speeds_are_those_of_all_others(kind, log_every, monkeypatch):
+    device = SlowDevice(monkeypatch, kind, log_every)
+    for step in range(1, 21):
+        device.step(is_async=kind != "cpu")
+        if step % 7 == 0:
+            device.recorder.evaluated((3.0, 2.0))
+            device.now += 50.0  # an evaluation, whose time does not count
+    trained = [record for record in device.records if "loss" in record]
+    assert len(trained) >= 20 // log_every - 1
+    one_step = 1.02 if kind == "cpu" else 1.0
+    for record in trained:
+        assert record["tok_per_s"] == pytest.approx(50 / one_step, rel=0.025)
+        assert record["mfu"] == pytest.approx(record["tok_per_s"] * device.recorder.flops_per_token / 1e9, abs=1e-4)
+    last = trained[-1]
+    assert last["train_seconds"] == pytest.approx(last["step"] * one_step, rel=0.025)
 
 
 # ---- exit.json

@@ -114,3 +114,38 @@ def test_metrics_beyond_the_checkpoint_and_a_torn_line_are_cut(tmp_path):
     cut_metrics(path, 3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
     cut_metrics(tmp_path / "absent", 3)
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced", "folder_moved"])
+def test_fault_120_a_metrics_file_that_is_gone_is_noticed_at_the_next_record_and_never_made_anew(tmp_path, how, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    file = MetricsFile(folder / "metrics.jsonl", 0)
+    file.write(record_of(1))
+    assert file.in_place()
+    if how == "folder_moved":
+        folder.rename(tmp_path / "away")
+    else:
+        file.path.rename(tmp_path / "old.jsonl")
+    if how == "replaced":
+        file.path.write_text("of another run\n")
+    for step in (2, 3):
+        file.write(record_of(step))
+    with pytest.raises(
+        ResourceError, match=r"metrics\.jsonl: was deleted, moved or replaced .*; give the command again"
+    ):
+        file.sync()
+    file.close()
+    assert capsys.readouterr().err.count("warning:") == 2  # at the first record, and the lines lost at the end
+    assert file.path.exists() == (how == "replaced")
+    assert how != "replaced" or file.path.read_text() == "of another run\n"
+
+
+def test_fault_120_a_metrics_file_that_was_put_back_gets_all_its_lines(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file.write(record_of(1))
+    file.path.rename(tmp_path / "away")
+    file.write(record_of(2))
+    (tmp_path / "away").rename(file.path)
+    file.sync()
+    assert metrics(tmp_path) == [record_of(1), record_of(2)]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from paths import ROOT
+from training_helpers import make_data, train_here
 
 from gpt import device
 from gpt.config import refuse
@@ -251,6 +252,19 @@ def test_where_kernels_cannot_be_had_auto_goes_without_and_on_is_an_error(settin
     monkeypatch.setattr(build, "compiler", lambda: None)
     with pytest.raises(InputError, match=r"kernels on: .* needs a CPU, bf16 and a C\+\+ compiler"):
         bf16_runtime(kernels="on")
+
+
+@pytest.mark.parametrize(("variable", "path"), [(None, ""), ("no-such-compiler", None), ("", None)])
+def test_fault_132_compile_on_without_a_compiler_is_exit_2_and_makes_nothing(tmp_path, monkeypatch, variable, path):
+    if path is not None:
+        monkeypatch.setenv("PATH", path)
+    monkeypatch.delenv("CXX", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CXX", variable)
+    data = make_data(tmp_path / "data")
+    done = train_here("tiny", "--data", data, "--out", tmp_path / "out", "--compile", "on")
+    assert (done.code, done.last) == (2, "error: compile on: no C++ compiler found; install one or use --compile off")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_gpu_that_is_named_by_number_becomes_the_current_one(settings_back, monkeypatch):

@@ -14,13 +14,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from file_systems import refuse
 from training_helpers import optimizer_of, rewrite_manifest, save_step, snapshot, step_names, tiny_model
 
 from gpt.checkpoint.read import load_pretrained, newest_checkpoint, verify_checkpoint
 from gpt.errors import ResourceError
 from gpt.text.tokenizer import load_tokenizer
 from gpt.train.budget import Progress
-from gpt.train.saver import Saver, apply_retention, sweep
+from gpt.train.log import exit_record
+from gpt.train.ranks import Ranks
+from gpt.train.saver import Saver, apply_retention, locked_run_folder, sweep
 from gpt.train.state import State
 
 resource = pytest.importorskip("resource")
@@ -285,3 +288,87 @@ def test_fault_054_a_save_whose_file_operations_fail_is_a_warning(name, tmp_path
     assert not list((tmp_path / "run").glob("step-*.tmp"))
     saver.save(is_last=True)
     assert newest_checkpoint(tmp_path / "run").step == 2
+
+
+# ---- links that are none, and file systems that refuse
+
+
+def saves(saver, *steps):
+    for step in steps:
+        saver.state.progress.step = step
+        saver.state.progress.evaluated(10.0 - step)
+        saver.save()
+
+
+@pytest.mark.parametrize("name", ["latest", "best"])
+def test_fault_129_a_real_folder_in_place_of_a_link_stays_and_is_a_warning_at_each_save(name, tmp_path, capsys):
+    saver = saver_of(tmp_path, tiny_model(n_layer=1))
+    saves(saver, 1)
+    (tmp_path / name).unlink()
+    shutil.copytree(tmp_path / "step-000000001", tmp_path / name)
+    before = snapshot(tmp_path / name)
+    saves(saver, 2, 3)
+    warnings = re.findall(
+        rf"warning: .*{name}: a folder, not a link: it stays as it is, {name}\.txt names (\S+);",
+        capsys.readouterr().err,
+    )
+    assert warnings == ["step-000000002", "step-000000003"]
+    assert snapshot(tmp_path / name) == before
+    assert (tmp_path / f"{name}.txt").read_text() == "step-000000003\n"
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling", "link"])
+def test_fault_129_a_file_or_another_link_in_place_of_a_link_is_replaced(kind, tmp_path, capsys):
+    saver = saver_of(tmp_path, tiny_model(n_layer=1))
+    (tmp_path / "other").mkdir()
+    if kind == "file":
+        (tmp_path / "latest").write_text("step-000000001")  # as some programs unpack a link
+    else:
+        (tmp_path / "latest").symlink_to("nowhere" if kind == "dangling" else "other")
+    saves(saver, 1)
+    assert os.readlink(tmp_path / "latest") == "step-000000001"
+    assert capsys.readouterr().err == ""
+
+
+def test_fault_122_links_that_are_refused_are_one_warning_and_the_pointers_do(tmp_path, monkeypatch, capsys):
+    refuse(monkeypatch, symlink="EOPNOTSUPP", chmod="EPERM", fsync="EINVAL")
+    saver = saver_of(tmp_path, tiny_model(n_layer=1))
+    saves(saver, 1, 2, 3)
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 3
+    assert sum("does not make links" in warning for warning in warnings) == 1
+    assert newest_checkpoint(tmp_path).step == 3
+    assert not (tmp_path / "latest").exists()
+    assert (tmp_path / "best.txt").read_text() == "step-000000003\n"
+
+
+def test_fault_120_a_save_into_a_folder_that_is_gone_is_a_warning_twice_and_makes_no_folder(tmp_path, capsys):
+    out = tmp_path / "run"
+    with locked_run_folder(str(out), {}, [], Ranks()) as (_, check_in_place):
+        saver = saver_of(out, tiny_model(n_layer=1))
+        saver.check_in_place = check_in_place
+        saves(saver, 1)
+        out.rename(tmp_path / "moved")
+        saves(saver, 2, 3)
+        assert not out.exists()
+        with pytest.raises(ResourceError, match="run: was deleted, moved or replaced while in use; put it back"):
+            saves(saver, 4)
+        (tmp_path / "moved").rename(out)
+        saver.save()
+    assert capsys.readouterr().err.count("warning: checkpoint at step") == 2
+    assert newest_checkpoint(out).step == 4
+
+
+def test_fault_120_a_second_run_in_the_place_of_a_moved_folder_is_left_alone(tmp_path):
+    out = tmp_path / "run"
+    with locked_run_folder(str(out), {}, [], Ranks()) as (_, check_in_place):
+        saver = saver_of(out, tiny_model(n_layer=1))
+        saver.check_in_place = check_in_place
+        saves(saver, 1)
+        out.rename(tmp_path / "moved")
+        with locked_run_folder(str(out), {}, [], Ranks()):
+            before = snapshot(out)
+            saves(saver, 2)
+            with pytest.raises(ResourceError), exit_record(out, Ranks(), check_in_place):
+                raise ResourceError("x: y; z")
+            assert snapshot(out) == before

@@ -7,7 +7,8 @@ import pytest
 import torch
 from training_helpers import EIGHT_STEPS, train_here
 
-from gpt.train import memory
+from gpt.model import GPT
+from gpt.train import memory, setup
 from gpt.train.budget import Progress
 from gpt.train.optim import OptimConfig
 from gpt.train.ranks import Ranks
@@ -44,3 +45,18 @@ def test_the_micro_batch_is_the_given_one_the_checkpoints_or_what_fits(monkeypat
     machine = SimpleNamespace(ranks=Ranks(), dtype=torch.float32, device=torch.device("cpu"), sharers=lambda: 1)
     progress = Progress(micro_batch_size=of_checkpoint)
     assert micro_batch_size(config, progress, SimpleNamespace(vocab_size=257), machine) == size
+
+
+def test_fault_132_a_compiler_that_fails_is_one_line_and_exit_2(made, tmp_path, monkeypatch):
+    from torch._inductor.exc import CppCompileError, InductorError
+
+    def fail(*_):
+        raise InductorError(CppCompileError(["g++", "x.cpp"], "Python.h: No such file or directory"), None)
+
+    monkeypatch.setattr(setup, "warm_up", fail)
+    monkeypatch.setattr(GPT, "compile", lambda self: None)
+    done = train_here("tiny", "--data", made / "data", "--out", tmp_path / "out", *EIGHT_STEPS, "--compile", "on")
+    assert (done.code, done.last) == (
+        2,
+        "error: compile on: the compiler failed (C++ compile error); use --compile off",
+    )

@@ -118,6 +118,25 @@ def test_fault_059_length_rhythm_and_hardware_may_change(run, again):
     assert step_names(run)[-1] == "step-000000010"
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--max_steps", "12"), "max_steps 8 -> 12"),
+        (("--max_steps", "0", "--max_tokens", "4000"), "max_steps 8 -> 0, max_tokens 0 -> 4000"),
+        (("--max_steps", "12", "--log_every", "2"), "max_steps 8 -> 12"),
+    ],
+)
+def test_another_length_on_resume_says_that_the_learning_rate_begins_a_new_schedule(run, again, flags, told):
+    done = again(*flags)
+    assert done.code == 0, done.stderr
+    assert f"info: length changed on resume ({told}): the learning rate begins a new schedule\n" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [(), ("--log_every", "2"), ("--patience", "9")])
+def test_the_same_length_on_resume_says_nothing_of_the_schedule(run, again, flags):
+    assert "schedule" not in again(*flags).stderr
+
+
 def test_fault_063_another_machine_setting_is_one_warning(run, again):
     done = again("--max_steps", "9", "--threads", "2", "--micro_batch_size", "4")
     assert done.code == 0
@@ -147,6 +166,7 @@ def test_fault_026_changed_data_is_exit_3_and_accepted_by_path(made, run, again,
     done = again("--max_steps", "9", data=other)
     assert done.code == 3
     assert done.last.startswith("error: dataset changed since checkpoint: train_000000.bin")
+    assert f"--init {run} and a new --out" in done.last
     assert snapshot(run) == before
     done = again("--max_steps", "9", "--resume", run, data=other)
     assert done.code == 0, done.stderr
