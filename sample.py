@@ -9,13 +9,14 @@ CHECKPOINT is a step folder, a run folder (its best, else its newest), any Huggi
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from gpt.config import fields, make_config, parse_flags, positional, refuse
+from gpt.config import fields, make_config, parse_flags, positional, refuse, unescaped
 from gpt.device import set_threads
 from gpt.errors import InputError, note, printable, run_main, stdout_errors, tell
 from gpt.generate.answers import AnswerBar, Answers, answer_line, open_answers, read_answers
@@ -31,9 +32,11 @@ SEPARATOR = "---"
 class SourceConfig:
     prompt: str = ""
     """the text to continue; without it, what is piped into stdin; else the text begins after an end-of-text"""
+    escape: bool = False
+    """read \n, \t and \\ in --prompt as a line break, a tab and a backslash"""
     prompts: str = ""
     """file of prompts: one a line, or .jsonl with {"prompt": ..., "id": ..., "temperature": ..., ...}: settings that
-    hold for that prompt alone; answers are JSONL in the same order"""
+    hold for that prompt alone, or .csv with such columns; answers are JSONL in the same order"""
     interactive: bool = False
     """continue what is typed, line after line; --prompt counts as typed first; /help explains"""
 
@@ -97,6 +100,8 @@ class SampleConfig:
 
 def main() -> None:
     flags = parse_flags(SampleConfig, sys.argv[1:], __doc__)
+    if "stop" in flags:
+        flags["stop"] = tuple(unescaped(from_flag(stop, "--stop")) for stop in flags["stop"])
     config = make_config(SampleConfig, flags)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -128,11 +133,23 @@ def prompts_of(config: SampleConfig, flags: dict[str, Any]) -> list[Prompt]:
     --prompt and --prompts are both given, or if the prompts cannot be read."""
     if {"prompt", "prompts"} <= flags.keys():
         raise InputError("settings: --prompt and --prompts exclude each other; give one of them")
+    if config.source.escape and "prompt" not in flags:
+        raise InputError("settings: --escape is for --prompt; give both, or leave out --escape")
     if "prompts" in flags:
         return read_prompts(config.source.prompts)
     if config.source.interactive and "prompt" not in flags:
         return []
-    return [Prompt(1, from_flag(config.source.prompt) if "prompt" in flags else read_stdin())]
+    return [Prompt(1, text_of(config.source) if "prompt" in flags else read_stdin())]
+
+
+def text_of(source: SourceConfig) -> str:
+    """Returns the text of --prompt. Without --escape, prints a note on a terminal if that seems to be missing."""
+    text = from_flag(source.prompt)
+    if source.escape:
+        return unescaped(text)
+    if re.search(r"\\[nt]", text) and sys.stderr.isatty():
+        note("info", r"--prompt has \n or \t as two characters; --escape reads them as a line break and a tab")
+    return text
 
 
 def check_writable(out: str, prompts: str) -> None:

@@ -23,8 +23,8 @@ from tqdm import tqdm
 if "gpt" not in sys.modules:  # this script works also where `gpt` is not installed
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
-from gpt.config import fields, make_config, parse_flags, positional, refuse
-from gpt.errors import InputError, printable, run_main, say
+from gpt.config import fields, make_config, parse_flags, positional, refuse, unescaped
+from gpt.errors import InputError, ResourceError, note, printable, run_main, say
 from gpt.files import remove_tree
 from gpt.text.encode import batches_of, encode_batches, units_of
 from gpt.text.fit import tokenizer_for, validation_share
@@ -100,12 +100,6 @@ class PrepareConfig:
         return Reading(self.encoding, self.errors, self.field, self.keep_crlf, separator)
 
 
-def unescaped(text: str) -> str:
-    """Returns `text` with the escapes that no shell reads: unescaped(r"a\\n") == "a\\n"."""
-    characters = {"n": "\n", "t": "\t", "\\": "\\"}
-    return re.sub(r"\\([nt\\])", lambda match: characters[match[1]], text)
-
-
 def is_encoding(name: str) -> bool:
     if name == "auto":
         return True
@@ -145,7 +139,8 @@ def prepare(config: PrepareConfig, typed: Container[str] = ()) -> None:
         splits = write_shards(config, data, tokenizer, dtype, folder)
         write_manifest(folder, tokenizer.manifest_entry, dtype, splits, source_of(config, typed, data))
         publish(folder, out)
-    summarise(config, data, tokenizer, splits, time.monotonic() - began)
+    with lost_lines_warn(out):
+        summarise(config, data, tokenizer, splits, time.monotonic() - began)
 
 
 def gather(config: PrepareConfig, typed: Container[str], spool_folder: Path) -> tuple[GatheredInput, str]:
@@ -310,6 +305,15 @@ def tell_encodings(data: GatheredInput) -> None:
     if found:
         more = f" (and {len(found) - SHOWN:,} more files)" if len(found) > SHOWN else ""
         say("\n".join(found[:SHOWN]) + f"{more}; --encoding names another one")
+
+
+@contextlib.contextmanager
+def lost_lines_warn(out: Path) -> Iterator[None]:
+    """Returns a context in which a full stdout is a warning: the dataset in `out` is complete, so it is no failure."""
+    try:
+        yield
+    except ResourceError as error:
+        note("warning", f"{out}: is complete, but its summary is lost: {error}")
 
 
 def summarise(

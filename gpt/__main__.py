@@ -4,6 +4,7 @@ import difflib
 import importlib
 import sys
 
+from gpt import __version__
 from gpt.errors import InputError, run_main, say
 
 # Name -> the module whose `main` it runs, and what that does.
@@ -18,7 +19,8 @@ COMMANDS = {
 def main() -> None:
     """Runs the command that is the first word of the command line; without a word, lists the commands."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    program = list_commands if name in ("-h", "--help") else lambda: run_command(name)
+    special = {"-h": list_commands, "--help": list_commands, "--version": say_version}
+    program = special.get(name, lambda: run_command(name))
     run_main(program, quiet_pipe=name != "train")  # a training run continues when nobody reads its output
 
 
@@ -35,7 +37,11 @@ def run_command(name: str) -> None:
 
 def list_commands() -> None:
     lines = [f"  {name:8}  {text}" for name, (_, text) in COMMANDS.items()]
-    say("\n".join(["usage: gpt NAME …", "", *lines, "", "gpt NAME --help explains each of them."]))
+    say("\n".join(["usage: gpt [--version] NAME …", "", *lines, "", "gpt NAME --help explains each of them."]))
+
+
+def say_version() -> None:
+    say(f"gpt-text-generator {__version__}")
 
 
 if __name__ == "__main__":

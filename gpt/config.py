@@ -10,7 +10,6 @@ the values passes this list to `refuse`, so that the user sees all problems in o
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import json
 import math
@@ -19,47 +18,18 @@ import re
 import sys
 import tomllib
 import typing
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+from gpt import __version__
 from gpt.errors import InputError, note, say, tell
+from gpt.names import OTHER_NAMES, suggestion
 
+ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 Config = TypeVar("Config")
 
-# Names in nanoGPT and transformers, and the name (or names) here. `suggestion` finds similar names without this table.
-OTHER_NAMES = {
-    "batch_size": "global_batch_size (sequences per optimizer step) or --micro_batch_size (sequences per forward pass)",
-    "gradient_accumulation_steps": "global_batch_size (micro-batches follow from --micro_batch_size)",
-    "learning_rate": "lr",
-    "max_iters": "max_steps",
-    "epochs": "max_epochs",
-    "warmup_ratio": "warmup_steps (below 1 it is a share of the run)",
-    "decay_lr": "schedule",
-    "eval_steps": "eval_every",
-    "eval_iters": "eval_tokens",
-    "log_interval": "log_every",
-    "logging_steps": "log_every",
-    "save_steps": "save_every",
-    "save_total_limit": "keep_last",
-    "adam_epsilon": "eps",
-    "max_grad_norm": "grad_clip",
-    "output_dir": "out",
-    "init_from": "init or --resume",
-    "model_name_or_path": "init",
-    "resume_from_checkpoint": "resume",
-    "n_positions": "block_size",
-    "n_ctx": "block_size",
-    "context_length": "block_size",
-    "wandb_project": "wandb",
-    "start": "prompt",
-    "max_length": "max_new_tokens",
-    "max_tokens_to_generate": "max_new_tokens",
-    "num_return_sequences": "num_samples",
-    "n": "num_samples",
-    "do_sample": "temperature (0 is greedy)",
-    "stop_sequences": "stop",
-}
+OPTION = re.compile(r"--[^\W\d][\w-]*(=.*)?", re.DOTALL)
+MARK = "\0"  # before words of the command line that argparse must take for values; no such word holds it
 REMOVED = {"fp8_head"}  # settings of earlier versions, which a run's config.toml may still name
 
 
@@ -127,8 +97,12 @@ def parse_flags(cls: type, argv: list[str], description: str | None = None) -> d
 
     Raises InputError for a missing value or a value of the wrong type, else for all unknown options, else for all words
     that belong to no option, else for all repeated options. `--help` prints the options with the defaults of `cls` and
-    exits 0; its first line shows `usage` (default: the script's name)."""
+    exits 0; `--version` prints the version and exits 0."""
+    argv = mark_values(argv, cls)
     wants_help = bool({"-h", "--help"} & set(argv))
+    if "--version" in argv and not wants_help:
+        say(f"gpt-text-generator {__version__}")
+        raise SystemExit(0)
     texts = explanations(cls) if wants_help else {}  # reading the source takes a third of a second
     parser = make_parser(cls, texts, description)
     if wants_help:
@@ -140,9 +114,33 @@ def parse_flags(cls: type, argv: list[str], description: str | None = None) -> d
     given = vars(namespace)  # name -> list with a value for each time that it is given
     unknown = [word[2:].split("=")[0] for word in rest if word.startswith("--") and word != "--"]
     refuse([f"unknown option --{name}; {suggestion(name.replace('-', '_'), fields(cls), '--')}" for name in unknown])
-    refuse([f"{word!r} belongs to no option" for word in rest])
+    refuse([f"{unmarked(word)!r} belongs to no option{short_name(word, cls)}" for word in rest])
     refuse([f"option --{name} is given twice; give it once" for name, values in given.items() if len(values) > 1])
     return {name: tuple(value) if isinstance(value, list) else value for name, [value] in given.items()}
+
+
+def mark_values(argv: list[str], cls: type) -> list[str]:
+    """Returns `argv` with MARK before each value of an option for text that begins with "--": a word that does not look
+    like an option, as in --prompt "--- x", and a "--" that follows such an option or ends `argv`."""
+    options = [(name, field.type) for name, field in fields(cls).items() if not field.metadata]
+    of_text = {name for name, wanted in options if wanted in (str, tuple[str, ...])}
+    marked, option = [], ""  # the last option
+    for place, word in enumerate(argv):
+        is_first, is_last = place > 0 and argv[place - 1] == option, place == len(argv) - 1
+        is_value = word.startswith("--") and (is_first or is_last if word == "--" else not OPTION.fullmatch(word))
+        if is_value and option[2:].replace("-", "_") in of_text:
+            word = MARK + word
+        elif word.startswith("--"):
+            option, _, value = word.partition("=")
+            if value == "--" and option[2:].replace("-", "_") in of_text:
+                word = f"{option}={MARK}--"  # argparse would drop the dashes
+        marked.append(word)
+    return marked
+
+
+def short_name(word: str, cls: type) -> str:
+    """Returns what the short option `word` of another program is called here, after "; ", or ""."""
+    return f"; {suggestion(word, fields(cls), '--')}" if word in OTHER_NAMES and word.startswith("-") else ""
 
 
 def make_parser(cls: type, texts: dict[str, str], description: str | None) -> Parser:
@@ -151,7 +149,7 @@ def make_parser(cls: type, texts: dict[str, str], description: str | None) -> Pa
     metavars = [field.metadata["metavar"] for field in fields(cls).values() if field.metadata]
     parser = Parser(
         prog=sys.argv[0],
-        usage=" ".join(["%(prog)s [-h] [OPTIONS]", *metavars]),
+        usage=" ".join(["%(prog)s [-h] [--version] [OPTIONS]", *metavars]),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -198,7 +196,7 @@ def keywords_of(wanted: Any) -> dict[str, Any]:
     if typing.get_origin(wanted) is Literal:
         return {"choices": typing.get_args(wanted)}
     kind = (typing.get_args(wanted) or (wanted,))[0]  # str for tuple[str, ...], int for int | None
-    reader = {float: finite_float, int | None: int_or_none}.get(wanted, kind)
+    reader = {float: finite_float, int | None: int_or_none}.get(wanted, unmarked if kind is str else kind)
     keywords = {"type": reader, "metavar": kind.__name__.upper()}
     return keywords | {"nargs": "*"} if typing.get_origin(wanted) is tuple else keywords
 
@@ -209,6 +207,10 @@ def finite_float(text: str) -> float:
         if math.isfinite(float(text)):
             return float(text)
     raise argparse.ArgumentTypeError(f"must be a finite float, not {text!r}")
+
+
+def unmarked(word: str) -> str:
+    return word.removeprefix(MARK)
 
 
 def int_or_none(text: str) -> int | None:
@@ -235,15 +237,9 @@ def explanations(cls: Any) -> dict[str, str]:
     return texts
 
 
-def suggestion(name: str, known: Iterable[str], dashes: str = "") -> str:
-    """Returns advice for the unknown `name`: what it is called here, or similar names of `known`, each with `dashes`
-    before it."""
-    if OTHER_NAMES.get(name, "").split(" ")[0] in known:
-        return f"here it is {dashes}{OTHER_NAMES[name]}"
-    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
-    if close:
-        return "perhaps you meant " + " or ".join(f"{dashes}{c}" for c in close)
-    return "--help lists every setting"
+def unescaped(text: str) -> str:
+    """Returns `text` with \\n, \\t and \\\\ replaced by a line break, a tab and a backslash; other backslashes stay."""
+    return re.sub(r"\\([nt\\])", lambda match: ESCAPES[match[1]], text)
 
 
 # ---- TOML

@@ -77,6 +77,9 @@ def run_main(main: Callable[[], int | None], quiet_pipe: bool = True) -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed before the start
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):  # characters that cp1252 or the C locale lacks are shown escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = exit_code(main, quiet_pipe) or exit_code(flush_stdout)
     finally:

@@ -30,10 +30,15 @@ UNSUPPORTED = {errno.EINVAL, errno.EIO, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 # ---- writing
 
 
+def whole_utf_8(text: str) -> bytes:
+    """Returns `text` as UTF-8. Bytes of a path that the locale could not decode (LANG=C) are read as UTF-8 first."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode("utf-8")
+
+
 def write_durably(path: Path, content: str | bytes) -> None:
     """Replaces a small file. A reader sees the old or the new content, even after a crash. Raises OSError if writing
     fails; then the old file stays, and no temporary file."""
-    data = content if isinstance(content, bytes) else content.encode("utf-8")
+    data = content if isinstance(content, bytes) else whole_utf_8(content)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb", opener=no_link) as file:

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import torch
 
+from gpt.generate.repeats import FORBIDDEN
 from gpt.generate.sampling import UNITS, Filters, SamplingParams
 
 OFF = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
@@ -61,6 +62,17 @@ def same_for_all(settings, rows):
     for name in ("temperature", "top_k", "top_p", "min_p", "penalty"):
         setattr(filters, name, getattr(filters, name).expand(rows).contiguous())
     return filters
+
+
+def discouraged(logits, prompt, ids, settings):
+    """One row's logits after the settings that look at its whole text, word by word as they are defined."""
+    logits, text, n = logits.clone(), [*prompt, *ids], settings.no_repeat_ngram
+    for token in set(ids):
+        logits[token] -= ids.count(token) * settings.frequency_penalty + settings.presence_penalty
+    for start in range(len(text) - n + 1) if n else ():
+        if text[start : start + n - 1] == text[len(text) - n + 1 :]:
+            logits[text[start + n - 1]] = FORBIDDEN
+    return logits
 
 
 def softmax(values):

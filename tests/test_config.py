@@ -1,6 +1,6 @@
 """Settings: precedence, the values of a command line, each kind of mistake and its message, TOML, presets, help."""
 
-import re
+import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass, field
@@ -8,12 +8,13 @@ from typing import Literal
 
 import prepare
 import pytest
+from paths import ROOT
 from training_helpers import in_process, run_train, train_here
 
+import gpt
 import sample
 import train
 from gpt.config import (
-    OTHER_NAMES,
     explanations,
     fields,
     find_preset,
@@ -24,7 +25,6 @@ from gpt.config import (
     positional,
     read_toml,
     refuse,
-    suggestion,
     to_toml,
 )
 from gpt.errors import InputError
@@ -116,9 +116,35 @@ def test_an_equals_sign_gives_a_value_that_looks_like_an_option():
     assert parse_flags(Config, ["--name=--lr=2"]) == {"name": "--lr=2"}
 
 
-@pytest.mark.parametrize("text", ["-x", "-", "-1e-3", "-h2", "- b"])
+DASHES = ["--", "---", "--- x", "-- ", "--- chapter 1 ---", "--\n", "--1"]
+
+
+@pytest.mark.parametrize("text", ["-x", "-", "-1e-3", "-h2", "- b", *DASHES])
 def test_a_value_may_begin_with_a_dash(text):
     assert parse_flags(Config, ["--name", text]) == parse_flags(Config, [f"--name={text}"]) == {"name": text}
+
+
+@pytest.mark.parametrize("text", DASHES)
+def test_a_list_may_hold_words_of_dashes(text):
+    assert parse_flags(Config, ["--stop", text]) == {"stop": (text,)}
+    assert parse_flags(Config, ["--stop", text, "a", "--lr", "1"]) == {"stop": (text, "a"), "lr": 1.0}
+    assert parse_flags(Config, ["--lr", "1", "--stop", "a", text]) == {"lr": 1.0, "stop": ("a", text)}
+
+
+def test_two_dashes_between_values_and_words_end_the_options():
+    assert parse_flags(Command, ["--stop", "a", "b", "--", "tiny"]) == {"stop": ("a", "b"), "preset": "tiny"}
+    assert parse_flags(Command, ["--lr", "1", "--", "tiny"]) == {"lr": 1.0, "preset": "tiny"}
+    assert parse_flags(Command, ["--", "--- x"]) == {"preset": "--- x"}
+
+
+@pytest.mark.parametrize("words", [["--name", "--fast"], ["--name", "--lr=2"], ["--name", "--unknown"], ["--name"]])
+def test_an_option_is_no_value(words):
+    assert message(*words).startswith("settings: argument --name: expected one argument")
+
+
+def test_a_second_word_of_dashes_is_refused_as_it_was_typed():
+    assert message("--name", "a", "---") == "settings: '---' belongs to no option"
+    assert "must be a finite float, not '---'" in message("--lr=---")
 
 
 @pytest.mark.parametrize("number", ["-1", "-1e-3", "-.5", "-2E+3"])
@@ -192,37 +218,6 @@ def test_fault_095_a_mistyped_preset_key_is_refused_with_a_suggestion(tmp_path):
 def test_fault_095_train_names_the_option_meant():
     assert "--max_step; perhaps you meant --max_steps" in train_here("tiny", "--data", "x", "--max_step", "3").last
     assert "--learning_rate; here it is --lr" in train_here("tiny", "--data", "x", "--learning_rate", "3").last
-
-
-SIMILAR = {  # `suggestion` finds them without a table
-    "per_device_train_batch_size": "micro_batch_size",
-    "num_train_epochs": "max_epochs",
-    "warmup_iters": "warmup_steps",
-    "lr_decay_iters": "decay_steps",
-    "lr_scheduler_type": "schedule",
-    "eval_interval": "eval_every",
-    "adam_beta1": "beta1",
-    "adam_beta2": "beta2",
-    "out_dir": "out",
-    "dataset": "data",
-}
-
-
-@pytest.mark.parametrize("name", [*OTHER_NAMES, *SIMILAR])
-def test_fault_095_names_of_other_programs_are_answered_with_ours(name):
-    ours = (OTHER_NAMES | SIMILAR)[name].split(" ")[0]
-    classes = [cls for cls in (train.TrainConfig, sample.SampleConfig) if ours in fields(cls)]
-    assert classes, f"{name} is mapped to {ours}, which does not exist"
-    for cls in classes:
-        assert re.match(rf"(here it is|perhaps you meant) --{ours}( |$)", suggestion(name, fields(cls), "--"))
-    assert all(name not in fields(cls) for cls in classes)
-
-
-def test_a_bare_batch_size_is_refused_naming_both_sizes():
-    run = train_here("tiny", "--data", "x", "--batch_size", "8")
-    assert run.code == 2
-    assert "--global_batch_size" in run.last
-    assert "--micro_batch_size" in run.last
 
 
 @pytest.mark.parametrize("value", ["1e3", "8.5", "true", "", "nan", "9" * 5000])
@@ -513,6 +508,19 @@ def test_help_explains_every_field_and_ends_with_0(name, monkeypatch):
 def mentions(line, setting):
     names = {"inputs": "INPUT…", "checkpoint": "CHECKPOINT", "preset": "PRESET"}
     return line.replace(",", " ").split()[:1] == [names.get(setting, f"--{setting}")]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_version_says_name_and_version_and_ends_with_0(name):
+    run = in_process(SCRIPTS[name][0].main, name, "--version")
+    assert (run.code, run.stdout) == (0, f"gpt-text-generator {gpt.__version__}\n")
+
+
+@pytest.mark.parametrize("command", ["gpt", "gpt train", "gpt sample", "gpt prepare", "gpt plot", "gpt.plot"])
+def test_every_command_says_its_version(command):
+    module, *words = command.split()
+    done = subprocess.run([sys.executable, "-m", module, *words, "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"gpt-text-generator {gpt.__version__}\n", "")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

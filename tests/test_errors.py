@@ -26,8 +26,8 @@ def nobody():
 
 def run(code, **streams):
     """Runs `code` as a script and returns its CompletedProcess. Captures the streams that are not given."""
-    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
-    return subprocess.run([sys.executable, "-c", START + code], cwd=ROOT, text=True, timeout=60, **given)
+    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | streams
+    return subprocess.run([sys.executable, "-c", START + code], cwd=ROOT, timeout=60, **given)
 
 
 # ---- readers that have gone
@@ -142,6 +142,20 @@ def test_fault_123_a_program_runs_with_streams_closed_before_the_start(closed):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     stdout, stderr = "" if ">&-" in closed.split() else "text\n", "" if "2>&-" in closed else "info: x\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, stdout, stderr)
+
+
+NARROW = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("narrow", [NARROW, {"PYTHONIOENCODING": "cp1252"}, {"PYTHONIOENCODING": "ascii"}])
+def test_fault_123_text_that_a_stream_cannot_show_is_escaped(narrow):
+    rain = "'\\xe9 \\u96e8'"  # the command line may hold ASCII alone
+    code = f"def main():\n    say({rain}); note('info', {rain}); raise InputError({rain})\nrun_main(main)"
+    done = run(code, env=os.environ | narrow, text=False)
+    assert done.returncode == 2
+    shown = "é" if narrow.get("PYTHONIOENCODING") == "cp1252" else "\\xe9"
+    assert done.stdout.decode("cp1252").splitlines() == [f"{shown} \\u96e8"]
+    assert done.stderr.decode("cp1252").splitlines() == [f"info: {shown} \\u96e8", f"error: {shown} \\u96e8"]
 
 
 class Slow:

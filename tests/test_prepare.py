@@ -288,6 +288,42 @@ def test_fault_036_the_dataset_is_made_though_nobody_reads_what_the_command_says
     assert open_dataset(tmp_path / "out")
 
 
+NARROW = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("environment", [{}, NARROW, {"PYTHONIOENCODING": "cp1252"}], ids=["utf-8", "C", "cp1252"])
+def test_fault_123_any_name_is_prepared_whatever_the_streams_are(tmp_path, closed, environment):
+    source = write(tmp_path / "é 雨.txt", "some words")
+    command = [sys.executable, "data/prepare.py", source, "--out", tmp_path / "雨", "--tokenizer", "byte"]
+    shell = ["sh", "-c", f'exec "$0" "$@" {closed}', *map(str, command)]
+    done = subprocess.run(shell, cwd=ROOT, capture_output=True, timeout=60, env=os.environ | environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (b"next: python train.py" in done.stdout) == (">&-" not in closed.split())
+    assert open_dataset(tmp_path / "雨")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_fault_123_a_full_stdout_is_exit_5_before_anything_is_created(tmp_path):
+    source = write(tmp_path / "x.txt", "some words")
+    command = [sys.executable, "data/prepare.py", source, "--out", tmp_path / "out", "--tokenizer", "byte"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr.split(";")[0]) == (5, "error: stdout: No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_fault_123_a_stdout_that_fills_after_the_dataset_is_made_is_a_warning(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise ResourceError("stdout: No space left on device; free space or redirect it elsewhere")
+
+    monkeypatch.setattr("prepare.summarise", full)
+    prepare_here(tmp_path / "out", write(tmp_path / "x.txt", "some words"))
+    assert capsys.readouterr().err.startswith(f"warning: {tmp_path}/out: is complete, but its summary is lost: ")
+    assert open_dataset(tmp_path / "out")
+
+
 def test_all_problems_of_the_settings_come_in_one_message(tmp_path):
     process = script(
         "--out", tmp_path / "out", "--val_fraction", "1.5", "--workers", "-1", "--encoding", "nope", "--url", "x"

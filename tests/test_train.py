@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from paths import ROOT
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_helpers import (
+    QUICK,
     Recording,
     fingerprint,
     make_data,
@@ -443,6 +446,18 @@ def test_fault_123_nothing_to_do_that_a_full_disk_loses_ends_in_exit_5(data, pla
     monkeypatch.setattr(train, "main", with_full_stdout)
     done = tiny(data, plain)
     assert (done.code, done.last.split(";")[0]) == (5, "error: stdout: No space left on device")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", ">/dev/full 2>/dev/full", "2>&1 | head -1", "2>&1 | cat"])
+def test_fault_123_a_run_ends_as_always_whatever_the_streams_are(data, tmp_path, streams):
+    narrow = os.environ | {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    flags = ("tiny", "--data", data, "--out", tmp_path / "é 雨", *FLAGS, *QUICK, "--sample_every", 4)
+    words = [sys.executable, "train.py", *map(str, flags)]
+    shell = ["bash", "-c", f'set -o pipefail; "$0" "$@" {streams}', *words]
+    done = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, timeout=120, env=narrow)
+    assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr
+    assert max(record["step"] for record in metrics(tmp_path / "é 雨")) == LENGTH
 
 
 @pytest.mark.parametrize("where", ["warm_up", "train_step"])

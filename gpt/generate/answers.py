@@ -33,7 +33,7 @@ def answer_line(prompt: Prompt, completion: Completion, escape: bool = False) ->
     }
     if completion.top_logprobs is not None:
         answer["top_logprobs"] = completion.top_logprobs
-    return json.dumps(answer, ensure_ascii=escape)
+    return json.dumps(answer | prompt.extra, ensure_ascii=escape)
 
 
 class Answers(NamedTuple):

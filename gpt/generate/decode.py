@@ -99,10 +99,12 @@ class Decoder:
         self.slots[slot], self.prompts[slot], self.lengths[slot] = sequence, sequence.prompt, len(ids) - 1
         self.step.set_params(slot, sequence.params)
         self.step.set_window(slot, ids, turn=0)
+        self.step.set_text(slot, sequence.params, sequence.prompt, [])
 
     def on_device(self, ids: list[int]) -> torch.Tensor:
         return to_device(torch.tensor(ids), self.step.device)
 
+    @torch.inference_mode()
     def launch(self) -> None:
         """Launches the next steps: `launcher.most` of them, or one step if a row is almost full."""
         if self.lengths.max() == self.capacity:
@@ -113,6 +115,7 @@ class Decoder:
             if sequence is not None and sequence.params.sampling.temperature:
                 assert sequence.params.seed is not None
                 self.step.draw_ahead(slot, (sequence.params.seed, sequence.prompt_id, sequence.sample), steps)
+        self.step.repeats.reserve(self.step.launched, steps)
         self.in_flight.append(Launch(self.launcher.launch(steps), list(self.slots), self.lengths.copy()))
         self.lengths += steps
         self.step.launched += steps
@@ -164,3 +167,4 @@ class Decoder:
         length = int(launch.lengths[slot]) + number
         self.lengths[slot] = length
         self.step.set_window(slot, self.on_device(sequence.window(length + 1)), turn=len(sequence.ids))
+        self.step.set_text(slot, sequence.params, sequence.prompt, sequence.ids)

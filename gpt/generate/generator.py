@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from gpt.checkpoint.read import load_pretrained
-from gpt.config import fields, make_config, refuse, suggestion
+from gpt.config import fields, make_config, refuse
 from gpt.device import free_memory, pick_device, set_precision, use_one_thread_after_fork
 from gpt.errors import InputError, NonFiniteError, ResourceError, printable
 from gpt.generate.backend import BACKENDS, Backend, pick_backend
@@ -21,6 +21,7 @@ from gpt.generate.sequence import Completion, Events, GenerationParams, Sequence
 from gpt.generate.step import row_bytes
 from gpt.kernels.select import pick_dtype
 from gpt.model import GPT
+from gpt.names import suggestion
 from gpt.quantize import to_int8
 from gpt.text.tokenizer import Tokenizer
 
@@ -38,7 +39,9 @@ class TextGenerator:
         use_one_thread_after_fork()
         self.model, self.tokenizer, self.backend = model, tokenizer, backend
         known = fields(SamplingParams)
-        usable = {name: value for name, value in (defaults or {}).items() if name in known}
+        ours = {"no_repeat_ngram_size": "no_repeat_ngram"}  # name in transformers -> name here
+        given = {ours.get(name, name): value for name, value in (defaults or {}).items()}
+        usable = {name: value for name, value in given.items() if name in known}
         self.defaults = {name: value for name, value in usable.items() if type(value) in (int, known[name].type)}
         self.backends: dict[str, Backend] = {}  # name -> back end made so far, for the weights of `versions`
         self.versions: list[tuple] = []

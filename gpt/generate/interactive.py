@@ -5,6 +5,7 @@ import io
 import json
 import os
 import secrets
+import select
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 from gpt.config import flatten
 from gpt.errors import Error, InputError, tell
 from gpt.generate.generator import TextGenerator
-from gpt.generate.prompts import SETTINGS, TYPES, checked, from_flag
+from gpt.generate.prompts import SETTINGS, checked, from_flag, value_of
 from gpt.generate.sequence import GenerationParams
 
 HELP = r"""What you type is added to the text so far, on a line of its own, and the model continues it.
+Lines that are pasted together are added together.
 An empty line continues the text as it is. Ctrl-C stops the text that is being written, Ctrl-D leaves.
 /set NAME VALUE   change a setting: /set temperature 0.7, /set stop "\n\n", /set stop ["a", "b"], /set seed none
 /set              list the settings
@@ -25,6 +27,7 @@ An empty line continues the text as it is. Ctrl-C stops the text that is being w
 SETTABLE = [name for name in (*SETTINGS, "rows", "allow_special") if name != "num_samples"]
 LONGEST_TEXT = 1 << 18  # characters kept of the text so far: far more than a context holds
 MOST_LINES = 1000  # lines of history that are kept
+PASTE_SECONDS = 0.05  # from one pasted line to the next, at most; nobody types so fast
 Write = Callable[[str], object]
 
 
@@ -61,14 +64,17 @@ def attempt(action: Callable[[str], None], line: str) -> None:
 
 
 def typed_lines(terminal: bool) -> Iterator[str]:
-    """Yields the lines that are typed or piped in, without their ends. On a terminal, Ctrl-C empties the line, and a
-    second Ctrl-C in a row ends the input."""
+    """Yields the lines that are typed or piped in, without their ends; on a terminal, lines that were pasted together
+    as one. There, Ctrl-C empties the line, and a second Ctrl-C in a row ends the input."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline="\n")
     interrupts = 0  # in a row
+    pasted: list[str] = []  # the lines so far
     while sys.stdin and interrupts < 2:
         try:
-            line = input("> " if terminal else "")
+            pasted.append(input("> " if terminal and not pasted else "").removesuffix("\r"))
+            if terminal and not pasted[0].startswith("/") and input_waits():
+                continue
         except EOFError:
             if terminal:
                 tell("")
@@ -76,11 +82,26 @@ def typed_lines(terminal: bool) -> Iterator[str]:
         except KeyboardInterrupt:
             if not terminal:
                 raise
-            interrupts += 1
+            interrupts, pasted = interrupts + 1, []
             tell("\nCtrl-C again or Ctrl-D leaves" if interrupts == 1 else "")
         else:
-            interrupts = 0
-            yield line.removesuffix("\r")
+            line, interrupts, pasted = "\n".join(pasted), 0, []
+            yield line
+
+
+def input_waits() -> bool:
+    """Returns whether the terminal has more input already, as after a paste."""
+    try:
+        import termios
+        import tty
+    except ImportError:  # Windows
+        return False
+    before = termios.tcgetattr(sys.stdin)
+    try:
+        tty.setcbreak(sys.stdin, termios.TCSANOW)  # otherwise the beginning of a line does not count
+        return bool(select.select([sys.stdin], [], [], PASTE_SECONDS)[0])
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 @contextlib.contextmanager
@@ -184,12 +205,3 @@ class Session:
     def show_settings(self, names: Iterable[str]) -> None:
         values, width = flatten(self.params()), max(map(len, names))
         tell("\n".join(f"{name:{width}} = {json.dumps(values[name], ensure_ascii=False)}" for name in names))
-
-
-def value_of(name: str, text: str) -> Any:
-    """Returns the value in `/set NAME VALUE`: JSON, on or off, or a string, which needs no quotation marks."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {"on": True, "off": False}.get(text, text) if TYPES.get(name) is bool else text
-    return value if name != "stop" or isinstance(value, (str, list)) else text

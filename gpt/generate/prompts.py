@@ -1,7 +1,10 @@
-"""Reads prompts from a flag, stdin, a text file (a prompt a line) or JSONL ({"id"?, "prompt", settings} a line).
+"""Reads prompts from a flag, stdin, a text file (a prompt a line), JSONL ({"id"?, "prompt", settings} a line) or CSV.
 
 Also checks settings that were read as JSON, from such a file or in the interactive mode."""
 
+import csv
+import difflib
+import io
 import json
 import sys
 from collections.abc import Collection
@@ -9,17 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpt.config import fields, in_type, make_config, suggestion
-from gpt.errors import InputError
+from gpt.config import fields, in_type, make_config, unescaped
+from gpt.errors import InputError, note
 from gpt.files import json_object
 from gpt.generate.sampling import SamplingParams
 from gpt.generate.sequence import GenerationParams
+from gpt.names import OTHER_NAMES, suggestion
 
 MOST_BYTES = 64 << 20
 MOST = (1 << 64) - 1  # the largest whole number of a setting
 TYPES = {name: field.type for name, field in fields(GenerationParams).items()} | {"seed": int}  # JSON's null is no seed
 # The settings that a line of a JSONL file may set for its prompt.
 SETTINGS = ("max_new_tokens", *fields(SamplingParams), "stop", "seed", "num_samples", "ignore_eot")
+ANSWER = ("text", "tokens", "logprobs", "finish_reason", "top_logprobs")  # fields that an answer has of its own
+SIMILAR = 0.85  # a field whose name is so similar to a setting's is a misspelt setting
+SWITCHES = {"on": True, "off": False, "true": True, "false": False}
 
 
 @dataclass(frozen=True)
@@ -27,57 +34,133 @@ class Prompt:
     id: int | str  # gives the prompt random numbers of its own; the line's number, from 1, unless JSONL has an id
     text: str
     settings: dict[str, Any] = field(default_factory=dict)  # settings for this prompt alone, by names in SETTINGS
+    extra: dict[str, Any] = field(default_factory=dict)  # the other fields of its line, which its answers repeat
+
+
+# ---- files
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Returns the Prompts of a file, in its order, each with an id of its own. Raises InputError, with file and line,
-    if the file cannot be read or has no prompts, or for a malformed line."""
+    """Returns the Prompts of a file, in its order, each with an id of its own. Prints a note about empty lines and
+    about fields that are no settings. Raises InputError, with file and line, if the file cannot be read or has no
+    prompts, or for a malformed line."""
     try:
         with open(path, "rb") as file:
             data = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise InputError(f"{path or '--prompts'}: {error.strerror}; give a readable text or .jsonl file") from None
-    lines = decoded(data, str(path)).split("\n")
-    if not lines[-1]:
-        lines.pop()  # no prompt begins after the last line break
-    numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1)]
-    if str(path).endswith(".jsonl"):
-        prompts = from_jsonl(numbered, path)
-    else:
-        prompts = [Prompt(number, line) for number, line in numbered]
+    kind = Path(path).suffix.lower()
+    read = {".jsonl": from_jsonl, ".ndjson": from_jsonl, ".csv": from_csv, ".tsv": from_csv}.get(kind, from_lines)
+    prompts = read(decoded(data, str(path)), path)
     if not prompts:
         raise InputError(f"{path}: no prompts; write one a line")
+    extra = sorted({name for prompt in prompts for name in prompt.extra})
+    if extra:
+        note("info", f"{path}: no settings, so the answers repeat them: {', '.join(extra)}")
     return prompts
 
 
-def from_jsonl(numbered: list[tuple[int, str]], path: str | Path) -> list[Prompt]:
-    """Returns the Prompts of (number, line) pairs from the JSONL file `path`; skips blank lines. Raises InputError for
-    a malformed line or an id that occurs twice."""
-    prompts: list[Prompt] = []
+def numbered(text: str) -> list[tuple[int, str]]:
+    """Returns (number, line) for the lines of a text."""
+    lines = text.split("\n")
+    if not lines[-1]:
+        lines.pop()  # no prompt begins after the last line break
+    return [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1)]
+
+
+def from_lines(text: str, path: str | Path) -> list[Prompt]:
+    """Returns a Prompt for each line of a text; prints a note about empty ones."""
+    prompts = [Prompt(number, line) for number, line in numbered(text)]
+    empty = [prompt.id for prompt in prompts if not prompt.text]
+    if empty:
+        one, many = f"line {empty[0]} is empty", f"{len(empty)} lines are empty, the first is {empty[0]}"
+        note(
+            "info",
+            f"{path}: {one if len(empty) == 1 else many}: such a line is a prompt without text",
+        )
+    return prompts
+
+
+def from_jsonl(text: str, path: str | Path) -> list[Prompt]:
+    """Returns the Prompts of the JSONL `text` of the file `path`; skips blank lines. Raises InputError for a malformed
+    line or an id that occurs twice."""
+    lines = [(number, line) for number, line in numbered(text) if line.strip()]
+    found = []
+    for number, line in lines:
+        where = f"{path}:{number}"
+        found.append((number, where, prompt_of(json_object(line, "prompt", where), where, number)))
+    return with_own_ids(found)
+
+
+def from_csv(text: str, path: str | Path) -> list[Prompt]:
+    """Returns the Prompts of the rows of a CSV or TSV `text`, whose first line names the columns: `prompt`, and what a
+    line of JSONL may have. An empty cell gives no value. Raises InputError for a malformed row, or if an id occurs
+    twice."""
+    header = text.partition("\n")[0]
+    delimiter = "\t" if Path(path).suffix.lower() == ".tsv" else max(",;\t", key=header.count)  # Excel writes ; too
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    found: list[tuple[int, str, Prompt]] = []
+    try:
+        names = [name.strip() for name in next(rows, [])]
+        if names.count("prompt") != 1 or len(set(names)) < len(names):
+            columns = ", ".join(names) or "none"
+            raise InputError(f"{path}:1: columns {columns}; name them, each once, one of them prompt")
+        for cells in rows:
+            if cells:
+                where = f"{path}:{rows.line_num}"
+                found.append((rows.line_num, where, from_row(names, cells, where, len(found) + 1)))
+    except csv.Error as error:
+        raise InputError(f"{path}:{rows.line_num}: {error}; correct the line") from None
+    return with_own_ids(found)
+
+
+def from_row(names: list[str], cells: list[str], where: str, number: int) -> Prompt:
+    """Returns the Prompt of a row of CSV. Raises InputError, which begins with `where`, for a malformed one."""
+    if len(cells) != len(names):
+        raise InputError(f"{where}: {len(cells)} cells, and {len(names)} columns in the first line; correct the line")
+    values: dict[str, Any] = {name: cell for name, cell in zip(names, cells, strict=True) if cell or name == "prompt"}
+    values |= {name: value_of(name, cell.strip()) for name, cell in values.items() if name in SETTINGS}
+    return prompt_of(values, where, number)
+
+
+def with_own_ids(found: list[tuple[int, str, Prompt]]) -> list[Prompt]:
+    """Returns the Prompts of (line, place in words, Prompt). Raises InputError if two have the same id."""
     line_of: dict[int | str, int] = {}
-    for number, line in numbered:
-        if not line.strip():
-            continue
-        prompt = from_json(line, f"{path}:{number}", number)
+    for number, where, prompt in found:
         first = line_of.setdefault(prompt.id, number)
         if first != number:
             known = f'id {json.dumps(prompt.id)} is that of line {first} too (without "id" it is the line\'s number)'
-            raise InputError(f"{path}:{number}: {known}; give every prompt its own")
-        prompts.append(prompt)
-    return prompts
+            raise InputError(f"{where}: {known}; give every prompt its own")
+    return [prompt for _, _, prompt in found]
 
 
-def from_json(line: str, where: str, number: int) -> Prompt:
-    """Returns the Prompt of a line of JSON. If the line has no id, `number` becomes the id. Raises InputError, which
-    begins with `where`, for a malformed line."""
-    values = json_object(line, "prompt", where)
+def prompt_of(values: dict[str, Any], where: str, number: int) -> Prompt:
+    """Returns the Prompt of a line's `values`. If they have no id, `number` becomes the id. Raises InputError, which
+    begins with `where`, for a bad value, and for a field that seems to be a misspelt setting."""
     text, prompt_id = values.pop("prompt"), values.pop("id", number)
     if type(prompt_id) not in (int, str):
         raise InputError(f'{where}: field "id" must be a whole number or a string; correct the line')
-    settings, problems = checked(values, SETTINGS)
+    extra = {name: value for name, value in values.items() if name not in SETTINGS}
+    settings, problems = checked({name: values[name] for name in values if name in SETTINGS}, SETTINGS)
+    problems = [problem for name in extra if (problem := misnamed(name))] + problems
     if problems:
         raise InputError(f"{where}: {'; '.join(problems)}; correct the line")
-    return Prompt(prompt_id, text, settings)
+    return Prompt(prompt_id, text, settings, extra)
+
+
+def misnamed(name: str) -> str:
+    """Returns why the answers cannot repeat a field of this name, or "" if they can."""
+    if name in ANSWER:
+        return f"field {name}: the answer has one of this name; choose another"
+    if name in TYPES:
+        return f"unknown setting {name}; it holds for all prompts: --{name}"
+    others = [ours.split(" ")[0] for ours in OTHER_NAMES.get(name, "").split(" | ")]
+    if set(others) & set(SETTINGS) or difflib.get_close_matches(name, SETTINGS, cutoff=SIMILAR):
+        return f"unknown setting {name}; {suggestion(name, SETTINGS)}"
+    return ""
+
+
+# ---- settings
 
 
 def checked(values: dict[str, Any], known: Collection[str]) -> tuple[dict[str, Any], list[str]]:
@@ -98,12 +181,31 @@ def checked(values: dict[str, Any], known: Collection[str]) -> tuple[dict[str, A
     return settings, problems + make_config(GenerationParams, settings).problems()
 
 
+def value_of(name: str, text: str) -> Any:
+    """Returns the value that `text` spells for a setting: JSON, on or off, or a string, which needs no quotation
+    marks."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        if name == "stop":
+            return unescaped(text)
+        return SWITCHES.get(text.lower(), text) if TYPES.get(name) is bool else text
+    return value if name != "stop" or isinstance(value, (str, list)) else text
+
+
+# ---- stdin and the command line
+
+
 def read_stdin() -> str:
     """Returns the text that is piped into stdin, without one line break at its end; "" if stdin is a terminal or
     closed."""
     if sys.stdin is None or sys.stdin.isatty():
         return ""
-    text = decoded(sys.stdin.buffer.read(MOST_BYTES + 1), "stdin")
+    try:
+        data = sys.stdin.buffer.read(MOST_BYTES + 1)
+    except OSError as error:  # such as a folder
+        raise InputError(f"stdin: {error.strerror}; redirect a text file, or give --prompt") from None
+    text = decoded(data, "stdin")
     return text.removesuffix("\n").removesuffix("\r")
 
 

@@ -40,6 +40,13 @@ class SamplingParams:
     """draw only from tokens at least this share as likely as the likeliest; 0 is off"""
     repetition_penalty: float = 1.0
     """above 1 makes tokens already in the window less likely; 1 is off"""
+    frequency_penalty: float = 0.0
+    """taken from a token's logit for each time that the text, without its prompt, has the token, as OpenAI defines it;
+    from -2 to 2, 0 is off"""
+    presence_penalty: float = 0.0
+    """taken once from the logits of all tokens that the text, without its prompt, has; from -2 to 2, 0 is off"""
+    no_repeat_ngram: int = 0
+    """never repeat this many tokens in a row that prompt and text have already; 0 is off"""
 
     @property
     def filtering(self) -> bool:
@@ -55,6 +62,9 @@ class SamplingParams:
             (0 < self.top_p <= 1, f"top_p {self.top_p} must be above 0 and at most 1 (off)"),
             (0 <= self.min_p <= 1, f"min_p {self.min_p} must be at least 0 (off) and at most 1"),
             (0 < penalty < math.inf, f"repetition_penalty {penalty} must be above 0 and finite"),
+            (abs(self.frequency_penalty) <= 2, f"frequency_penalty {self.frequency_penalty} must be from -2 to 2"),
+            (abs(self.presence_penalty) <= 2, f"presence_penalty {self.presence_penalty} must be from -2 to 2"),
+            (self.no_repeat_ngram >= 0, f"no_repeat_ngram {self.no_repeat_ngram} must be 0 (off) or more"),
         ]
         return [text for is_fine, text in rules if not is_fine]
 

@@ -16,7 +16,8 @@ class GenerationParams:
     """tokens to generate after each prompt"""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
-    """strings that end the text where they first occur; they are left out of it"""
+    """strings that end the text where they first occur, and are left out of it; on the command line, \n, \t and \\ in
+    them are a line break, a tab and a backslash"""
     ignore_eot: bool = False
     """never choose end-of-text, so that every text gets its full length"""
     num_samples: int = 1

@@ -14,6 +14,7 @@ import torch
 from gpt.device import GIB, free_memory, pinned_copy
 from gpt.errors import ResourceError
 from gpt.generate.backend import Backend
+from gpt.generate.repeats import Repeats
 from gpt.generate.sampling import Filters, likeliest, random_draws
 from gpt.generate.sequence import GenerationParams
 from gpt.kernels.cuda_graph import CudaGraph
@@ -66,6 +67,7 @@ class Step:
         self.stops = torch.tensor(stops, dtype=torch.int64, device=device) if len(stops) else None  # apart from `eot`
         self.banned = torch.tensor(banned, dtype=torch.int64, device=device) if len(banned) else None
         self.seen: torch.Tensor | None = None  # (R, V) tokens in each row's window, if a row has a repetition penalty
+        self.repeats = Repeats(rows, model.vocab_size, device)  # for the settings that look at the whole text
         self.report: int | None = None  # the number N; None for ids alone
         self.narrow = backend.captures  # whether `choose` looks at few candidates and may leave a row undecided
 
@@ -78,7 +80,11 @@ class Step:
         logprobs = None if self.report is None else logits.log_softmax(-1)
         if self.seen is not None:
             self.seen.scatter_(1, self.next[:, None], True)
+        for part in self.repeats.used:
+            part.discourage(logits)
         ids = self.choose(logits)
+        for part in self.repeats.used:
+            part.append(self.next)
         if logprobs is None:
             return Chosen(ids)
         logprobs_of_ids = logprobs.gather(1, self.next[:, None])[:, 0]
@@ -118,6 +124,7 @@ class Step:
         self.cache.lengths.zero_()
         for row in range(len(self)):
             self.filters.set(row, None)
+            self.repeats.begin(row, None)
 
     def prefill(self, row: int, ids: torch.Tensor) -> None:
         """Empties a row and appends the keys and values of `ids` (T,) to its cache."""
@@ -144,6 +151,10 @@ class Step:
             self.seen[row] = False
             self.seen[row, ids] = True
 
+    def set_text(self, row: int, params: GenerationParams, prompt: list[int], ids: list[int]) -> None:
+        """Makes `prompt` and the chosen `ids` the text of a row, for the settings that look at all of it."""
+        self.repeats.begin(row, params.sampling, prompt, ids)
+
     def draw_ahead(self, row: int, key: tuple[int, int | str, int], steps: int) -> None:
         """Draws the next block of random numbers of a row, if the first of them is needed in the next `steps` steps.
         `key` is (seed, prompt id, sample)."""
@@ -169,7 +180,7 @@ class CapturedStep:
     def launch(self, count: int) -> Callable[[], Results]:
         """See Step.launch."""
         step = self.step
-        kind = (count, step.report, step.filters.kind, step.seen is None, step.narrow)
+        kind = (count, step.report, step.filters.kind, step.seen is None, step.narrow, step.repeats.kind)
         with torch.cuda.device(step.device):  # streams and events belong to the current device
             if kind not in self.graphs:
                 self.graphs[kind] = self.capture(count)
@@ -201,6 +212,7 @@ def unchanged(step: Step) -> Iterator[None]:
     cache = step.cache
     first = [buffer[:, :, :1] for buffer in (*cache.keys, *cache.values)]
     tensors = [cache.lengths, step.next, step.turns, *first, *([] if step.seen is None else [step.seen])]
+    tensors += [tensor for part in step.repeats.used for tensor in part.tensors]
     copies = [tensor.clone() for tensor in tensors]
     yield
     for tensor, copy in zip(tensors, copies, strict=True):

@@ -5,6 +5,7 @@ and the best validation loss, and the training time and tokens at the first eval
 several runs it also lists the settings that differ; if their tokenizers differ, it compares bits per byte. The picture
 of one run is RUN/loss.png, as during training."""
 
+import contextlib
 import importlib.util
 import io
 import sys
@@ -63,7 +64,8 @@ def main() -> None:
     loss = config.loss or common_loss(histories)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    say(printable("\n".join(table(histories, loss))))
+    with contextlib.suppress(BrokenPipeError):  # the picture is drawn whoever reads the table
+        say(printable("\n".join(table(histories, loss))))
     content = draw(histories, axis, loss, out.suffix[1:].lower())
     try:
         write_durably(out, content)

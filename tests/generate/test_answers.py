@@ -9,7 +9,11 @@ from gpt.generate.answers import Answers, answer_line, open_answers, read_answer
 from gpt.generate.prompts import Prompt
 from gpt.generate.sequence import Completion
 
-PROMPTS = [Prompt("é", "abc\ud800"), Prompt(2, 'the "text": }\n'), Prompt(3, "")]
+PROMPTS = [
+    Prompt("é", "abc\ud800", extra={"topic": "é\u00a0}", "n": [1, None]}),
+    Prompt(2, 'the "text": }\n'),
+    Prompt(3, ""),
+]
 SAMPLES = [1, 2, 1]
 TEXTS = ["}\n", "", 'x"}', "é"]
 
@@ -39,6 +43,13 @@ def test_what_a_kill_has_cut_off_is_replaced(tmp_path):
     with open_answers(out, read_answers(out, PROMPTS, SAMPLES)) as file:
         file.writelines(lines()[1:])
     assert [json.loads(line)["text"] for line in out.read_text(encoding="utf-8").splitlines()] == TEXTS
+
+
+def test_an_answer_ends_with_the_other_fields_of_its_prompt():
+    first, second = (json.loads(line) for line in lines()[:2])
+    assert list(first) == ["id", "prompt", "text", "tokens", "logprobs", "finish_reason", "topic", "n"]
+    assert (first["topic"], first["n"]) == ("é\u00a0}", [1, None])
+    assert list(second) == ["id", "prompt", "text", "tokens", "logprobs", "finish_reason"]
 
 
 @pytest.mark.parametrize("order", [(1, 0, 2), (0, 2), (0, 1, 1, 2)])

@@ -71,10 +71,17 @@ def test_fault_088_ids_that_stand_for_no_text_never_come_out():
 
 
 def test_checkpoint_defaults_stand_in_for_ours_and_give_way_to_settings(generator):
-    stored = {"temperature": 0.25, "top_k": 9, "eos_token_id": 256, "do_sample": True, "min_p": "0.5"}
+    stored = {
+        "temperature": 0.25,
+        "top_k": 9,
+        "eos_token_id": 256,
+        "do_sample": True,
+        "min_p": "0.5",
+        "no_repeat_ngram_size": 3,
+    }
     generator = TextGenerator(generator.model, generator.tokenizer, stored)
     sampling = generator.params(top_k=3).sampling
-    assert (sampling.temperature, sampling.top_k, sampling.min_p) == (0.25, 3, 0.0)
+    assert (sampling.temperature, sampling.top_k, sampling.min_p, sampling.no_repeat_ngram) == (0.25, 3, 0.0, 3)
 
 
 # ---- randomness

@@ -113,6 +113,7 @@ def test_settings_change_what_follows(type_in, generator):
         (r'"\n\n"', r'["\n\n"]'),
         ('["a", "b c"]', '["a", "b c"]'),
         ("END of it", '["END of it"]'),
+        (r"\n\n", r'["\n\n"]'),
         ("5", '["5"]'),
         ("on", '["on"]'),
         ("[]", "[]"),
@@ -132,6 +133,9 @@ def test_set_alone_lists_every_setting_with_its_value(type_in):
         "top_p": "0.95",
         "min_p": "0.0",
         "repetition_penalty": "1.0",
+        "frequency_penalty": "0.0",
+        "presence_penalty": "0.0",
+        "no_repeat_ngram": "0",
         "stop": "[]",
         "seed": "1",
         "ignore_eot": "true",
@@ -319,6 +323,31 @@ def test_fault_093_on_a_terminal_ctrl_c_ends_one_text_then_one_line_and_ctrl_d_l
         see(b"> ")
         press(b"go on\n")
         assert see(b"> ").endswith(b"aaa\r\n")
+        press(b"\x04")
+        assert process.wait(60) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "login_tty"), reason="needs pseudo-terminals")
+@pytest.mark.parametrize("pasted", [b"one\ntwo\n", b"one\n\n\xc3\xa9\nfour\n", b"one\rtwo\r", b"one\n/set x\n"])
+@pytest.mark.parametrize("end", [b"", b"unfinished"])
+def test_lines_that_are_pasted_together_are_one_turn_and_those_typed_are_turns_of_their_own(tmp_path, pasted, end):
+    with terminal(tmp_path, "--interactive", "--max_new_tokens", "2", "--seed", "1") as (process, see, press):
+        see(b"> ")
+        press(pasted + end)
+        if end:
+            see(end)
+            time.sleep(READY)
+            press(b"\n")
+        answer = see(b"aa\r\n")
+        assert b"> " not in answer and b"error" not in answer
+        assert b"aa" not in see(b"> ")
+        for line in (b"one\n", b"two\n"):
+            press(line)
+            see(b"aa\r\n")
+            see(b"> ")
+        press(b"/set temperature 0\n/set top_k 3\n")  # commands stay lines
+        see(b"temperature = 0")
+        see(b"top_k = 3")
         press(b"\x04")
         assert process.wait(60) == 0
 

@@ -95,6 +95,9 @@ ONE_BY_ONE = [  # settings of one call after the other
     SAMPLED | {"logprobs": True, "top_logprobs": 3},
     {"temperature": 0.0, "repetition_penalty": 1.3},
     {"temperature": 0.7, "top_p": 1.0, "repetition_penalty": 1.3},
+    {"temperature": 0.0, "frequency_penalty": 1.0},
+    {"temperature": 0.0, "presence_penalty": 0.5, "no_repeat_ngram": 2, "logprobs": True},
+    SAMPLED | {"no_repeat_ngram": 1},
 ]
 
 
@@ -105,9 +108,9 @@ def test_captured_steps_choose_what_steps_one_by_one_choose(device, monkeypatch)
     for settings in ONE_BY_ONE:
         assert captured.generate(PROMPTS, **common, **settings) == plain.generate(PROMPTS, **common, **settings)
     kinds = set(captured.idle_decoder.launcher.graphs)
-    counts, reports, filters, without_seen, narrow = map(set, zip(*kinds, strict=True))
+    counts, reports, filters, without_seen, narrow, repeats = map(set, zip(*kinds, strict=True))
     assert (counts, reports, without_seen, narrow) == ({1, 5}, {None, 0, 3}, {True, False}, {True, False})
-    assert len(filters) == 4
+    assert (len(filters), repeats) == (4, {(0, 0), (3, 0), (3, 256), (0, 256)})
 
 
 def test_rows_of_captured_steps_may_change_from_greedy_to_sampled_and_get_a_penalty_late(device):

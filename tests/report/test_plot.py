@@ -323,6 +323,28 @@ def test_the_command_starts_without_torch_and_the_import_without_matplotlib():
     assert not set(run.stdout.split()) & {"torch", "matplotlib", "wandb", "transformers"}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-", "| true"])
+def test_fault_123_the_picture_is_drawn_whoever_reads_the_table(tmp_path, closed):
+    pytest.importorskip("matplotlib")
+    run = make_run(tmp_path / "é 雨", FAST)
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    shell = ["bash", "-c", f'set -o pipefail; "$0" -m gpt.plot "$@" {closed}', sys.executable, str(run)]
+    done = subprocess.run(shell, cwd=ROOT, capture_output=True, timeout=60, env=environment)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr and b"rror" not in done.stderr
+    check_png(run / "loss.png")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_fault_123_a_full_stdout_is_exit_5_and_no_picture(tmp_path):
+    run = make_run(tmp_path / "run", FAST)
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "gpt.plot", str(run)]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr.split(";")[0]) == (5, "error: stdout: No space left on device")
+    assert not (run / "loss.png").exists()
+
+
 def test_the_reference_and_help_name_every_flag():
     section = (ROOT / "docs/cli.md").read_text(encoding="utf-8").split("\n## python -m gpt.plot")[1].split("\n## ")[0]
     flags = fields(PlotConfig).keys() - {"runs"}
