@@ -110,7 +110,7 @@ def check_undecided(proof: Proof) -> str:
     candidates does not decide."""
     torch.manual_seed(0)
     model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=64), 8192).to(proof.device).eval()
-    tokenizer = SimpleNamespace(eot=0, decode_bytes=lambda ids: b"x")
+    tokenizer = SimpleNamespace(eot=0, stops=(0,), decode_bytes=lambda ids: b"x")
     params = GenerationParams(100, SamplingParams(top_p=0.98, temperature=1.0), seed=1, ignore_eot=True)
     texts = []
     for backend in ("eager", "captured"):

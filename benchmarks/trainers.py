@@ -156,7 +156,9 @@ def ready_to_train(model, sequences, micro_batch_size, machine, optim):
     )
     runtime = Runtime(machine)
     budget = Budget(length, sequences, model.config.block_size, windows_per_epoch=1)
-    start = Start(config, base=None, corpus=None, budget=budget, checkpoint=None, progress=Progress(), newest=[])
+    start = Start(
+        config, base=None, corpus=None, budget=budget, checkpoint=None, progress=Progress(), newest=[], asked={}
+    )
     state, record = setup.build_state(start, model, runtime, train.accumulate)
     return config, state, runtime, record["compile"]
 

@@ -66,7 +66,8 @@ def write_weights(folder: Path, model) -> None:
 
     folder.mkdir(parents=True)
     save_file(weights_of(model), folder / WEIGHTS, metadata={"format": "pt"})
-    config = config_json(model.config, model.vocab_size, model.vocab_size - 1)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), model.vocab_size - 1)
+    config = config_json(model.config, model.vocab_size, ids)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 

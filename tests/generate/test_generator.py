@@ -58,8 +58,9 @@ def test_fault_088_ids_that_stand_for_no_text_never_come_out():
     tokenizer = load_tokenizer("byte")
     holed = SimpleNamespace(
         eot=EOT,
+        stops=(EOT,),
         encoding=tokenizer.encoding,
-        encode=tokenizer.encode,
+        encode_prompt=tokenizer.encode_prompt,
         decode_bytes=tokenizer.decode_bytes,
         byte_lengths=lambda: np.array([1] * 256 + [0] * 44),
     )
