@@ -87,7 +87,7 @@ def test_the_wheel_prepares_trains_and_samples(gpt, tmp_path):
 
 
 def test_the_commands_of_the_wheel_leave_its_modules_under_the_package_name(gpt, tmp_path):
-    """`import config` must not find gpt/config.py, nor `import train` a script."""
+    """`import config` must not find gpt/config, nor `import train` a script."""
     code = "import runpy, sys; sys.argv = ['gpt', 'prepare', '--help']; runpy.run_module('gpt', run_name='__main__')"
     code = f"import atexit, sys; atexit.register(lambda: print(*sys.path, sep='\\n')); {code}"
     environment = os.environ | {"PYTHONPATH": str(gpt.target)}

@@ -11,6 +11,7 @@ import torch
 
 from gpt.checkpoint.read import load_pretrained
 from gpt.config import fields, make_config, refuse
+from gpt.config.names import suggestion
 from gpt.device import free_memory, pick_device, set_precision, use_one_thread_after_fork
 from gpt.errors import InputError, NonFiniteError, ResourceError, printable
 from gpt.generate.backend import BACKENDS, Backend, pick_backend
@@ -21,7 +22,6 @@ from gpt.generate.sequence import Completion, Events, GenerationParams, Sequence
 from gpt.generate.step import row_bytes
 from gpt.kernels.select import pick_dtype
 from gpt.model import GPT
-from gpt.names import suggestion
 from gpt.quantize import to_int8
 from gpt.text.tokenizer import Tokenizer
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from gpt.config import fields, in_type, make_config, unescaped
+from gpt.config.names import OTHER_NAMES, suggestion
 from gpt.errors import InputError, note
 from gpt.files import json_object
 from gpt.generate.sampling import SamplingParams
 from gpt.generate.sequence import GenerationParams
-from gpt.names import OTHER_NAMES, suggestion
 
 MOST_BYTES = 64 << 20
 MOST = (1 << 64) - 1  # the largest whole number of a setting

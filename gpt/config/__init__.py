@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from gpt import __version__
+from gpt.config.names import OTHER_NAMES, suggestion
 from gpt.errors import InputError, note, say, tell
-from gpt.names import OTHER_NAMES, suggestion
 
 ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 Config = TypeVar("Config")

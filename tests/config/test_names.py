@@ -9,8 +9,8 @@ from training_helpers import train_here
 import sample
 import train
 from gpt.config import fields, parse_flags
+from gpt.config.names import NOT_OFFERED, OTHER_NAMES, suggestion
 from gpt.errors import InputError
-from gpt.names import NOT_OFFERED, OTHER_NAMES, suggestion
 
 COMMANDS = (train.CommandLine, sample.SampleConfig, prepare.PrepareConfig)
 KNOWN = set().union(*map(fields, COMMANDS))
