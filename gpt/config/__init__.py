@@ -29,7 +29,7 @@ ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 Config = TypeVar("Config")
 
 OPTION = re.compile(r"--[^\W\d][\w-]*(=.*)?", re.DOTALL)
-MARK = "\0"  # before words of the command line that argparse must take for values; no such word holds it
+MARK = "\0\0"  # before words of the command line that argparse must take for values; no such word holds it
 REMOVED = {"fp8_head"}  # settings of earlier versions, which a run's config.toml may still name
 
 
