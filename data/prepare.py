@@ -301,10 +301,10 @@ def recipe_of(config: PrepareConfig, typed: Container[str]) -> list[str]:
 
 def tell_encodings(data: GatheredInput) -> None:
     """Prints the encodings that --encoding auto found where they are not UTF-8; the manifest has all of them."""
-    found = [f"note: {printable(name)}: not UTF-8, read as {code}" for name, code in data.encodings().items()]
-    if found:
-        more = f" (and {len(found) - SHOWN:,} more files)" if len(found) > SHOWN else ""
-        say("\n".join(found[:SHOWN]) + f"{more}; --encoding names another one")
+    lines = [f"note: {printable(name)}: not UTF-8, read as {code}" for name, code in data.encodings().items()]
+    if lines:
+        more = f" (and {len(lines) - SHOWN:,} more files)" if len(lines) > SHOWN else ""
+        say("\n".join(lines[:SHOWN]) + f"{more}; --encoding names another one")
 
 
 @contextlib.contextmanager

@@ -85,11 +85,11 @@ def from_jsonl(text: str, path: str | Path) -> list[Prompt]:
     """Returns the Prompts of the JSONL `text` of the file `path`; skips blank lines. Raises InputError for a malformed
     line or an id that occurs twice."""
     lines = [(number, line) for number, line in numbered(text) if line.strip()]
-    found = []
+    prompts = []
     for number, line in lines:
         where = f"{path}:{number}"
-        found.append((number, where, prompt_of(json_object(line, "prompt", where), where, number)))
-    return with_own_ids(found)
+        prompts.append((number, where, prompt_of(json_object(line, "prompt", where), where, number)))
+    return with_own_ids(prompts)
 
 
 def from_csv(text: str, path: str | Path) -> list[Prompt]:

@@ -128,11 +128,11 @@ def roles_of(config: dict[str, Any], known: Iterable[str], eot: str) -> dict[str
 def stop_ids(folder: Path, config: dict[str, Any], ids: set[int], eot: int) -> tuple[int, ...]:
     """Returns Additions.stops: the `eos_token_id` of generation_config.json and config.json, one id or several, and
     what this program stored in the settings `config`. Leaves out `eot` and ids that are not in `ids`."""
-    found = list(config.get(STOPS) or [])
+    stops = list(config.get(STOPS) or [])
     for name in ("generation_config.json", "config.json"):
         value = (read_json(folder / name) or {}).get("eos_token_id")
-        found += value if isinstance(value, list) else [value]
-    return tuple(dict.fromkeys(rank for rank in found if type(rank) is int and rank in ids and rank != eot))
+        stops += value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(rank for rank in stops if type(rank) is int and rank in ids and rank != eot))
 
 
 # ---- what transformers adds to each text

@@ -40,12 +40,12 @@ def encoding_of(file: IO[bytes]) -> str:
     head = file.read(BLOCK_BYTES)
     file.seek(0)
     mark = next((mark for mark in MARKS if head.startswith(mark)), None)
-    found = MARKS[mark] if mark else utf16_without_mark(head)
-    if not found:
+    encoding = MARKS[mark] if mark else utf16_without_mark(head)
+    if not encoding:
         evidence = lines_not_ascii(file)
-        found = guess(evidence, head) if evidence else "utf-8"
+        encoding = guess(evidence, head) if evidence else "utf-8"
         file.seek(0)
-    return found
+    return encoding
 
 
 # ---- UTF-16 without a mark
@@ -123,8 +123,8 @@ def detect(data: bytes, confidence: float) -> str:
     except ImportError:
         return ""
     era = chardet.EncodingEra.MODERN_WEB | chardet.EncodingEra.LEGACY_ISO
-    found = chardet.detect_all(data, encoding_era=era, ignore_threshold=True)
-    sure = {each["encoding"]: each["confidence"] for each in found if each["encoding"]}
+    guesses = chardet.detect_all(data, encoding_era=era, ignore_threshold=True)
+    sure = {each["encoding"]: each["confidence"] for each in guesses if each["encoding"]}
     if not sure or max(sure.values()) < confidence or len(data) < LEAST_BYTES:
         return ""
     best = max(sure, key=sure.__getitem__)

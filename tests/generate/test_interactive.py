@@ -327,7 +327,7 @@ def test_fault_093_on_a_terminal_ctrl_c_ends_one_text_then_one_line_and_ctrl_d_l
         assert process.wait(60) == 0
 
 
-@pytest.mark.slow  # on a busy machine a terminal may hand over a paste in parts
+@pytest.mark.slow  # seen once: the program did not end within a minute of Ctrl-D; the cause is not known
 @pytest.mark.skipif(not hasattr(os, "login_tty"), reason="needs pseudo-terminals")
 @pytest.mark.parametrize("pasted", [b"one\ntwo\n", b"one\n\n\xc3\xa9\nfour\n", b"one\rtwo\r", b"one\n/set x\n"])
 @pytest.mark.parametrize("end", [b"", b"unfinished"])
