@@ -10,17 +10,15 @@ from typing import Any
 import torch
 
 from gpt.attention import cached_attention
-from gpt.device import COMPILERS, can_compile, has_compiler
+from gpt.device import COMPILERS, can_compile
 from gpt.errors import InputError
 from gpt.generate.sampling import choose
 from gpt.kernels.native_model import NativeModel
 from gpt.kernels.native_sampler import NativeSampler
-from gpt.kernels.select import gpu_ops, native_is_faster, native_library
+from gpt.kernels.select import gpu_decode, gpu_ops, native_is_faster, native_library
 from gpt.model import GPT, REFERENCE, KVCache, Ops, count_parameters
 
 BUILD_PAYS = 4e10  # steps times parameters from which waiting some seconds for the kernels to be built saves time
-COMPILE_PAYS = 200_000  # steps from which compiling for a GPU, about a minute, takes less time than it saves
-CHOICE_COMPILES = "2.13"  # the first torch that compiles `choose` for several rows of 50k tokens: pytorch #180221
 MOST_SHAPES = 64  # shapes for which a process compiles one function: numbers of rows, kinds of settings
 
 
@@ -62,6 +60,9 @@ class Captured(Backend):
 
     def __init__(self, model: GPT):
         super().__init__(model, gpu_ops(model.device))
+        decode = gpu_decode(model)
+        if decode is not None:
+            self.decode = lambda ids, cache: decode(ids, cache).float()  # type: ignore[method-assign]
 
 
 class Compiled(Backend):
@@ -105,8 +106,7 @@ def pick_backend(name: str, model: GPT, steps: int, rows: int) -> str:
         library = native_library(model, wait=work >= BUILD_PAYS)
         return "native" if library is not None and native_is_faster(model, rows, library) else "eager"
     if name == "auto" and device == "cuda":
-        compiles = has_compiler() and (rows == 1 or torch.__version__ >= CHOICE_COMPILES)  # compares numbers
-        return "compiled" if steps >= COMPILE_PAYS and compiles else "captured"
+        return "captured"
     if name == "compiled" and not can_compile(model.device):
         raise InputError(f"backend compiled: no {COMPILERS[device]} compiler found; install one or use --backend auto")
     if name == "captured" and device != "cuda":

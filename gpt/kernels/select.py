@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gpt.attention import LayerCache, causal_attention, merge_heads
+from gpt.attention import LayerCache, causal_attention
 from gpt.device import DTYPES
 from gpt.errors import note
 from gpt.kernels import build
@@ -21,7 +21,7 @@ from gpt.kernels.native_model import NativeModel, supports
 from gpt.model import GPT, REFERENCE, KVCache, ModelConfig, Ops
 from gpt.quantize import to_int8
 
-CachedAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # see attention.masked_attention
+Decode = Callable[[Tensor, KVCache], Tensor]  # see Backend.decode
 PROBE_VOCABULARY = 8192  # of a measured model: a larger head takes longer and gives the same answer
 
 
@@ -141,33 +141,38 @@ def load_or_build(purpose: str, wait: bool) -> ctypes.CDLL | None:
 
 
 def gpu_ops(device: torch.device) -> Ops:
-    """Returns the Ops for generation on a GPU: REFERENCE if Triton cannot be used."""
-    attention = triton_attention(device)
-    if attention is None:
+    """Returns the Ops of a decode step on a GPU: REFERENCE if Triton cannot be used."""
+    if not triton_works(device):
         return REFERENCE
+    from gpt.kernels.triton_attention import decode_attention
 
-    def cached_attention(qkv: torch.Tensor, heads: int, layer: LayerCache) -> torch.Tensor:
-        q = layer.append(qkv, heads)
-        return merge_heads(attention(q, layer.keys, layer.values, layer.positions))
+    return Ops(cached_attention=decode_attention)
 
-    return Ops(cached_attention=cached_attention)
+
+def gpu_decode(model: GPT) -> Decode | None:
+    """Returns a decode step in Triton, in place of Backend.decode, or None if Triton cannot be used."""
+    if not triton_works(model.device):
+        return None
+    from gpt.kernels.triton_model import TritonModel
+
+    return TritonModel(model).decode
 
 
 @functools.cache
-def triton_attention(device: torch.device) -> CachedAttention | None:
-    """Returns the Triton kernel for attention. Returns None, and prints a note, if Triton is missing or cannot compile:
-    its first launch needs a C compiler and Python's headers."""
+def triton_works(device: torch.device) -> bool:
+    """Returns whether Triton runs on a GPU. If it is missing or cannot compile, prints a note and returns False: its
+    first launch needs a C compiler and Python's headers."""
     try:
         from gpt.kernels.triton_attention import decode_attention
 
-        q, cached = (torch.zeros(1, 1, length, 16, device=device) for length in (1, 8))
-        positions = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        keys, values = torch.zeros(2, 1, 1, 8, 16, device=device)
+        layer = LayerCache(keys, values, torch.zeros(1, 1, dtype=torch.int64, device=device), is_empty=False)
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            decode_attention(q, cached, cached, positions)
+            decode_attention(torch.zeros(1, 1, 48, device=device), 1, layer)
     except Exception as error:  # Triton's own derive from it, and have no other base
         known = isinstance(error, (ImportError, OSError, RuntimeError, subprocess.CalledProcessError))
         if not known and not type(error).__module__.startswith("triton"):
             raise
-        note("info", f"no Triton kernel for attention: {str(error).partition(chr(10))[0]}; plain torch is used")
-        return None
-    return decode_attention
+        note("info", f"no Triton kernels: {str(error).partition(chr(10))[0]}; plain torch is used")
+        return False
+    return True
