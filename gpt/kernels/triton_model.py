@@ -1,14 +1,14 @@
 """The decode step of a GPT on a GPU, in about five kernels a layer where plain torch launches thirteen.
 
-With few rows a step does hardly more than read all weights once. Here a product is a sum over the elements of a weight's
-row, for all rows of the batch at the same time, and takes the layer norm before it, and the bias, GELU or residual after
-it, along. With more rows cuBLAS multiplies, and only what stands between its products is done here.
+With few rows a step does hardly more than read all weights once. Here each program multiplies some rows of a weight,
+element by element, with all rows of the batch, and does the layer norm before the product, and bias, GELU or residual
+after it, too. With more rows cuBLAS multiplies, and only what stands between its products is done here.
 
 The residual stream is in fp32 throughout. No row's arithmetic depends on another row.
 
 Shapes: R rows, N outputs, K inputs, C width of the residual stream, V vocabulary."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -63,7 +63,7 @@ def linear(  # type: ignore[no-untyped-def]
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Computes BN outputs of all rows: out (R, N) = x (R, K) @ weight (N, K).T. NORM: x is normalized first, with gain
-    and shift (K,). SCALE: the weight is int8, with scale (N,). BIAS, GELU and RESIDUAL (R, N) come after the product, in
+    and shift (K,). SCALE: the weight is int8, with scale (N,). BIAS, GELU and RESIDUAL (R, N) follow the product, in
     this order."""
     n, row = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, RB)
     w = weight_tile(weight, n, N, K, 0, BK)  # weights can be read while the last kernel still writes x
@@ -99,8 +99,8 @@ def add_norm(  # type: ignore[no-untyped-def]
     x, y, gain, shift, out, K, EPS: tl.constexpr, ADD: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr
 ):
     """Computes one row: adds y (R, K) to x (R, K), in place, if ADD; out (R, K) becomes the layer norm of x."""
-    row, k = tl.program_id(0), tl.arange(0, WIDTH)
-    inside, place = k < K, tl.program_id(0) * K + tl.arange(0, WIDTH)
+    k = tl.arange(0, WIDTH)
+    inside, place = k < K, tl.program_id(0) * K + k
     begin(PDL)
     value = tl.load(x + place, mask=inside, other=0.0)
     if ADD:
@@ -117,7 +117,7 @@ class TritonModel:
     """Runs the decode step of a GPT on a GPU. Reads the GPT's parameters anew at each call."""
 
     def __init__(self, model: GPT, pdl: bool = False):
-        self.model, self.pdl = model, pdl
+        self.model, self.blocks, self.pdl = model, cast(list[Block], list(model.blocks)), pdl
 
     def decode(self, ids: Tensor, cache: KVCache) -> Tensor:
         """Appends the keys and values of ids (R,) to the cache; returns the logits (R, V) in the model's precision."""
@@ -130,7 +130,7 @@ class TritonModel:
 
     def few_rows(self, x: Tensor, layers: list[LayerCache]) -> Tensor:  # (R, C) -> (R, padded V)
         dtype = self.model.dtype
-        for block, layer in zip(self.model.blocks, layers, strict=True):
+        for block, layer in zip(self.blocks, layers, strict=True):
             qkv = self.product(x, block.attn.qkv, dtype, norm=block.ln_1)
             attended = self.attention(block, qkv, layer)
             x = self.product(attended, block.attn.proj, torch.float32, residual=x)
@@ -140,7 +140,7 @@ class TritonModel:
 
     def many_rows(self, x: Tensor, layers: list[LayerCache]) -> Tensor:  # (R, C) -> (R, padded V)
         y = None  # what the last product adds to x
-        for block, layer in zip(self.model.blocks, layers, strict=True):
+        for block, layer in zip(self.blocks, layers, strict=True):
             qkv = block.attn.qkv(self.norm(x, y, block.ln_1))
             y = block.attn.proj(self.attention(block, qkv, layer))
             y = block.mlp.proj(gelu_product(self.norm(x, y, block.ln_2), block.mlp.fc))

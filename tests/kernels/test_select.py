@@ -110,22 +110,22 @@ def triton_error(name):
         triton_error("PTXASError"),
     ],
 )
-def test_fault_132_where_triton_cannot_compile_plain_torch_runs_the_attention(monkeypatch, capsys, error):
+def test_fault_132_where_triton_cannot_compile_plain_torch_runs_the_step(monkeypatch, capsys, error):
     def launch(*_):
         raise error
 
     monkeypatch.setitem(sys.modules, "gpt.kernels.triton_attention", SimpleNamespace(decode_attention=launch))
-    select.triton_attention.cache_clear()
-    assert select.triton_attention(torch.device("cpu")) is None
+    select.triton_works.cache_clear()
+    assert not select.triton_works(torch.device("cpu"))
     assert "no Triton kernel" in capsys.readouterr().err
-    select.triton_attention.cache_clear()
+    select.triton_works.cache_clear()
 
 
 def test_an_error_of_ours_in_the_triton_kernel_is_not_hidden(monkeypatch):
     monkeypatch.setitem(sys.modules, "gpt.kernels.triton_attention", SimpleNamespace(decode_attention=lambda: None))
-    select.triton_attention.cache_clear()
+    select.triton_works.cache_clear()
     with pytest.raises(TypeError):
-        select.triton_attention(torch.device("cpu"))
+        select.triton_works(torch.device("cpu"))
 
 
 def test_the_triton_kernel_is_tried_on_the_gpu_of_the_model(monkeypatch):
@@ -142,7 +142,7 @@ def test_the_triton_kernel_is_tried_on_the_gpu_of_the_model(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *shape, device, **options: zeros(*shape, **options))
     kernel = SimpleNamespace(decode_attention=lambda *_: launched.append(current[-1]))
     monkeypatch.setitem(sys.modules, "gpt.kernels.triton_attention", kernel)
-    select.triton_attention.cache_clear()
-    assert select.triton_attention(torch.device("cuda:1")) is kernel.decode_attention
+    select.triton_works.cache_clear()
+    assert select.triton_works(torch.device("cuda:1"))
     assert launched == [torch.device("cuda:1")]
-    select.triton_attention.cache_clear()
+    select.triton_works.cache_clear()
