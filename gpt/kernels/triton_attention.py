@@ -23,66 +23,84 @@ def begin(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def append(new, keys, values, place, H, query, lane, exists, D: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Stores the key and value of the new token at `place` in the cache. Returns the running maximum, sum of weights
+    and sum of weighted values (WIDTH,) over this one position."""
+    key = tl.load(new + H * D, mask=exists, other=0.0)
+    value = tl.load(new + 2 * H * D, mask=exists, other=0.0)
+    tl.store(keys + place + lane, key, mask=exists)
+    tl.store(values + place + lane, value, mask=exists)
+    return tl.sum(query * key.to(tl.float32), axis=0), tl.full((), 1.0, tl.float32), value.to(tl.float32)
+
+
+@triton.jit
+def attend_to_block(  # type: ignore[no-untyped-def]
+    maximum, total, summed, keys, values, base, start, end, query, lane, exists, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Returns the running maximum, sum of weights and sum of weighted values with the positions from `start` to
+    start + BLOCK, below `end`, added, as in FlashAttention (Dao et al. 2022, arXiv:2205.14135)."""
+    position = start + tl.arange(0, BLOCK)
+    inside = position < end
+    offset, mask = base + position[:, None] * D + lane[None, :], inside[:, None] & exists[None, :]
+    key = tl.load(keys + offset, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(values + offset, mask=mask, other=0.0).to(tl.float32)
+    scores = tl.where(inside, tl.sum(key * query[None, :], axis=1), float("-inf"))
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
+    weights, correction = tl.exp(scores - new_maximum), tl.exp(maximum - new_maximum)
+    summed = summed * correction + tl.sum(weights[:, None] * value, axis=0)
+    return new_maximum, total * correction + tl.sum(weights, axis=0), summed
+
+
+@triton.jit
+def combine(
+    part, counter, split, lane, maximum, total, summed, target, exists, WIDTH: tl.constexpr, SPLITS: tl.constexpr
+):  # type: ignore[no-untyped-def]
+    """Stores one of SPLITS parts in memory. The program that does so last adds all parts, always in the same order."""
+    tl.store(part + split * WIDTH + lane, summed)
+    maxima, totals = part + SPLITS * WIDTH, part + SPLITS * WIDTH + SPLITS
+    tl.store(maxima + split, maximum)
+    tl.store(totals + split, total)
+    tl.debug_barrier()  # all threads have stored before one of them counts
+    if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
+        s = tl.arange(0, SPLITS)
+        each_maximum = tl.load(maxima + s, cache_modifier=".cg")
+        each_total = tl.load(totals + s, cache_modifier=".cg")
+        each_sum = tl.load(part + s[:, None] * WIDTH + lane[None, :], cache_modifier=".cg")
+        share = tl.where(each_total > 0, tl.exp(each_maximum - tl.max(each_maximum, axis=0)), 0.0)
+        result = tl.sum(each_sum * share[:, None], axis=0) / tl.sum(each_total * share, axis=0)
+        tl.store(target, result.to(target.dtype.element_ty), mask=exists)
+
+
+@triton.jit
 def attend(  # type: ignore[no-untyped-def]
     qkv, keys, values, positions, parts, counters, out, H, S,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Computes one of SPLITS parts of one row and head. Stores the new key and value in the cache, if its position is
-    in this part, and attends to the part's positions, block by block with a running maximum and sum, as in
-    FlashAttention (Dao et al. 2022, arXiv:2205.14135). The program that ends last combines the parts."""
+    """Computes one row and head over one of SPLITS parts of the row's context. The part that has the row's position
+    appends the new key and value there. The result does not depend on other rows."""
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    lane = tl.arange(0, WIDTH)  # WIDTH: D rounded up to a power of two
-    exists = lane < D
+    lane, number = tl.arange(0, WIDTH), row * H + head  # WIDTH: D rounded up to a power of two
+    exists, target = lane < D, out + number * D + lane
     begin(PDL)
-    new = qkv + row * 3 * H * D + head * D + lane
+    new, last = qkv + row * 3 * H * D + head * D + lane, tl.load(positions + row)
     query = tl.load(new, mask=exists, other=0.0).to(tl.float32) * D**-0.5
-    last = tl.load(positions + row)
-    base = (row * H + head).to(tl.int64) * S * D
+    base = number.to(tl.int64) * S * D
     span = tl.cdiv(tl.cdiv(last + 1, SPLITS), BLOCK) * BLOCK
     first = split * span
-    maximum = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
+    maximum, total = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32)
     summed = tl.zeros((WIDTH,), tl.float32)
     if (last >= first) & (last < first + span):
-        key = tl.load(new + H * D, mask=exists, other=0.0)
-        value = tl.load(new + 2 * H * D, mask=exists, other=0.0)
-        tl.store(keys + base + last * D + lane, key, mask=exists)
-        tl.store(values + base + last * D + lane, value, mask=exists)
-        maximum = tl.sum(query * key.to(tl.float32), axis=0)
-        total += 1.0
-        summed += value.to(tl.float32)
-    end = tl.minimum(first + span, last)
+        maximum, total, summed = append(new, keys, values, base + last * D, H, query, lane, exists, D, WIDTH)
+    end = tl.minimum(first + span, last)  # the new position is done already
     for start in tl.range(first, end, BLOCK, num_stages=3):
-        position = start + tl.arange(0, BLOCK)
-        inside = position < end
-        where = base + position[:, None] * D + lane[None, :]
-        mask = inside[:, None] & exists[None, :]
-        key = tl.load(keys + where, mask=mask, other=0.0).to(tl.float32)
-        value = tl.load(values + where, mask=mask, other=0.0).to(tl.float32)
-        scores = tl.where(inside, tl.sum(key * query[None, :], axis=1), float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
-        weights, correction = tl.exp(scores - new_maximum), tl.exp(maximum - new_maximum)
-        summed = summed * correction + tl.sum(weights[:, None] * value, axis=0)
-        total = total * correction + tl.sum(weights, axis=0)
-        maximum = new_maximum
-    target = out + (row * H + head) * D + lane
+        maximum, total, summed = attend_to_block(
+            maximum, total, summed, keys, values, base, start, end, query, lane, exists, D, BLOCK
+        )
     if SPLITS == 1:
         tl.store(target, (summed / total).to(out.dtype.element_ty), mask=exists)
     else:
-        part = parts + (row * H + head) * SPLITS * (WIDTH + 2)
-        tl.store(part + split * WIDTH + lane, summed)
-        tl.store(part + SPLITS * WIDTH + split, maximum)
-        tl.store(part + SPLITS * WIDTH + SPLITS + split, total)
-        tl.debug_barrier()  # all threads have stored before one of them counts
-        if tl.atomic_add(counters + row * H + head, 1, sem="acq_rel") == SPLITS - 1:
-            tl.store(counters + row * H + head, 0)
-            s = tl.arange(0, SPLITS)
-            maxima = tl.load(part + SPLITS * WIDTH + s, cache_modifier=".cg")
-            totals = tl.load(part + SPLITS * WIDTH + SPLITS + s, cache_modifier=".cg")
-            share = tl.where(totals > 0, tl.exp(maxima - tl.max(maxima, axis=0)), 0.0)
-            sums = tl.load(part + s[:, None] * WIDTH + lane[None, :], cache_modifier=".cg")
-            result = tl.sum(sums * share[:, None], axis=0) / tl.sum(totals * share, axis=0)
-            tl.store(target, result.to(out.dtype.element_ty), mask=exists)
+        part = parts + number * SPLITS * (WIDTH + 2)
+        combine(part, counters + number, split, lane, maximum, total, summed, target, exists, WIDTH, SPLITS)
 
 
 def decode_attention(qkv: Tensor, heads: int, layer: LayerCache, pdl: bool = False) -> Tensor:
