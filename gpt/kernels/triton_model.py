@@ -41,6 +41,13 @@ def input_tile(x, row, R, K, start, BK: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit
+def vector_tile(x, K, start, BK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Loads the elements from `start` to start + BK of x (K,) as float32 (1, BK); 0 beyond its end."""
+    k = start + tl.arange(0, BK)
+    return tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def moments(x, row, R, K, EPS: tl.constexpr, RB: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr):  # type: ignore[no-untyped-def]
     """Returns the mean and the reciprocal standard deviation (RB,) of rows of x (R, K)."""
     total = tl.zeros((RB, BK), tl.float32)
@@ -56,6 +63,31 @@ def moments(x, row, R, K, EPS: tl.constexpr, RB: tl.constexpr, BK: tl.constexpr,
 
 
 @triton.jit
+def multiply(  # type: ignore[no-untyped-def]
+    x, w, weight, n, row, gain, shift, R, N, K,
+    EPS: tl.constexpr, NORM: tl.constexpr, RB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Returns (RB, BN), the product of the rows of x and the outputs n of the weight, of which w is the first tile."""
+    if NORM:
+        mean, deviation = moments(x, row, R, K, EPS, RB, BK, TILES)
+    sums = tl.zeros((RB, BN, BK), tl.float32)
+    for tile in tl.static_range(TILES):
+        w = w if tile == 0 else weight_tile(weight, n, N, K, tile * BK, BK)
+        value = input_tile(x, row, R, K, tile * BK, BK)
+        if NORM:
+            value = (value - mean[:, None]) * deviation[:, None]
+            value = value * vector_tile(gain, K, tile * BK, BK) + vector_tile(shift, K, tile * BK, BK)
+        sums += w.to(tl.float32)[None, :, :] * value[:, None, :]
+    return tl.sum(sums, axis=2)
+
+
+@triton.jit
+def gelu(x):  # type: ignore[no-untyped-def]
+    """Returns x * (1 + tanh(u)) / 2 = x * sigmoid(2 u), with u = sqrt(2 / pi) * (x + 0.044715 x^3)."""
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
 def linear(  # type: ignore[no-untyped-def]
     x, weight, scale, bias, gain, shift, residual, out, R, N, K,
     EPS: tl.constexpr, NORM: tl.constexpr, GELU: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
@@ -65,29 +97,17 @@ def linear(  # type: ignore[no-untyped-def]
     """Computes BN outputs of all rows: out (R, N) = x (R, K) @ weight (N, K).T. NORM: x is normalized first, with gain
     and shift (K,). SCALE: the weight is int8, with scale (N,). BIAS, GELU and RESIDUAL (R, N) follow the product, in
     this order."""
-    n, row = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, RB)
+    first, row = tl.program_id(0) * BN, tl.arange(0, RB)
+    n = first + tl.arange(0, BN)
     w = weight_tile(weight, n, N, K, 0, BK)  # weights can be read while the last kernel still writes x
     begin(PDL)
-    if NORM:
-        mean, deviation = moments(x, row, R, K, EPS, RB, BK, TILES)
-    sums = tl.zeros((RB, BN, BK), tl.float32)
-    for tile in tl.static_range(TILES):
-        if tile > 0:
-            w = weight_tile(weight, n, N, K, tile * BK, BK)
-        value = input_tile(x, row, R, K, tile * BK, BK)
-        if NORM:
-            k = tile * BK + tl.arange(0, BK)
-            value = (value - mean[:, None]) * deviation[:, None]
-            value = value * tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-            value += tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-        sums += w.to(tl.float32)[None, :, :] * value[:, None, :]
-    result = tl.sum(sums, axis=2)  # (RB, BN)
+    result = multiply(x, w, weight, n, row, gain, shift, R, N, K, EPS, NORM, RB, BN, BK, TILES)
     if SCALE:
-        result *= tl.load(scale + n, mask=n < N, other=0.0)[None, :]
+        result *= vector_tile(scale, N, first, BN)
     if BIAS:
-        result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if GELU:  # v * (1 + tanh(u)) / 2 = v * sigmoid(2 u), with u = sqrt(2 / pi) * (v + 0.044715 v^3)
-        result *= tl.sigmoid(1.5957691216057308 * (result + 0.044715 * result * result * result))
+        result += vector_tile(bias, N, first, BN)
+    if GELU:
+        result = gelu(result)
     offset, mask = row[:, None] * N + n[None, :], (row < R)[:, None] & (n < N)[None, :]
     if RESIDUAL:
         result += tl.load(residual + offset, mask=mask, other=0.0)
