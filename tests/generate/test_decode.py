@@ -175,7 +175,9 @@ def launching(generator, steps, lag):
 
     def take_decoder(name, rows):
         decoder = take(name, rows)
-        decoder.launcher = SimpleNamespace(launch=decoder.step.launch, most=steps, lag=lag)
+        decoder.launcher = SimpleNamespace(
+            launch=decoder.step.launch, prefill=decoder.step.prefill, most=steps, lag=lag
+        )
         return decoder
 
     ahead.take_decoder = take_decoder
