@@ -109,6 +109,8 @@ class Decoder:
             self.lengths[slot] = len(sequence.prompt) - 1
             self.step.set_text(slot, sequence.params, sequence.prompt, [])
         self.step.set_params({slot: sequence.params for slot, sequence in started.items()})
+        streams = {slot: (text.params.seed or 0, text.prompt_id, text.sample) for slot, text in started.items()}
+        self.step.set_streams(streams)
         self.step.set_windows([Window(slot, sequence.prompt, 0) for slot, sequence in started.items()])
 
     def fill_caches(self, prompts: dict[int, list[int]]) -> None:
@@ -139,10 +141,7 @@ class Decoder:
         room = self.capacity - int(self.lengths.max())
         steps = launch_size(min(self.pace, room, self.steps_left()), self.launcher.most)
         self.pace = min(self.pace * GROWTH, self.launcher.most)
-        for slot, sequence in enumerate(self.slots):
-            if sequence is not None and sequence.params.sampling.temperature:
-                assert sequence.params.seed is not None
-                self.step.draw_ahead(slot, (sequence.params.seed, sequence.prompt_id, sequence.sample), steps)
+        self.step.draw_ahead(steps)
         self.step.repeats.reserve(self.step.launched, steps)
         self.in_flight.append(Launch(self.launcher.launch(steps), list(self.slots), self.lengths.copy()))
         self.lengths += steps

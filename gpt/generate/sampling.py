@@ -241,20 +241,34 @@ def random_draws(
 ) -> torch.Tensor:
     """Returns uniform whole numbers below DRAWS, int64 (count,), for positions start, start + 1, …: a pure function of
     its arguments. 0 <= seed < 2^64."""
+    positions = torch.arange(start, start + count, device=device)
+    _, low, high, sample = stream(seed, prompt_id, sample)
+    return philox([positions, *[torch.full_like(positions, word) for word in (sample, low, high)]], seed)[0] >> 2
+
+
+def stream(seed: int, prompt_id: int | str, sample: int) -> tuple[int, int, int, int]:
+    """Returns the numbers that, with the position, decide a random number: the seed as int64, the lower and the upper
+    word of the prompt's id, and the sample."""
     if isinstance(prompt_id, str):
         digest = hashlib.blake2b(prompt_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         prompt_id = int.from_bytes(digest, "little")
-    positions = torch.arange(start, start + count, device=device)
-    constants = (sample, prompt_id & WORD, prompt_id >> 32 & WORD)
-    return philox([positions, *[torch.full_like(positions, word) for word in constants]], seed)[0] >> 2
+    return (seed ^ 1 << 63) - (1 << 63), prompt_id & WORD, prompt_id >> 32 & WORD, sample
 
 
-def philox(words: list[torch.Tensor], key: int) -> tuple[torch.Tensor, ...]:
+def draws_of_streams(streams: torch.Tensor, starts: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns the random_draws (N, count) of `streams` (N, 4), each as `stream` returns it, from positions `starts`
+    (N,) on."""
+    positions = starts[:, None] + torch.arange(count, device=starts.device)
+    seed, low, high, sample = streams[:, :, None].unbind(1)  # (N, 1) each
+    return philox([positions, sample, low, high], seed)[0] >> 2
+
+
+def philox(words: list[torch.Tensor], key: int | torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Returns the four output words of Philox4x32-10 for four input words and a 64-bit key; words are 32 bits, in int64
     tensors. Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". int64 products overflow, but
     their low and high 32 bits are right."""
     a, b, c, d = words
-    low, high = key & WORD, key >> 32
+    low, high = key & WORD, key >> 32 & WORD
     for _ in range(10):
         left, right = a * 0xD2511F53, c * 0xCD9E8D57
         a, b = (right >> 32 & WORD) ^ b ^ low, right & WORD

@@ -3,7 +3,6 @@
 Shapes: R rows, V vocabulary, T tokens of one text, N likeliest tokens that are reported."""
 
 import contextlib
-import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from gpt.errors import ResourceError
 from gpt.generate.backend import Backend
 from gpt.generate.prefill import WARM_UPS, ChunkedPrefill
 from gpt.generate.repeats import Repeats
-from gpt.generate.sampling import Filters, likeliest, random_draws
+from gpt.generate.sampling import Filters, draws_of_streams, likeliest, stream
 from gpt.generate.sequence import GenerationParams
 from gpt.kernels.cuda_graph import CudaGraph
 from gpt.model import GPT, KVCache
@@ -70,6 +69,8 @@ class Step:
         self.turns = torch.zeros_like(self.next)  # (R,) tokens chosen since the start of each row's text
         self.launched = np.zeros(rows, dtype=np.int64)  # `turns` after all steps in flight, on the host
         self.draws = torch.zeros(rows, 2 * DRAWS_AHEAD, dtype=torch.int64, device=device)  # two blocks, used in turn
+        self.streams = torch.zeros(rows, 4, dtype=torch.int64, device=device)  # of random numbers: see sampling.stream
+        self.stream_values = np.zeros((rows, 4), dtype=np.int64)  # `streams` on the host
         self.filters = Filters(rows, device)
         self.ignores_eot = torch.zeros(rows, dtype=torch.bool, device=device)  # (R,) rows that never choose a stop id
         self.ignoring = np.zeros(rows, dtype=bool)  # `ignores_eot` on the host
@@ -174,13 +175,23 @@ class Step:
         """Makes `prompt` and the chosen `ids` the text of a row, for the settings that look at all of it."""
         self.repeats.begin(row, params.sampling, prompt, ids)
 
-    def draw_ahead(self, row: int, key: tuple[int, int | str, int], steps: int) -> None:
-        """Draws the next block of random numbers of a row, if the first of them is needed in the next `steps` steps.
-        `key` is (seed, prompt id, sample)."""
-        start = math.ceil(self.launched[row] / DRAWS_AHEAD) * DRAWS_AHEAD
-        if start < self.launched[row] + steps:
-            column = start % self.draws.shape[1]
-            self.draws[row, column : column + DRAWS_AHEAD] = random_draws(*key, start, DRAWS_AHEAD, self.device)
+    def set_streams(self, keys: dict[int, tuple[int, int | str, int]]) -> None:
+        """Sets which random numbers rows get, by row: (seed, prompt id, sample)."""
+        for row, key in keys.items():
+            self.stream_values[row] = stream(*key)
+        upload(self.streams, self.stream_values)
+
+    def draw_ahead(self, steps: int) -> None:
+        """Draws the next block of random numbers of all rows for which the first of them is needed in the next `steps`
+        steps."""
+        starts = -(-self.launched // DRAWS_AHEAD) * DRAWS_AHEAD
+        due = (starts < self.launched + steps) & (self.filters.values["temperature"] > 0)
+        if not self.backend.draws_ahead or not due.any():
+            return
+        pairs = torch.from_numpy(np.stack([due.nonzero()[0], starts[due]]))
+        rows, first = to_device(pairs, self.device)
+        columns = (first % self.draws.shape[1])[:, None] + torch.arange(DRAWS_AHEAD, device=self.device)
+        self.draws[rows[:, None], columns] = draws_of_streams(self.streams[rows], first, DRAWS_AHEAD)
 
 
 class CapturedStep:

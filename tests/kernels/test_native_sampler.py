@@ -187,5 +187,6 @@ def begin(step, turn):
             settings = SamplingParams(temperature=0.9, top_k=5 * row, repetition_penalty=1.3 if turn == 800 else 1.0)
             step.set_params({row: GenerationParams(sampling=settings, ignore_eot=row != 1)})
             step.set_windows([Window(row, [row, 4], turn=0)])
-        step.draw_ahead(row, (1, 2, row), 1)
+            step.set_streams({row: (1, 2, row)})
+    step.draw_ahead(1)
     step.launched += 1
