@@ -134,15 +134,12 @@ def fixed(generator, prompts: list[str], lengths: list[int], params: list, padde
 @contextlib.contextmanager
 def padded_to(tokens: int):
     """A context in which a Step pads every prompt to `tokens`, and drops the padding from the cache afterwards."""
-    import torch
-
     from gpt.generate.step import Step
 
     plain = Step.prefill
 
-    def prefill(step, row, ids):
-        plain(step, row, torch.nn.functional.pad(ids, (0, tokens - len(ids))))
-        step.cache.set_length(row, len(ids))
+    def prefill(step, texts):
+        plain(step, {row: ids + [0] * (tokens - len(ids)) for row, ids in texts.items()})
 
     Step.prefill = prefill
     try:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from gpt.errors import InputError, note
@@ -102,6 +103,12 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def upload(tensor: torch.Tensor, values: np.ndarray) -> None:
+    """Copies `values` to `tensor`. The copy to a GPU is asynchronous; `values` may change meanwhile."""
+    host = torch.from_numpy(values)
+    tensor.copy_(host.pin_memory() if tensor.device.type == "cuda" else host, non_blocking=True)
 
 
 def pinned_copy(tensor: torch.Tensor) -> torch.Tensor:

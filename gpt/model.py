@@ -4,7 +4,7 @@ Shapes: B batch rows, T new tokens, S cache positions (block_size), C n_embd, H 
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,10 +85,11 @@ class KVCache:
         row.lengths, row.is_empty = self.lengths[index : index + 1], True
         return row
 
-    def copy_row(self, source: int, target: int) -> None:
-        """Copies row `source` to row `target`."""
-        for buffer in (*self.keys, *self.values, self.lengths):
-            buffer[target] = buffer[source]
+    def copy_rows(self, sources: Tensor, targets: Tensor, tokens: int) -> None:
+        """Copies the first `tokens` positions of the rows `sources` (N,) to the rows `targets` (N,), of which none is a
+        source."""
+        for buffer in (*self.keys, *self.values):
+            buffer[targets, :, :tokens] = buffer[sources, :, :tokens]
 
     def set_length(self, index: int, tokens: int) -> None:
         """Cuts a row to its first `tokens` positions."""
@@ -201,12 +202,18 @@ class GPT(nn.Module):
         if cache is not None:
             positions = cache.lengths[:, None] + positions  # (B, T)
             layers = cache.layers(positions)
-        x = self.drop(self.token(ids) + self.position(positions))
-        for block, layer in zip(self.blocks, layers, strict=True):
-            x = block(x, ops, layer)
+        x = self.run_blocks(ids, positions, layers, ops)
         if cache is not None:
             cache.advance(ids.shape[1])
         return self.ln_f(x)
+
+    def run_blocks(self, ids: Tensor, positions: Tensor, layers: Sequence[LayerCache] | list[None], ops: Ops) -> Tensor:
+        """Returns the output (B, T, C) of the last block for ids (B, T) at `positions` (T,) or (B, T). `layers` are the
+        caches of the layers, or None for each."""
+        x = self.drop(self.token(ids) + self.position(positions))
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x = block(x, ops, layer)
+        return x
 
     def check_positions(self, tokens: int, cache: KVCache | None) -> None:
         """Raises ValueError if a row would have more than block_size positions after `tokens` more. Reads the lengths

@@ -1,8 +1,16 @@
-"""A stand-in for CudaGraph on a CPU."""
+"""A stand-in for CudaGraph on a CPU, and generators that use it."""
+
+import contextlib
+from types import SimpleNamespace
 
 import torch
+from generation_helpers import generator_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from gpt.generate import step
+from gpt.generate.backend import Backend
+from gpt.generate.generator import weight_versions
 
 
 def tensors_in(values):
@@ -64,3 +72,24 @@ class Recorded(TorchDispatchMode):
                 if not shares_memory(tensor, value):  # else a view, or changed in place
                     tensor.copy_(value)
         return self.result
+
+
+def capture_on_cpu(monkeypatch):
+    """Makes a CapturedStep run on a CPU, with stand-ins for what a GPU does."""
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    monkeypatch.setattr(step, "CudaGraph", lambda *_: Recorded())
+    monkeypatch.setattr(step, "pinned_copy", torch.clone)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # so nothing is read on the host
+
+
+def captured_generator(model, captures=True):
+    """Returns a TextGenerator of plain torch's back end whose steps and prefills are captured."""
+    generator = generator_of(model)
+    backend = Backend(generator.model)
+    backend.captures = captures
+    generator.backends, generator.versions = {"eager": backend}, weight_versions(generator.model)
+    return generator

@@ -144,14 +144,14 @@ def test_a_rows_logits_are_the_same_bits_in_any_slot_beside_any_rows(dtype, rows
 
 
 @torch.no_grad()
-def test_a_copied_row_continues_as_its_source(model):
+def test_copied_rows_continue_as_their_source(model):
     ids, cache = random_ids(1, 9), KVCache(SMALL, 3)
     model(ids[:, :8], cache=cache.empty_row(2))
-    cache.copy_row(2, 0)
-    assert cache.lengths.tolist() == [8, 0, 8]
+    cache.copy_rows(torch.tensor([2, 2]), torch.tensor([0, 1]), 8)
+    cache.lengths[:2] = 8
     logits = model(ids[:, 8:].expand(3, 1), cache=cache)
     torch.testing.assert_close(logits[0], model(ids)[0], rtol=0, atol=1e-4)
-    assert torch.equal(logits[0], logits[2])
+    assert torch.equal(logits[0], logits[2]) and torch.equal(logits[1], logits[2])
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ class Backend:
     """The back end in plain torch, for any device, and the base class of the others."""
 
     captures = False  # whether steps are launched as CUDA graphs
+    draws_ahead = True  # whether steps read random numbers from Step.draws
     choose_step: Callable[[torch.Tensor, Any], torch.Tensor] | None = None
     """(logits, Step) -> ids, in place of Step.choose and `choose_ids`"""
 

@@ -17,8 +17,12 @@ import hashlib
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
+from gpt.device import upload
+
+FILTERS = ("temperature", "top_k", "top_p", "min_p", "penalty")  # the tensors of Filters
 CANDIDATES = 768  # likeliest tokens looked at before all of V is sorted; above V / 64 torch.topk is three times slower
 NOT_FINITE, UNDECIDED = -1, -2  # in place of an id
 TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -82,10 +86,31 @@ class Filters:
         self.min_p = torch.full((rows,), -math.inf, device=device)  # logarithm of min_p; -inf is off
         self.penalty = torch.ones(rows, device=device)
         self.params: dict[int, SamplingParams] = {}  # row -> its SamplingParams, for rows that are not idle
+        # On the host: the values that the tensors shall hold, and those that were uploaded last.
+        self.values = {name: getattr(self, name).cpu().numpy().copy() for name in FILTERS}
+        self.uploaded = {name: values.copy() for name, values in self.values.items()}
         self.update_kind()
 
     def set(self, row: int, params: SamplingParams | None) -> None:
         """Sets the SamplingParams of a row; None makes the row idle, which is greedy. Does not wait for the device."""
+        self.assign({row: params})
+        self.upload()
+
+    def upload(self) -> None:
+        """Copies the values that `assign` has set to the device, one copy for each tensor that changes. Does not wait
+        for the device."""
+        for name, values in self.values.items():
+            if not np.array_equal(values, self.uploaded[name]):
+                self.uploaded[name] = values.copy()
+                upload(getattr(self, name), values)
+
+    def assign(self, settings: dict[int, SamplingParams | None]) -> None:
+        """Sets the SamplingParams of rows, on the host, and `kind`; `upload` copies them to the device."""
+        for row, params in settings.items():
+            self.assign_row(row, params)
+        self.update_kind()
+
+    def assign_row(self, row: int, params: SamplingParams | None) -> None:
         if params is None:
             self.params.pop(row, None)
             params = SamplingParams(temperature=0)
@@ -93,12 +118,11 @@ class Filters:
             self.params[row] = params
         if params.temperature == 0:  # a top-p of 0 keeps the likeliest token alone
             params = replace(params, top_k=0, top_p=0, min_p=0)
-        self.temperature[row].fill_(within_float32(params.temperature) if params.temperature else 0)
-        self.top_k[row].fill_(min(params.top_k, WORD))
-        self.top_p[row].fill_(round(params.top_p * DRAWS))
-        self.min_p[row].fill_(math.log(params.min_p) if params.min_p else -math.inf)
-        self.penalty[row].fill_(within_float32(params.repetition_penalty))
-        self.update_kind()
+        self.values["temperature"][row] = within_float32(params.temperature) if params.temperature else 0
+        self.values["top_k"][row] = min(params.top_k, WORD)
+        self.values["top_p"][row] = round(params.top_p * DRAWS)
+        self.values["min_p"][row] = math.log(params.min_p) if params.min_p else -math.inf
+        self.values["penalty"][row] = within_float32(params.repetition_penalty)
 
     def update_kind(self) -> None:
         rows = self.params.values()
@@ -217,20 +241,34 @@ def random_draws(
 ) -> torch.Tensor:
     """Returns uniform whole numbers below DRAWS, int64 (count,), for positions start, start + 1, …: a pure function of
     its arguments. 0 <= seed < 2^64."""
+    positions = torch.arange(start, start + count, device=device)
+    _, low, high, sample = stream(seed, prompt_id, sample)
+    return philox([positions, *[torch.full_like(positions, word) for word in (sample, low, high)]], seed)[0] >> 2
+
+
+def stream(seed: int, prompt_id: int | str, sample: int) -> tuple[int, int, int, int]:
+    """Returns the numbers that, with the position, decide a random number: the seed as int64, the lower and the upper
+    word of the prompt's id, and the sample."""
     if isinstance(prompt_id, str):
         digest = hashlib.blake2b(prompt_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         prompt_id = int.from_bytes(digest, "little")
-    positions = torch.arange(start, start + count, device=device)
-    constants = (sample, prompt_id & WORD, prompt_id >> 32 & WORD)
-    return philox([positions, *[torch.full_like(positions, word) for word in constants]], seed)[0] >> 2
+    return (seed ^ 1 << 63) - (1 << 63), prompt_id & WORD, prompt_id >> 32 & WORD, sample
 
 
-def philox(words: list[torch.Tensor], key: int) -> tuple[torch.Tensor, ...]:
+def draws_of_streams(streams: torch.Tensor, starts: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns the random_draws (N, count) of `streams` (N, 4), each as `stream` returns it, from positions `starts`
+    (N,) on."""
+    positions = starts[:, None] + torch.arange(count, device=starts.device)
+    seed, low, high, sample = streams[:, :, None].unbind(1)  # (N, 1) each
+    return philox([positions, sample, low, high], seed)[0] >> 2
+
+
+def philox(words: list[torch.Tensor], key: int | torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Returns the four output words of Philox4x32-10 for four input words and a 64-bit key; words are 32 bits, in int64
     tensors. Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". int64 products overflow, but
     their low and high 32 bits are right."""
     a, b, c, d = words
-    low, high = key & WORD, key >> 32
+    low, high = key & WORD, key >> 32 & WORD
     for _ in range(10):
         left, right = a * 0xD2511F53, c * 0xCD9E8D57
         a, b = (right >> 32 & WORD) ^ b ^ low, right & WORD

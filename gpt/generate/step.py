@@ -3,7 +3,6 @@
 Shapes: R rows, V vocabulary, T tokens of one text, N likeliest tokens that are reported."""
 
 import contextlib
-import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
@@ -11,17 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from gpt.device import GIB, free_memory, pinned_copy
+from gpt.device import GIB, free_memory, pinned_copy, to_device, upload
 from gpt.errors import ResourceError
 from gpt.generate.backend import Backend
+from gpt.generate.prefill import WARM_UPS, ChunkedPrefill
 from gpt.generate.repeats import Repeats
-from gpt.generate.sampling import Filters, likeliest, random_draws
+from gpt.generate.sampling import Filters, draws_of_streams, likeliest, stream
 from gpt.generate.sequence import GenerationParams
 from gpt.kernels.cuda_graph import CudaGraph
 from gpt.model import GPT, KVCache
 
 DRAWS_AHEAD = 512  # positions whose random numbers are made at once: the 120 operations for them take as long as a step
-WARM_UPS = 2  # steps before a capture: compilers and libraries initialise themselves in them
 TOKENS_PER_LAUNCH = 16  # of all rows, per CUDA graph: fewer let the GPU wait, more are wasted at the end of a text
 NO_MEMORY = "out of memory|can't allocate memory|not enough memory"  # torch's words, on GPUs and on CPUs
 
@@ -38,6 +37,14 @@ class Chosen(NamedTuple):
     def apply(self, function: Callable[[torch.Tensor], Any]) -> list:
         """Returns function(tensor) for each of the tensors, or None where a tensor is None."""
         return [None if tensor is None else function(tensor) for tensor in self]
+
+
+class Window(NamedTuple):
+    """The ids that a row's next step sees: the last one is not in its cache yet."""
+
+    row: int
+    ids: list[int]
+    turn: int  # tokens that are chosen since the start of the text
 
 
 Results = list[tuple[list, list, list]]  # of each step: ids, log-probabilities, [(id, log-probability)], by row
@@ -62,8 +69,11 @@ class Step:
         self.turns = torch.zeros_like(self.next)  # (R,) tokens chosen since the start of each row's text
         self.launched = np.zeros(rows, dtype=np.int64)  # `turns` after all steps in flight, on the host
         self.draws = torch.zeros(rows, 2 * DRAWS_AHEAD, dtype=torch.int64, device=device)  # two blocks, used in turn
+        self.streams = torch.zeros(rows, 4, dtype=torch.int64, device=device)  # of random numbers: see sampling.stream
+        self.stream_values = np.zeros((rows, 4), dtype=np.int64)  # `streams` on the host
         self.filters = Filters(rows, device)
         self.ignores_eot = torch.zeros(rows, dtype=torch.bool, device=device)  # (R,) rows that never choose a stop id
+        self.ignoring = np.zeros(rows, dtype=bool)  # `ignores_eot` on the host
         self.stops = torch.tensor(stops, dtype=torch.int64, device=device) if len(stops) else None  # apart from `eot`
         self.banned = torch.tensor(banned, dtype=torch.int64, device=device) if len(banned) else None
         self.seen: torch.Tensor | None = None  # (R, V) tokens in each row's window, if a row has a repetition penalty
@@ -122,46 +132,66 @@ class Step:
         log-probabilities."""
         self.report, self.narrow = report, self.backend.captures
         self.cache.lengths.zero_()
+        self.filters.assign(dict.fromkeys(range(len(self))))
         for row in range(len(self)):
-            self.filters.set(row, None)
             self.repeats.begin(row, None)
 
-    def prefill(self, row: int, ids: torch.Tensor) -> None:
-        """Empties a row and appends the keys and values of `ids` (T,) to its cache."""
-        cache = self.cache.empty_row(row)
-        if len(ids):
-            self.backend.prefill(ids[None], cache)
+    def prefill(self, texts: dict[int, list[int]]) -> None:
+        """Fills the cache of each row, row -> ids, with the keys and values of its ids alone."""
+        for row, ids in texts.items():
+            cache = self.cache.empty_row(row)
+            if ids:
+                self.backend.prefill(to_device(torch.tensor(ids), self.device)[None], cache)
 
-    def set_params(self, row: int, params: GenerationParams) -> None:
-        self.filters.set(row, params.sampling)
-        self.ignores_eot[row] = params.ignore_eot
+    def set_params(self, params: dict[int, GenerationParams]) -> None:
+        """Sets the settings of rows, with few copies for all of them together. Does not wait for the device."""
+        self.filters.assign({row: own.sampling for row, own in params.items()})
+        self.filters.upload()
+        ignoring = self.ignoring.copy()
+        for row, own in params.items():
+            self.ignoring[row] = own.ignore_eot
+        if not np.array_equal(ignoring, self.ignoring):
+            upload(self.ignores_eot, self.ignoring)
         if self.filters.penalizes and self.seen is None:
             self.seen = torch.zeros(len(self), self.vocab_size, dtype=torch.bool, device=self.device)
 
-    def set_window(self, row: int, ids: torch.Tensor, turn: int) -> None:
-        """Makes `ids` (T,) the window of a row whose text has `turn` chosen tokens. The row's cache must hold all these
-        ids but the last, which the next step reads."""
-        self.cache.set_length(row, len(ids) - 1)
-        if self.backend.reads_beyond:
-            self.cache.clear_beyond(row, len(ids) - 1)
-        self.next[row] = ids[-1]
-        self.turns[row] = turn
-        self.launched[row] = turn
+    def set_windows(self, windows: list[Window]) -> None:
+        """Sets the windows of rows, with few copies for all of them together. Does not wait for the device. A row's
+        cache must hold all ids of its window but the last, which the next step reads."""
+        starts = [(row, ids[-1], turn, len(ids) - 1) for row, ids, turn in windows]
+        rows, ids, turns, lengths = to_device(torch.tensor(starts).T.contiguous(), self.device)
+        self.next[rows], self.turns[rows], self.cache.lengths[rows] = ids, turns, lengths
+        self.cache.is_empty = False
+        for row, _, turn, length in starts:
+            self.launched[row] = turn
+            if self.backend.reads_beyond:
+                self.cache.clear_beyond(row, length)
         if self.seen is not None:
-            self.seen[row] = False
-            self.seen[row, ids] = True
+            pairs = torch.tensor([(row, token) for row, tokens, _ in windows for token in tokens])
+            self.seen[rows] = False
+            self.seen[tuple(to_device(pairs.T.contiguous(), self.device))] = True
 
     def set_text(self, row: int, params: GenerationParams, prompt: list[int], ids: list[int]) -> None:
         """Makes `prompt` and the chosen `ids` the text of a row, for the settings that look at all of it."""
         self.repeats.begin(row, params.sampling, prompt, ids)
 
-    def draw_ahead(self, row: int, key: tuple[int, int | str, int], steps: int) -> None:
-        """Draws the next block of random numbers of a row, if the first of them is needed in the next `steps` steps.
-        `key` is (seed, prompt id, sample)."""
-        start = math.ceil(self.launched[row] / DRAWS_AHEAD) * DRAWS_AHEAD
-        if start < self.launched[row] + steps:
-            column = start % self.draws.shape[1]
-            self.draws[row, column : column + DRAWS_AHEAD] = random_draws(*key, start, DRAWS_AHEAD, self.device)
+    def set_streams(self, keys: dict[int, tuple[int, int | str, int]]) -> None:
+        """Sets which random numbers rows get, by row: (seed, prompt id, sample)."""
+        for row, key in keys.items():
+            self.stream_values[row] = stream(*key)
+        upload(self.streams, self.stream_values)
+
+    def draw_ahead(self, steps: int) -> None:
+        """Draws the next block of random numbers of all rows for which the first of them is needed in the next `steps`
+        steps."""
+        starts = -(-self.launched // DRAWS_AHEAD) * DRAWS_AHEAD
+        due = (starts < self.launched + steps) & (self.filters.values["temperature"] > 0)
+        if not self.backend.draws_ahead or not due.any():
+            return
+        pairs = torch.from_numpy(np.stack([due.nonzero()[0], starts[due]]))
+        rows, first = to_device(pairs, self.device)
+        columns = (first % self.draws.shape[1])[:, None] + torch.arange(DRAWS_AHEAD, device=self.device)
+        self.draws[rows[:, None], columns] = draws_of_streams(self.streams[rows], first, DRAWS_AHEAD)
 
 
 class CapturedStep:
@@ -175,6 +205,15 @@ class CapturedStep:
         self.graphs: dict[tuple, CudaGraph[list[Chosen]]] = {}
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(step.device)  # one for all graphs: libraries keep a workspace for each stream
+        self.chunks = ChunkedPrefill(step.backend, step.cache, self.new_graph)
+
+    def new_graph(self) -> CudaGraph:
+        return CudaGraph(self.step.device, self.stream, self.pool)
+
+    def prefill(self, texts: dict[int, list[int]]) -> None:
+        """See Step.prefill. Several texts share a forward pass."""
+        with torch.cuda.device(self.step.device):
+            self.chunks.fill(texts)
 
     @torch.inference_mode()
     def launch(self, count: int) -> Callable[[], Results]:
@@ -196,7 +235,7 @@ class CapturedStep:
 
     def capture(self, count: int) -> CudaGraph[list[Chosen]]:
         """Returns a graph of `count` steps. Every replay fills the same tensors."""
-        graph: CudaGraph[list[Chosen]] = CudaGraph(self.step.device, self.stream, self.pool)
+        graph: CudaGraph[list[Chosen]] = self.new_graph()
         with unchanged(self.step):
             for _ in range(WARM_UPS):
                 self.step.cache.lengths.zero_()  # a full row has no room for a step

@@ -175,11 +175,44 @@ def launching(generator, steps, lag):
 
     def take_decoder(name, rows):
         decoder = take(name, rows)
-        decoder.launcher = SimpleNamespace(launch=decoder.step.launch, most=steps, lag=lag)
+        decoder.launcher = SimpleNamespace(
+            launch=decoder.step.launch, prefill=decoder.step.prefill, most=steps, lag=lag
+        )
         return decoder
 
     ahead.take_decoder = take_decoder
     return ahead
+
+
+def recorded_launches(generator, most, prompts, **settings):
+    """Returns the numbers of steps of all launches, and the texts."""
+    ahead, counts = launching(generator, most, 1), []
+    launch = step.Step.launch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step.Step, "launch", lambda self, count: counts.append(count) or launch(self, count))
+        texts = ahead.generate(prompts, ignore_eot=True, seed=1, **settings)
+    return counts, [len(text.ids) for samples in texts for text in samples]
+
+
+def test_launches_grow_from_one_step_and_end_with_the_longest_text():
+    generator = generator_of(random_model(ModelConfig(1, 1, 16, 256)))
+    counts, _ = recorded_launches(generator, 16, "a", max_new_tokens=65)
+    assert counts == [1, 4, 16, 16, 16, 4, 4, 4]
+    counts, lengths = recorded_launches(generator, 16, ["a", "b", "c"], max_new_tokens=30, rows=3)
+    assert counts == [1, 4, 16, 4, 4, 1] and lengths == [30] * 3
+    counts, lengths = recorded_launches(generator, 16, ["a", "b"], max_new_tokens=21, rows=1)
+    assert counts == [1, 4, 16] * 2 and lengths == [21] * 2
+    counts, lengths = recorded_launches(generator, 16, ["x" * 250], max_new_tokens=20)
+    assert sum(counts) == 20 and lengths == [20]  # 7 places are left before the context's edge
+    assert recorded_launches(generator, 1, ["a"], max_new_tokens=3)[0] == [1, 1, 1]
+
+
+def test_the_first_token_comes_before_a_second_launch(generator):
+    ahead = launching(generator, 16, 1)
+    events = ahead.events(["abc", "de"], [ahead.params(max_new_tokens=30, seed=1, ignore_eot=True)] * 2)
+    next(events)
+    decoder = events.gi_frame.f_locals["decoder"]
+    assert not decoder.in_flight and set(decoder.step.launched[:2]) == {1}
 
 
 @pytest.mark.parametrize(("steps", "lag"), [(1, 1), (3, 1), (4, 0), (5, 2)])

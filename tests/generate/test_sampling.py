@@ -26,11 +26,13 @@ from gpt.generate.sampling import (
     Filters,
     SamplingParams,
     choose,
+    draws_of_streams,
     kept_weights,
     likeliest,
     penalize,
     philox,
     random_draws,
+    stream,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,6 +59,13 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
     words = [torch.tensor([int(word, 16)]) for word in counter]
     result = philox(words, int(key[1] + key[0], 16))
     assert " ".join(f"{word.item():08x}" for word in result) == expected
+
+
+def test_draws_of_several_streams_are_those_of_each():
+    keys, starts = [(0, 1, 0), (7, "a", 3), (1 << 63, -5, 2), ((1 << 64) - 1, 9, 1)], [0, 512, 3, 1 << 20]
+    together = draws_of_streams(torch.tensor([stream(*key) for key in keys]), torch.tensor(starts), 40)
+    for draws, key, start in zip(together, keys, starts, strict=True):
+        assert torch.equal(draws, random_draws(*key, start, 40))
 
 
 def test_draws_are_a_pure_function_of_seed_prompt_sample_and_position():

@@ -26,7 +26,7 @@ from gpt.generate.sampling import (
     random_draws,
 )
 from gpt.generate.sequence import GenerationParams
-from gpt.generate.step import Step
+from gpt.generate.step import Step, Window
 from gpt.kernels.native_sampler import NativeSampler
 from gpt.model import GPT, ModelConfig
 
@@ -185,7 +185,8 @@ def begin(step, turn):
     for row in range(3):
         if turn == 0 or (turn, row) in ((500, 1), (800, 2)):
             settings = SamplingParams(temperature=0.9, top_k=5 * row, repetition_penalty=1.3 if turn == 800 else 1.0)
-            step.set_params(row, GenerationParams(settings, ignore_eot=row != 1))
-            step.set_window(row, torch.tensor([row, 4]), turn=0)
-        step.draw_ahead(row, (1, 2, row), 1)
+            step.set_params({row: GenerationParams(sampling=settings, ignore_eot=row != 1)})
+            step.set_windows([Window(row, [row, 4], turn=0)])
+            step.set_streams({row: (1, 2, row)})
+    step.draw_ahead(1)
     step.launched += 1
