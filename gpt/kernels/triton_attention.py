@@ -3,6 +3,8 @@ value. The plain-torch version, attention.cached_attention, takes eleven kernels
 
 Shapes: R rows, H heads, S cache positions, D width of a head, C = H D."""
 
+# mypy: allow-untyped-defs
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ BLOCK = 64  # positions read at once
 
 
 @triton.jit
-def begin(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+def begin(PDL: tl.constexpr):
     """With programmatic dependent launch: waits until all earlier kernels have written their results, and lets the next
     kernel start."""
     if PDL:
@@ -23,7 +25,7 @@ def begin(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def append(new, keys, values, place, H, query, lane, exists, D: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def append(new, keys, values, place, H, query, lane, exists, D: tl.constexpr, WIDTH: tl.constexpr):
     """Stores the key and value of the new token at `place` in the cache. Returns the running maximum, sum of weights
     and sum of weighted values (WIDTH,) over this one position."""
     key = tl.load(new + H * D, mask=exists, other=0.0)
@@ -34,7 +36,7 @@ def append(new, keys, values, place, H, query, lane, exists, D: tl.constexpr, WI
 
 
 @triton.jit
-def attend_to_block(  # type: ignore[no-untyped-def]
+def attend_to_block(
     maximum, total, summed, keys, values, base, start, end, query, lane, exists, D: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Returns the running maximum, sum of weights and sum of weighted values with the positions from `start` to
@@ -54,7 +56,7 @@ def attend_to_block(  # type: ignore[no-untyped-def]
 @triton.jit
 def combine(
     part, counter, split, lane, maximum, total, summed, target, exists, WIDTH: tl.constexpr, SPLITS: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """Stores one of SPLITS parts in memory. The program that does so last adds all parts, always in the same order."""
     tl.store(part + split * WIDTH + lane, summed)
     maxima, totals = part + SPLITS * WIDTH, part + SPLITS * WIDTH + SPLITS
@@ -72,7 +74,7 @@ def combine(
 
 
 @triton.jit
-def attend(  # type: ignore[no-untyped-def]
+def attend(
     qkv, keys, values, positions, parts, counters, out, H, S,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip

@@ -8,6 +8,8 @@ The residual stream is in fp32 throughout. No row's arithmetic depends on anothe
 
 Shapes: R rows, N outputs, K inputs, C width of the residual stream, V vocabulary."""
 
+# mypy: allow-untyped-defs
+
 from typing import Any, cast
 
 import torch
@@ -25,7 +27,7 @@ FEW_ROWS = 8  # up to so many rows the products are made here
 
 
 @triton.jit
-def weight_tile(weight, n, N, K, start, BK: tl.constexpr):  # type: ignore[no-untyped-def]
+def weight_tile(weight, n, N, K, start, BK: tl.constexpr):
     """Loads the inputs from `start` to start + BK of the outputs n (BN,) of a weight (N, K); 0 beyond its edges."""
     k = start + tl.arange(0, BK)
     mask = (n < N)[:, None] & (k < K)[None, :]
@@ -33,7 +35,7 @@ def weight_tile(weight, n, N, K, start, BK: tl.constexpr):  # type: ignore[no-un
 
 
 @triton.jit
-def input_tile(x, row, R, K, start, BK: tl.constexpr):  # type: ignore[no-untyped-def]
+def input_tile(x, row, R, K, start, BK: tl.constexpr):
     """Loads the columns from `start` to start + BK of the rows (RB,) of x (R, K) as float32; 0 beyond its edges."""
     k = start + tl.arange(0, BK)
     mask = (row < R)[:, None] & (k < K)[None, :]
@@ -41,14 +43,14 @@ def input_tile(x, row, R, K, start, BK: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit
-def vector_tile(x, K, start, BK: tl.constexpr):  # type: ignore[no-untyped-def]
+def vector_tile(x, K, start, BK: tl.constexpr):
     """Loads the elements from `start` to start + BK of x (K,) as float32 (1, BK); 0 beyond its end."""
     k = start + tl.arange(0, BK)
     return tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
-def moments(x, row, R, K, EPS: tl.constexpr, RB: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr):  # type: ignore[no-untyped-def]
+def moments(x, row, R, K, EPS: tl.constexpr, RB: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr):
     """Returns the mean and the reciprocal standard deviation (RB,) of rows of x (R, K)."""
     total = tl.zeros((RB, BK), tl.float32)
     for tile in tl.static_range(TILES):
@@ -63,7 +65,7 @@ def moments(x, row, R, K, EPS: tl.constexpr, RB: tl.constexpr, BK: tl.constexpr,
 
 
 @triton.jit
-def multiply(  # type: ignore[no-untyped-def]
+def multiply(
     x, w, weight, n, row, gain, shift, R, N, K,
     EPS: tl.constexpr, NORM: tl.constexpr, RB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -82,13 +84,13 @@ def multiply(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gelu(x):  # type: ignore[no-untyped-def]
+def gelu(x):
     """Returns x * (1 + tanh(u)) / 2 = x * sigmoid(2 u), with u = sqrt(2 / pi) * (x + 0.044715 x^3)."""
     return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
 @triton.jit
-def linear(  # type: ignore[no-untyped-def]
+def linear(
     x, weight, scale, bias, gain, shift, residual, out, R, N, K,
     EPS: tl.constexpr, NORM: tl.constexpr, GELU: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, RB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
@@ -115,9 +117,7 @@ def linear(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def add_norm(  # type: ignore[no-untyped-def]
-    x, y, gain, shift, out, K, EPS: tl.constexpr, ADD: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr
-):
+def add_norm(x, y, gain, shift, out, K, EPS: tl.constexpr, ADD: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr):
     """Computes one row: adds y (R, K) to x (R, K), in place, if ADD; out (R, K) becomes the layer norm of x."""
     k = tl.arange(0, WIDTH)
     inside, place = k < K, tl.program_id(0) * K + k
