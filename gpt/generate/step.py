@@ -21,7 +21,8 @@ from gpt.kernels.cuda_graph import CudaGraph
 from gpt.model import GPT, KVCache
 
 DRAWS_AHEAD = 512  # positions whose random numbers are made at once: the 120 operations for them take as long as a step
-TOKENS_PER_LAUNCH = 16  # of all rows, per CUDA graph: fewer let the GPU wait, more are wasted at the end of a text
+# Per CUDA graph. Fewer let the GPU wait for the host; more are wasted at the end of a text, and take longer to capture.
+TOKENS_PER_LAUNCH, STEPS_PER_LAUNCH = 16, 4  # tokens of all rows; steps
 NO_MEMORY = "out of memory|can't allocate memory|not enough memory"  # torch's words, on GPUs and on CPUs
 
 
@@ -201,8 +202,8 @@ class CapturedStep:
     lag = 1
 
     def __init__(self, step: Step):
-        self.step, self.most = step, max(1, TOKENS_PER_LAUNCH // len(step))
-        self.graphs: dict[tuple, CudaGraph[list[Chosen]]] = {}
+        self.step, self.most = step, max(1, min(STEPS_PER_LAUNCH, TOKENS_PER_LAUNCH // len(step)))
+        self.graphs: dict[tuple, CudaGraph[Chosen]] = {}
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(step.device)  # one for all graphs: libraries keep a workspace for each stream
         self.chunks = ChunkedPrefill(step.backend, step.cache, self.new_graph)
@@ -223,24 +224,28 @@ class CapturedStep:
         with torch.cuda.device(step.device):  # streams and events belong to the current device
             if kind not in self.graphs:
                 self.graphs[kind] = self.capture(count)
-            copies = [Chosen(*each.apply(pinned_copy)) for each in self.graphs[kind].replay()]
+            copies: list[Any] = self.graphs[kind].replay().apply(pinned_copy)
             done = torch.cuda.Event()
             done.record()
 
         def wait() -> Results:
             done.synchronize()
-            return [on_host(each) for each in copies]
+            steps: list[list[Any]] = [
+                [None if copy is None else copy[number] for copy in copies] for number in range(count)
+            ]
+            return [on_host(Chosen(*fields)) for fields in steps]
 
         return wait
 
-    def capture(self, count: int) -> CudaGraph[list[Chosen]]:
-        """Returns a graph of `count` steps. Every replay fills the same tensors."""
-        graph: CudaGraph[list[Chosen]] = self.new_graph()
+    def capture(self, count: int) -> CudaGraph[Chosen]:
+        """Returns a graph of `count` steps, whose results are stacked: one copy brings those of all steps to the host.
+        Every replay fills the same tensors."""
+        graph: CudaGraph[Chosen] = self.new_graph()
         with unchanged(self.step):
             for _ in range(WARM_UPS):
                 self.step.cache.lengths.zero_()  # a full row has no room for a step
                 graph.warm_up(self.step.choose_next)
-        graph.capture(lambda: [self.step.choose_next() for _ in range(count)])
+        graph.capture(lambda: stacked([self.step.choose_next() for _ in range(count)]))
         return graph
 
 
@@ -256,6 +261,12 @@ def unchanged(step: Step) -> Iterator[None]:
     yield
     for tensor, copy in zip(tensors, copies, strict=True):
         tensor.copy_(copy)
+
+
+def stacked(steps: list[Chosen]) -> Chosen:
+    """Returns the results of several steps as tensors with one more dimension, the first."""
+    fields: list[Any] = [None if tensors[0] is None else torch.stack(tensors) for tensors in zip(*steps, strict=True)]
+    return Chosen(*fields)
 
 
 def on_host(chosen: Chosen) -> tuple[list, list, list]:

@@ -108,7 +108,7 @@ def test_captured_steps_choose_what_steps_one_by_one_choose(device, monkeypatch)
         assert_same_texts(itertools.chain(*found), itertools.chain(*expected))
     kinds = set(captured.idle_decoder.launcher.graphs)
     counts, reports, filters, without_seen, narrow, repeats = map(set, zip(*kinds, strict=True))
-    assert (counts, reports, without_seen, narrow) == ({1, 5}, {None, 0, 3}, {True, False}, {True, False})
+    assert (counts, reports, without_seen, narrow) == ({1, 4}, {None, 0, 3}, {True, False}, {True, False})
     assert (len(filters), repeats) == (4, {(0, 0), (3, 0), (3, 256), (0, 256)})
 
 
