@@ -217,12 +217,18 @@ def random_draws(
 ) -> torch.Tensor:
     """Returns uniform whole numbers below DRAWS, int64 (count,), for positions start, start + 1, …: a pure function of
     its arguments. 0 <= seed < 2^64."""
+    positions = torch.arange(start, start + count, device=device)
+    _, low, high, sample = stream(seed, prompt_id, sample)
+    return philox([positions, *[torch.full_like(positions, word) for word in (sample, low, high)]], seed)[0] >> 2
+
+
+def stream(seed: int, prompt_id: int | str, sample: int) -> tuple[int, int, int, int]:
+    """Returns the numbers that, with the position, decide a random number: the seed as int64, the lower and the upper
+    word of the prompt's id, and the sample."""
     if isinstance(prompt_id, str):
         digest = hashlib.blake2b(prompt_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         prompt_id = int.from_bytes(digest, "little")
-    positions = torch.arange(start, start + count, device=device)
-    constants = (sample, prompt_id & WORD, prompt_id >> 32 & WORD)
-    return philox([positions, *[torch.full_like(positions, word) for word in constants]], seed)[0] >> 2
+    return (seed ^ 1 << 63) - (1 << 63), prompt_id & WORD, prompt_id >> 32 & WORD, sample
 
 
 def philox(words: list[torch.Tensor], key: int) -> tuple[torch.Tensor, ...]:
