@@ -20,24 +20,26 @@ three depths at once and keeps the quarter in which the count reaches k. An exam
 After COARSE passes, the tokens down to the band's end (here 88 of 50,257) are copied to a short list, and the search
 goes on there until the band holds a single depth. Top-p is the same search with sums of weights instead of counts.
 
-The draw needs no sort either: the sum of the kept weights of each BLOCK of ids shows in which block the running sum
-passes `target`, and a running sum within this block shows the id.
+The draw needs no sort either: the sums of the kept weights of each GROUP of ids show in which group the running sum
+passes `target`, and a running sum within this group shows the id.
 
-Shapes: R rows, V vocabulary, N blocks of ids."""
+Shapes: R rows, V vocabulary."""
 
 # mypy: allow-untyped-defs
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 BLOCK = 2048  # tokens read at once
+GROUP = tl.constexpr(32)  # neighbouring ids whose weights are added up for the draw
 WARPS = 16
 NOT_FINITE = tl.constexpr(-1)  # in place of an id
 COARSE = tl.constexpr(2)  # passes over the whole row before the short list is made
-UNLIMITED = tl.constexpr(1 << 30)
+EXACT = tl.constexpr(1 << 30)  # more passes than a search can need
+OFF = tl.constexpr(1 << 30)  # a top_p of 1
 DRAW_BITS = tl.constexpr(30)  # random numbers and top_p are in units of 2^-30
 UNITS = tl.constexpr(4294967296.0)  # the weight of probability 1
 MOST = tl.constexpr(4294967040.0)  # the largest float32 below 2^32: weights are stored in 32 bits
@@ -102,20 +104,19 @@ def store_depths(
 
 
 @triton.jit
-def weigh(depths, weights, blocks, scale, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Stores the weights. Returns the sum of each block's weights, (N,), and the number of tokens with a weight."""
-    lane, number = tl.arange(0, BLOCK), tl.arange(0, N)
-    masses = tl.zeros((N,), tl.int64)
-    counts = tl.zeros((BLOCK,), tl.int32)
+def weigh(depths, weights, blocks, scale, BLOCK: tl.constexpr):
+    """Stores the weights. Returns their sum and the number of tokens with a weight."""
+    lane = tl.arange(0, BLOCK)
+    sums, counts = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int32)
     for block in range(blocks):
         scaled = tl.exp(-tl.load(depths + block * BLOCK + lane)) * scale
         rounded = tl.where(scaled < NO_FRACTION, scaled + NO_FRACTION - NO_FRACTION, scaled)
         weight = tl.minimum(rounded, MOST).to(tl.uint32)
         tl.store(weights + block * BLOCK + lane, weight.to(tl.int32, bitcast=True))
-        masses = tl.where(number == block, tl.sum(weight.to(tl.int64), axis=0), masses)
+        sums += weight.to(tl.int64)
         counts += (weight > 0).to(tl.int32)
     tl.debug_barrier()
-    return masses, tl.sum(counts, axis=0)
+    return tl.sum(sums, axis=0), tl.sum(counts, axis=0)
 
 
 @triton.jit
@@ -130,54 +131,45 @@ def load_weights(weights, places):
 def search(depths, weights, blocks, need, high, passes, COUNTS: tl.constexpr, BLOCK: tl.constexpr):
     """Returns the least depth down to which the tokens are at least `need` in number (COUNTS) or in weight, which they
     must be down to the depth `high`. After `passes` passes it returns a depth that may be greater."""
-    lane = tl.arange(0, BLOCK)
+    lane, part = tl.arange(0, BLOCK)[None, :], tl.arange(1, 5)[:, None]
     low = -TINY  # the result is in the band (low, high]
-    nearest, farthest = low, high  # depths of tokens in the band
-    turn = 0
+    nearest, farthest, turn = low, high, 0  # nearest, farthest: depths of tokens in the band
     while (nearest < farthest) & (turn < passes):
-        step = (high - low) * 0.25
-        a, b, c = low + step, low + 2 * step, low + 3 * step
-        until_a = tl.zeros((BLOCK,), tl.int32 if COUNTS else tl.int64)
-        until_b, until_c = until_a, until_a
-        least, most = tl.full((BLOCK,), INFINITY, tl.float32), tl.full((BLOCK,), -INFINITY, tl.float32)
+        borders = low + (high - low) * 0.2 * part  # (4, 1): they divide the band into 5 parts
+        sums = tl.zeros((4, BLOCK), tl.int32 if COUNTS else tl.int64)
+        least, most = tl.full((1, BLOCK), INFINITY, tl.float32), tl.full((1, BLOCK), -INFINITY, tl.float32)
         for block in range(blocks):
             depth = tl.load(depths + block * BLOCK + lane)
-            if COUNTS:
-                size = tl.full((BLOCK,), 1, tl.int32)
-            else:
-                size = load_weights(weights, block * BLOCK + lane)
-            until_a += tl.where(depth <= a, size, 0)
-            until_b += tl.where(depth <= b, size, 0)
-            until_c += tl.where(depth <= c, size, 0)
+            size = 1 if COUNTS else load_weights(weights, block * BLOCK + lane)
+            sums += tl.where(depth <= borders, size, 0)
             inside = (depth > low) & (depth <= high)
             least = tl.minimum(least, tl.where(inside, depth, INFINITY))
             most = tl.maximum(most, tl.where(inside, depth, -INFINITY))
-        nearest, farthest = tl.min(least, axis=0), tl.max(most, axis=0)
-        sum_a, sum_b, sum_c = tl.sum(until_a, axis=0), tl.sum(until_b, axis=0), tl.sum(until_c, axis=0)
-        low = tl.where(sum_c < need, c, tl.where(sum_b < need, b, tl.where(sum_a < need, a, low)))
-        high = tl.where(sum_a >= need, a, tl.where(sum_b >= need, b, tl.where(sum_c >= need, c, high)))
-        high = tl.minimum(high, farthest)
+        nearest, farthest = tl.min(least), tl.max(most)
+        enough = tl.sum(sums, axis=1)[:, None] >= need
+        low = tl.max(tl.where(enough, low, borders))
+        high = tl.minimum(tl.min(tl.where(enough, borders, high)), farthest)
         turn += 1
     return high
 
 
 @triton.jit
 def make_short_list(depths, weights, blocks, last, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Copies depths and weights of the tokens down to the depth `last` to places from WIDTH on. Fills the last block
-    with tokens of infinite depth. Returns the number of blocks."""
+    """Copies depths and weights of the tokens down to the depth `last` to places from WIDTH on. Returns the number of
+    blocks. Each lane fills its own place of each block, so blocks may have gaps, which get an infinite depth."""
     lane = tl.arange(0, BLOCK)
-    count = 0
+    counts = tl.zeros((BLOCK,), tl.int32)
     for block in range(blocks):
         depth, weight = tl.load(depths + block * BLOCK + lane), tl.load(weights + block * BLOCK + lane)
         near = depth <= last
-        places = WIDTH + count + tl.cumsum(near.to(tl.int32), axis=0) - 1
-        tl.store(depths + places, depth, mask=near)
-        tl.store(weights + places, weight, mask=near)
-        count += tl.sum(near.to(tl.int32), axis=0)
-    tl.store(depths + WIDTH + count + lane, tl.full((BLOCK,), INFINITY, tl.float32))
-    tl.store(weights + WIDTH + count + lane, tl.zeros((BLOCK,), tl.int32))
+        tl.store(depths + WIDTH + counts * BLOCK + lane, depth, mask=near)
+        tl.store(weights + WIDTH + counts * BLOCK + lane, weight, mask=near)
+        counts += near.to(tl.int32)
+    longest = tl.max(counts, axis=0)
+    for block in range(longest):
+        tl.store(depths + WIDTH + block * BLOCK + lane, INFINITY, mask=block >= counts)
     tl.debug_barrier()
-    return tl.cdiv(count, BLOCK)
+    return longest
 
 
 @triton.jit
@@ -194,7 +186,7 @@ def weight_until(depths, weights, blocks, last, BLOCK: tl.constexpr):
 @triton.jit
 def share(total, top_p):
     """Returns the weight that the kept tokens must reach: top_p of the total, rounded up, and at least 1."""
-    return tl.maximum((total * top_p + (UNLIMITED - 1)) >> DRAW_BITS, 1)
+    return tl.maximum((total * top_p + (OFF - 1)) >> DRAW_BITS, 1)
 
 
 @triton.jit
@@ -208,36 +200,60 @@ def find_border(depths, weights, blocks, total, counted, top_k, top_p, WIDTH: tl
     else:
         border = search(depths, weights, blocks, need, border, COARSE, False, BLOCK)
     blocks = make_short_list(depths, weights, blocks, border, WIDTH, BLOCK)
+    depths += WIDTH
+    weights += WIDTH
     if limited:
-        border = search(depths + WIDTH, weights + WIDTH, blocks, top_k, border, UNLIMITED, True, BLOCK)
-        need = share(weight_until(depths + WIDTH, weights + WIDTH, blocks, border, BLOCK), top_p)
-    if top_p < UNLIMITED:
-        border = search(depths + WIDTH, weights + WIDTH, blocks, need, border, UNLIMITED, False, BLOCK)
+        border = search(depths, weights, blocks, top_k, border, EXACT, True, BLOCK)
+        need = share(weight_until(depths, weights, blocks, border, BLOCK), top_p)
+    if top_p < OFF:
+        border = search(depths, weights, blocks, need, border, EXACT, False, BLOCK)
     return border, need
 
 
+# ---- the draw
+
+
 @triton.jit
-def kept_masses(depths, weights, blocks, border, need, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Returns the sum of the kept weights of each block, (N,), and the quota that is left at the start of each block,
-    (N,). Tokens at the border have equal weights; they are kept, in the order of their ids, until the sum of all kept
-    weights reaches `need`."""
-    lane, number = tl.arange(0, BLOCK), tl.arange(0, N)
-    masses, ties = tl.zeros((N,), tl.int64), tl.zeros((N,), tl.int64)
-    tie_weights = tl.zeros((BLOCK,), tl.int64)
+def group_sums(values, BLOCK: tl.constexpr):
+    """Returns the sums of each GROUP of `values` (BLOCK,)."""
+    return tl.sum(tl.reshape(values, (BLOCK // GROUP, GROUP)), axis=1)
+
+
+@triton.jit
+def add_up(depths, weights, masses, ties, blocks, border, BLOCK: tl.constexpr):
+    """Stores for each group of ids the sum of the weights before the border, and the number of tokens at the border.
+    Returns the sum of the weights before the border, and the weight of a token at the border, which all have."""
+    lane, group = tl.arange(0, BLOCK), tl.arange(0, BLOCK // GROUP)
+    before, tie_weights = tl.zeros((BLOCK // GROUP,), tl.int64), tl.zeros((BLOCK,), tl.int64)
     for block in range(blocks):
         depth, weight = tl.load(depths + block * BLOCK + lane), load_weights(weights, block * BLOCK + lane)
-        tie = depth == border
-        masses = tl.where(number == block, tl.sum(tl.where(depth < border, weight, 0), axis=0), masses)
-        ties = tl.where(number == block, tl.sum(tie.to(tl.int32), axis=0).to(tl.int64), ties)
-        tie_weights = tl.maximum(tie_weights, tl.where(tie, weight, 0))
-    tie_weight = tl.max(tie_weights, axis=0)
-    missing, divisor = need - tl.sum(masses, axis=0), tl.maximum(tie_weight, 1)
-    left = (missing + divisor - 1) // divisor - (tl.cumsum(ties, axis=0) - ties)
-    kept = tl.minimum(tl.maximum(left, 0), ties)
-    return masses + kept * tie_weight, left
+        mass = group_sums(tl.where(depth < border, weight, 0), BLOCK)
+        tl.store(masses + block * (BLOCK // GROUP) + group, mass)
+        tl.store(ties + block * (BLOCK // GROUP) + group, group_sums((depth == border).to(tl.int32), BLOCK))
+        before += mass
+        tie_weights = tl.maximum(tie_weights, tl.where(depth == border, weight, 0))
+    tl.debug_barrier()
+    return tl.sum(before, axis=0), tl.max(tie_weights, axis=0)
 
 
-# ---- the draw
+@triton.jit
+def draw(depths, weights, masses, ties, V, border, quota, tie_weight, number, GROUPS: tl.constexpr):
+    """Returns the id at number / 2^30 of the kept weights, in the order of the ids: those of the tokens before the
+    border, and of the first `quota` tokens at the border."""
+    group, lane = tl.arange(0, GROUPS), tl.arange(0, GROUP)
+    mass = tl.load(masses + group, mask=group * GROUP < V, other=0)
+    tie = tl.load(ties + group, mask=group * GROUP < V, other=0).to(tl.int64)
+    left = quota - (tl.cumsum(tie, axis=0) - tie)  # of the quota, at the start of each group
+    mass += tl.minimum(tl.maximum(left, 0), tie) * tie_weight
+    target = tl.sum(mass, axis=0) * number >> DRAW_BITS
+    chosen = tl.sum((tl.cumsum(mass, axis=0) <= target).to(tl.int32), axis=0)
+    target -= tl.sum(tl.where(group < chosen, mass, 0), axis=0)
+    left_there = tl.sum(tl.where(group == chosen, left, 0), axis=0)
+    depth, weight = tl.load(depths + chosen * GROUP + lane), load_weights(weights, chosen * GROUP + lane)
+    tied = depth == border
+    kept = (depth < border) | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= left_there))
+    passed = tl.cumsum(tl.where(kept, weight, 0), axis=0) <= target
+    return chosen * GROUP + tl.sum(passed.to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -248,78 +264,78 @@ def random_number(stream, turn):
     return (words[0] >> 2).to(tl.int64)
 
 
-@triton.jit
-def draw(depths, weights, border, masses, left, number, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Returns the id at number / 2^30 of the kept weights, in the order of the ids."""
-    index, lane = tl.arange(0, N), tl.arange(0, BLOCK)
-    target = tl.sum(masses, axis=0) * number >> DRAW_BITS
-    block = tl.sum((tl.cumsum(masses, axis=0) <= target).to(tl.int32), axis=0)
-    target -= tl.sum(tl.where(index < block, masses, 0), axis=0)
-    quota = tl.sum(tl.where(index == block, left, 0), axis=0)
-    depth, weight = tl.load(depths + block * BLOCK + lane), load_weights(weights, block * BLOCK + lane)
-    tie = (depth == border).to(tl.int32)
-    kept = (depth < border) | ((tie > 0) & (tl.cumsum(tie, axis=0) <= quota))
-    passed = tl.cumsum(tl.where(kept, weight, 0), axis=0) <= target
-    return block * BLOCK + tl.sum(passed.to(tl.int32), axis=0)
-
-
 # ---- the kernel
 
 
 @triton.jit
 def choose_row(
     logits, row_stride, V, readable, temperatures, top_ks, top_ps, min_ps, streams, turns, next, ids, ignores_eot, eot,
-    banned, depths, weights, BANS: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    banned, depths, weights, masses, ties,
+    BANS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Chooses the next id of one row. WIDTH: places of a list of depths or weights, of which a row has two."""
+    """Chooses the next id of one row."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     ignored = tl.where(tl.load(ignores_eot + row) != 0, eot, -1)
-    top, likeliest, finite = survey(logits, V, readable, ignored, banned, BANS, BLOCK)
+    top, chosen, finite = survey(logits, V, readable, ignored, banned, BANS, BLOCK)
     temperature, turn = tl.load(temperatures + row), tl.load(turns + row)
-    chosen = likeliest
     if finite & (temperature > 0):
         depths += row * 2 * WIDTH
         weights += row * 2 * WIDTH
-        top_k, top_p, limit = tl.load(top_ks + row), tl.load(top_ps + row), -tl.load(min_ps + row)
+        masses += row * GROUPS
+        ties += row * GROUPS
         blocks = tl.cdiv(V, BLOCK)
+        top_k, top_p, border = tl.load(top_ks + row), tl.load(top_ps + row), -tl.load(min_ps + row)
         powers = store_depths(logits, V, readable, ignored, banned, top, temperature, depths, BANS, BLOCK)
-        masses, counted = weigh(depths, weights, blocks, UNITS / powers, N, BLOCK)
-        border, left = limit, tl.zeros((N,), tl.int64)
-        need = tl.sum(masses, axis=0)
-        searched = ((top_k > 0) & (top_k < counted)) | (top_p < UNLIMITED)
-        if searched:
-            border, need = find_border(depths, weights, blocks, need, counted, top_k, top_p, WIDTH, BLOCK)
-            border = tl.minimum(border, limit)
-        if searched | (limit < INFINITY):
-            masses, left = kept_masses(depths, weights, blocks, border, need, N, BLOCK)
-        chosen = draw(depths, weights, border, masses, left, random_number(streams + row * 4, turn), N, BLOCK)
-    chosen = tl.where(finite, chosen, NOT_FINITE).to(tl.int64)
-    tl.store(ids + row, chosen)
-    tl.store(next + row, tl.maximum(chosen, 0))
+        need, counted = weigh(depths, weights, blocks, UNITS / powers, BLOCK)
+        if ((top_k > 0) & (top_k < counted)) | (top_p < OFF):
+            last, need = find_border(depths, weights, blocks, need, counted, top_k, top_p, WIDTH, BLOCK)
+            border = tl.minimum(border, last)
+        before, tie_weight = add_up(depths, weights, masses, ties, blocks, border, BLOCK)
+        quota = tl.cdiv(need - before, tl.maximum(tie_weight, 1))
+        number = random_number(streams + row * 4, turn)
+        chosen = draw(depths, weights, masses, ties, V, border, quota, tie_weight, number, GROUPS)
+    result = tl.where(finite, chosen, NOT_FINITE).to(tl.int64)
+    tl.store(ids + row, result)
+    tl.store(next + row, tl.maximum(result, 0))
     tl.store(turns + row, turn + 1)
+
+
+class Scratch(NamedTuple):
+    """Memory of the kernel. W: places of a list, a multiple of BLOCK; G: groups of ids, a power of 2."""
+
+    depths: torch.Tensor  # (R, 2, W) float32, of all tokens and of the short list
+    weights: torch.Tensor  # (R, 2, W) int32, with the bits of uint32
+    masses: torch.Tensor  # (R, G) int64
+    ties: torch.Tensor  # (R, G) int32
+
+
+def new_scratch(rows: int, vocabulary: int, device: torch.device) -> Scratch:
+    width, groups = triton.cdiv(vocabulary, BLOCK) * BLOCK, triton.next_power_of_2(triton.cdiv(vocabulary, GROUP.value))
+    shapes = (rows, 2, width), (rows, 2, width), (rows, groups), (rows, groups)
+    types = torch.float32, torch.int32, torch.int64, torch.int32
+    pairs = zip(shapes, types, strict=True)
+    return Scratch(*[torch.empty(shape, dtype=dtype, device=device) for shape, dtype in pairs])
 
 
 def choose_next(
     logits: torch.Tensor, filters: Any, streams: torch.Tensor, turns: torch.Tensor, next: torch.Tensor,
-    ignores_eot: torch.Tensor, eot: int, banned: torch.Tensor | None = None,
-    lists: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ignores_eot: torch.Tensor, eot: int, banned: torch.Tensor | None = None, scratch: Scratch | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Returns the next ids (R,), NOT_FINITE where a row's logits are not all finite. Copies them, at least 0, to `next`
     (R,) and increments `turns` (R,) int64. `logits` (R, V) may be float32, bfloat16 or float16; `filters` is a
     sampling.Filters, `streams` (R, 4) int64 has a sampling.stream per row, `ignores_eot` (R,) bool marks rows that
-    never choose `eot`, `banned` (V,) bool ids that are never chosen. The repetition penalty is not applied. `lists` is
-    memory for depths and weights: see `new_lists`."""
+    never choose `eot`, `banned` (V,) bool ids that are never chosen. The repetition penalty is not applied."""
     assert logits.stride(1) == 1 and streams.is_contiguous()
     rows, vocabulary = logits.shape
-    depths, weights = lists or new_lists(rows, vocabulary, logits.device)
+    scratch = scratch or new_scratch(rows, vocabulary, logits.device)
     ids = torch.empty_like(next)
     choose_row[(rows,)](
         logits, logits.stride(0), vocabulary, readable(logits),
         filters.temperature, filters.top_k, filters.top_p, filters.min_p, streams, turns, next, ids,
-        ignores_eot, eot, ignores_eot if banned is None else banned, depths, weights,
-        BANS=banned is not None, WIDTH=depths.shape[2], N=triton.next_power_of_2(triton.cdiv(vocabulary, BLOCK)),
-        BLOCK=BLOCK, num_warps=WARPS,
+        ignores_eot, eot, ignores_eot if banned is None else banned, *scratch,
+        BANS=banned is not None, WIDTH=scratch.depths.shape[2], GROUPS=scratch.masses.shape[1], BLOCK=BLOCK,
+        num_warps=WARPS,
     )  # fmt: skip
     return ids
 
@@ -329,9 +345,3 @@ def readable(logits: torch.Tensor) -> int:
     (rows, vocabulary), stride = logits.shape, logits.stride(0)
     end = (logits.storage_offset() + rows * stride) * logits.itemsize
     return stride if stride > vocabulary and end <= logits.untyped_storage().nbytes() else vocabulary
-
-
-def new_lists(rows: int, vocabulary: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns memory for the depths and the weights of all tokens, and of a short list that has one more block."""
-    shape = rows, 2, (triton.cdiv(vocabulary, BLOCK) + 1) * BLOCK
-    return torch.empty(shape, device=device), torch.empty(shape, dtype=torch.int32, device=device)
