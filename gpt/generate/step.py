@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from gpt.device import GIB, free_memory, pinned_copy
+from gpt.device import GIB, free_memory, pinned_copy, to_device
 from gpt.errors import ResourceError
 from gpt.generate.backend import Backend
 from gpt.generate.repeats import Repeats
-from gpt.generate.sampling import Filters, likeliest, random_draws
+from gpt.generate.sampling import Filters, likeliest, random_draws, stream
 from gpt.generate.sequence import GenerationParams
 from gpt.kernels.cuda_graph import CudaGraph
 from gpt.model import GPT, KVCache
@@ -61,15 +61,18 @@ class Step:
         self.next = torch.full((rows,), eot, device=device)  # (R,) ids that are chosen but not yet in the cache
         self.turns = torch.zeros_like(self.next)  # (R,) tokens chosen since the start of each row's text
         self.launched = np.zeros(rows, dtype=np.int64)  # `turns` after all steps in flight, on the host
+        self.streams = torch.zeros(rows, 4, dtype=torch.int64, device=device)  # in place of `draws`: see Backend.draws
         self.draws = torch.zeros(rows, 2 * DRAWS_AHEAD, dtype=torch.int64, device=device)  # two blocks, used in turn
         self.filters = Filters(rows, device)
         self.ignores_eot = torch.zeros(rows, dtype=torch.bool, device=device)  # (R,) rows that never choose a stop id
         self.stops = torch.tensor(stops, dtype=torch.int64, device=device) if len(stops) else None  # apart from `eot`
         self.banned = torch.tensor(banned, dtype=torch.int64, device=device) if len(banned) else None
+        ban_mask = torch.zeros(self.vocab_size, dtype=torch.bool, device=device)
+        self.ban_mask = None if self.banned is None else ban_mask.index_fill(0, self.banned, True)  # (V,)
         self.seen: torch.Tensor | None = None  # (R, V) tokens in each row's window, if a row has a repetition penalty
         self.repeats = Repeats(rows, model.vocab_size, device)  # for the settings that look at the whole text
         self.report: int | None = None  # the number N; None for ids alone
-        self.narrow = backend.captures  # whether `choose` looks at few candidates and may leave a row undecided
+        self.narrow = backend.narrow  # whether `choose` looks at few candidates and may leave a row undecided
 
     def __len__(self) -> int:
         return len(self.launched)
@@ -120,7 +123,7 @@ class Step:
     def reset(self, report: int | None) -> None:
         """Empties all rows and makes them idle. `report` is the number of likeliest tokens to report; None reports no
         log-probabilities."""
-        self.report, self.narrow = report, self.backend.captures
+        self.report, self.narrow = report, self.backend.narrow
         self.cache.lengths.zero_()
         for row in range(len(self)):
             self.filters.set(row, None)
@@ -157,7 +160,11 @@ class Step:
 
     def draw_ahead(self, row: int, key: tuple[int, int | str, int], steps: int) -> None:
         """Draws the next block of random numbers of a row, if the first of them is needed in the next `steps` steps.
-        `key` is (seed, prompt id, sample)."""
+        `key` is (seed, prompt id, sample). A back end that draws by itself gets the key at the start of a text."""
+        if self.backend.draws:
+            if self.launched[row] == 0:
+                self.streams[row] = to_device(torch.tensor(stream(*key)), self.device)
+            return
         start = math.ceil(self.launched[row] / DRAWS_AHEAD) * DRAWS_AHEAD
         if start < self.launched[row] + steps:
             column = start % self.draws.shape[1]

@@ -7,6 +7,8 @@ import functools
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from gpt.model import GPT, REFERENCE, KVCache, ModelConfig, Ops
 from gpt.quantize import to_int8
 
 CachedAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # see attention.masked_attention
+Kernel = TypeVar("Kernel", bound=Callable)
 PROBE_VOCABULARY = 8192  # of a measured model: a larger head takes longer and gives the same answer
 
 
@@ -155,19 +158,47 @@ def gpu_ops(device: torch.device) -> Ops:
 
 @functools.cache
 def triton_attention(device: torch.device) -> CachedAttention | None:
-    """Returns the Triton kernel for attention. Returns None, and prints a note, if Triton is missing or cannot compile:
-    its first launch needs a C compiler and Python's headers."""
-    try:
+    """Returns the Triton kernel for attention, or None: see `tried`."""
+
+    def trial() -> CachedAttention:
         from gpt.kernels.triton_attention import decode_attention
 
         q, cached = (torch.zeros(1, 1, length, 16, device=device) for length in (1, 8))
         positions = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        decode_attention(q, cached, cached, positions)
+        return decode_attention
+
+    return tried("attention", device, trial)
+
+
+@functools.cache
+def triton_sampler(device: torch.device, vocabulary: int) -> Callable[..., Tensor] | None:
+    """Returns triton_sampler.choose_next, or None: see `tried`. The trial compiles it for this vocabulary."""
+    if triton_attention(device) is None:  # which has printed a note
+        return None
+
+    def trial() -> Callable[..., Tensor]:
+        from gpt.kernels.triton_sampler import choose_next
+
+        whole, streams = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, 4, dtype=torch.int64)
+        names = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.int64, "min_p": torch.float32}
+        filters = SimpleNamespace(**{name: whole.to(dtype) for name, dtype in names.items()})
+        logits = torch.zeros(1, vocabulary, device=device)
+        choose_next(logits, filters, streams.to(device), whole, whole.clone(), whole.bool(), 0)
+        return choose_next
+
+    return tried("sampling", device, trial)
+
+
+def tried(name: str, device: torch.device, trial: Callable[[], Kernel]) -> Kernel | None:
+    """Returns trial(), which launches a Triton kernel and returns its function. Returns None, and prints a note, if
+    Triton is missing or cannot compile: the first launch needs a C compiler and Python's headers."""
+    try:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            decode_attention(q, cached, cached, positions)
+            return trial()
     except Exception as error:  # Triton's own derive from it, and have no other base
         known = isinstance(error, (ImportError, OSError, RuntimeError, subprocess.CalledProcessError))
         if not known and not type(error).__module__.startswith("triton"):
             raise
-        note("info", f"no Triton kernel for attention: {str(error).partition(chr(10))[0]}; plain torch is used")
+        note("info", f"no Triton kernel for {name}: {str(error).partition(chr(10))[0]}; plain torch is used")
         return None
-    return decode_attention

@@ -39,8 +39,7 @@ WARPS = 16
 NOT_FINITE = tl.constexpr(-1)  # in place of an id
 COARSE = tl.constexpr(2)  # passes over the whole row before the short list is made
 EXACT = tl.constexpr(1 << 30)  # more passes than a search can need
-OFF = tl.constexpr(1 << 30)  # a top_p of 1
-DRAW_BITS = tl.constexpr(30)  # random numbers and top_p are in units of 2^-30
+DRAWS, DRAW_BITS = tl.constexpr(1 << 30), tl.constexpr(30)  # random numbers and top_p are in units of 1 / DRAWS
 UNITS = tl.constexpr(4294967296.0)  # the weight of probability 1
 MOST = tl.constexpr(4294967040.0)  # the largest float32 below 2^32: weights are stored in 32 bits
 NO_FRACTION = tl.constexpr(8388608.0)  # 2^23, from which float32 values are whole numbers
@@ -186,7 +185,7 @@ def weight_until(depths, weights, blocks, last, BLOCK: tl.constexpr):
 @triton.jit
 def share(total, top_p):
     """Returns the weight that the kept tokens must reach: top_p of the total, rounded up, and at least 1."""
-    return tl.maximum((total * top_p + (OFF - 1)) >> DRAW_BITS, 1)
+    return tl.maximum((total * top_p + (DRAWS - 1)) >> DRAW_BITS, 1)
 
 
 @triton.jit
@@ -205,7 +204,7 @@ def find_border(depths, weights, blocks, total, counted, top_k, top_p, WIDTH: tl
     if limited:
         border = search(depths, weights, blocks, top_k, border, EXACT, True, BLOCK)
         need = share(weight_until(depths, weights, blocks, border, BLOCK), top_p)
-    if top_p < OFF:
+    if top_p < DRAWS:
         border = search(depths, weights, blocks, need, border, EXACT, False, BLOCK)
     return border, need
 
@@ -267,7 +266,7 @@ def random_number(stream, turn):
 # ---- the kernel
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["eot"])
 def choose_row(
     logits, row_stride, V, readable, temperatures, top_ks, top_ps, min_ps, streams, turns, next, ids, ignores_eot, eot,
     banned, depths, weights, masses, ties,
@@ -280,15 +279,13 @@ def choose_row(
     top, chosen, finite = survey(logits, V, readable, ignored, banned, BANS, BLOCK)
     temperature, turn = tl.load(temperatures + row), tl.load(turns + row)
     if finite & (temperature > 0):
-        depths += row * 2 * WIDTH
-        weights += row * 2 * WIDTH
-        masses += row * GROUPS
-        ties += row * GROUPS
+        depths, weights = depths + row * 2 * WIDTH, weights + row * 2 * WIDTH
+        masses, ties = masses + row * GROUPS, ties + row * GROUPS
         blocks = tl.cdiv(V, BLOCK)
         top_k, top_p, border = tl.load(top_ks + row), tl.load(top_ps + row), -tl.load(min_ps + row)
         powers = store_depths(logits, V, readable, ignored, banned, top, temperature, depths, BANS, BLOCK)
         need, counted = weigh(depths, weights, blocks, UNITS / powers, BLOCK)
-        if ((top_k > 0) & (top_k < counted)) | (top_p < OFF):
+        if ((top_k > 0) & (top_k < counted)) | (top_p < DRAWS):
             last, need = find_border(depths, weights, blocks, need, counted, top_k, top_p, WIDTH, BLOCK)
             border = tl.minimum(border, last)
         before, tie_weight = add_up(depths, weights, masses, ties, blocks, border, BLOCK)
