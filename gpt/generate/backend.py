@@ -12,10 +12,10 @@ import torch
 from gpt.attention import cached_attention
 from gpt.device import COMPILERS, can_compile
 from gpt.errors import InputError
-from gpt.generate.sampling import choose
+from gpt.generate.sampling import choose, penalize
 from gpt.kernels.native_model import NativeModel
 from gpt.kernels.native_sampler import NativeSampler
-from gpt.kernels.select import gpu_decode, gpu_ops, native_is_faster, native_library
+from gpt.kernels.select import gpu_decode, gpu_ops, native_is_faster, native_library, triton_sampler
 from gpt.model import GPT, REFERENCE, KVCache, Ops, count_parameters
 
 BUILD_PAYS = 4e10  # steps times parameters from which waiting some seconds for the kernels to be built saves time
@@ -26,14 +26,21 @@ class Backend:
     """The back end in plain torch, for any device, and the base class of the others."""
 
     captures = False  # whether steps are launched as CUDA graphs
-    draws_ahead = True  # whether steps read random numbers from Step.draws
     choose_step: Callable[[torch.Tensor, Any], torch.Tensor] | None = None
     """(logits, Step) -> ids, in place of Step.choose and `choose_ids`"""
+    draws_ahead = True
+    """whether steps read random numbers from Step.draws; otherwise `choose_step` makes them from Step.streams"""
 
     def __init__(self, model: GPT, ops: Ops = REFERENCE):
         self.model, self.ops, self.choose_ids = model, ops, choose
         # Whether `decode` reads values beyond a row's length, which it multiplies by 0.
         self.reads_beyond = ops.cached_attention is cached_attention
+
+    @property
+    def narrow(self) -> bool:
+        """Whether `choose_ids` looks at few candidates and may leave a row undecided: where steps cannot wait for the
+        result."""
+        return self.captures and self.choose_step is None
 
     def slots(self, rows: int) -> int:
         """Returns the number of row slots for `rows` texts side by side. Above 4 it is a multiple of 4: a CPU's matrix
@@ -61,9 +68,9 @@ class Captured(Backend):
 
     def __init__(self, model: GPT):
         super().__init__(model, gpu_ops(model.device))
-        decode = gpu_decode(model)
-        if decode is not None:
-            self.decode = lambda ids, cache: decode(ids, cache).float()  # type: ignore[method-assign]
+        self.decode = gpu_decode(model) or self.decode  # type: ignore[method-assign, assignment]
+        self.choose_step = fused_choice(model)
+        self.draws_ahead = self.choose_step is None
 
 
 class Compiled(Backend):
@@ -76,7 +83,8 @@ class Compiled(Backend):
         self.captures = on_gpu
         self.decode = compile_static(self.decode)  # type: ignore[method-assign]
         if on_gpu:
-            self.choose_ids = compile_static(choose)
+            self.choose_step, self.choose_ids = fused_choice(model), compile_static(choose)
+            self.draws_ahead = self.choose_step is None
 
 
 class Native(Backend):
@@ -115,6 +123,23 @@ def pick_backend(name: str, model: GPT, steps: int, rows: int) -> str:
     if name == "native" and native_library(model, wait=True) is None:
         raise InputError("backend native: needs a CPU, fp32, bf16 or int8 weights and a C++ compiler; use auto")
     return "eager" if name == "auto" else name
+
+
+def fused_choice(model: GPT) -> Callable[[torch.Tensor, Any], torch.Tensor] | None:
+    """Returns a `choose_step` that launches the Triton sampler; None if it cannot be used."""
+    choose_next = triton_sampler(model.device, model.vocab_size)
+    if choose_next is None:
+        return None
+
+    def choose_step(logits: torch.Tensor, step: Any) -> torch.Tensor:
+        filters = step.filters
+        if filters.penalizes:
+            damaged = ~logits.isfinite()  # the penalty makes infinite logits finite
+            logits = penalize(logits, step.seen, filters.penalty[:, None]).masked_fill(damaged, math.nan)
+        rows = step.streams, step.turns, step.next, step.ignores_eot
+        return choose_next(logits, filters, *rows, step.eot, step.ban_mask)
+
+    return choose_step
 
 
 def compile_static(function: Callable) -> Callable:

@@ -77,10 +77,12 @@ class Step:
         self.ignoring = np.zeros(rows, dtype=bool)  # `ignores_eot` on the host
         self.stops = torch.tensor(stops, dtype=torch.int64, device=device) if len(stops) else None  # apart from `eot`
         self.banned = torch.tensor(banned, dtype=torch.int64, device=device) if len(banned) else None
+        ban_mask = torch.zeros(self.vocab_size, dtype=torch.bool, device=device)
+        self.ban_mask = None if self.banned is None else ban_mask.index_fill(0, self.banned, True)  # (V,)
         self.seen: torch.Tensor | None = None  # (R, V) tokens in each row's window, if a row has a repetition penalty
         self.repeats = Repeats(rows, model.vocab_size, device)  # for the settings that look at the whole text
         self.report: int | None = None  # the number N; None for ids alone
-        self.narrow = backend.captures  # whether `choose` looks at few candidates and may leave a row undecided
+        self.narrow = backend.narrow  # whether `choose` looks at few candidates and may leave a row undecided
 
     def __len__(self) -> int:
         return len(self.launched)
@@ -88,6 +90,8 @@ class Step:
     def choose_next(self) -> Chosen:
         """Appends the keys and values of `next` to each row's cache, and chooses the id after it."""
         logits = self.backend.decode(self.next, self.cache)  # (R, V)
+        if not self.choice_is_plain():
+            logits = logits.float()
         logprobs = None if self.report is None else logits.log_softmax(-1)
         if self.seen is not None:
             self.seen.scatter_(1, self.next[:, None], True)
@@ -103,6 +107,11 @@ class Step:
             return Chosen(ids, logprobs_of_ids)
         top_ids = likeliest(logprobs, self.report)
         return Chosen(ids, logprobs_of_ids, top_ids, logprobs.gather(1, top_ids))
+
+    def choice_is_plain(self) -> bool:
+        """Returns whether the logits go, as they are, to a kernel that makes float32 of them by itself."""
+        changed = self.filters.penalizes or self.repeats.used or self.stops is not None
+        return not (self.backend.draws_ahead or changed or self.report is not None)
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """Chooses each row's next id from logits (R, V), which it changes in place. Copies the ids to `next`,
@@ -131,7 +140,7 @@ class Step:
     def reset(self, report: int | None) -> None:
         """Empties all rows and makes them idle. `report` is the number of likeliest tokens to report; None reports no
         log-probabilities."""
-        self.report, self.narrow = report, self.backend.captures
+        self.report, self.narrow = report, self.backend.narrow
         self.cache.lengths.zero_()
         self.filters.assign(dict.fromkeys(range(len(self))))
         for row in range(len(self)):

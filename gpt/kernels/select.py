@@ -7,6 +7,8 @@ import functools
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from gpt.model import GPT, REFERENCE, KVCache, ModelConfig, Ops
 from gpt.quantize import to_int8
 
 Decode = Callable[[Tensor, KVCache], Tensor]  # see Backend.decode
+Kernel = TypeVar("Kernel", bound=Callable)
 PROBE_VOCABULARY = 8192  # of a measured model: a larger head takes longer and gives the same answer
 
 
@@ -160,19 +163,47 @@ def gpu_decode(model: GPT) -> Decode | None:
 
 @functools.cache
 def triton_works(device: torch.device) -> bool:
-    """Returns whether Triton runs on a GPU. If it is missing or cannot compile, prints a note and returns False: its
-    first launch needs a C compiler and Python's headers."""
-    try:
+    """Returns whether Triton runs on a GPU: see `tried`."""
+
+    def trial() -> Callable[..., Tensor]:
         from gpt.kernels.triton_attention import decode_attention
 
         keys, values = torch.zeros(2, 1, 1, 8, 16, device=device)
         layer = LayerCache(keys, values, torch.zeros(1, 1, dtype=torch.int64, device=device), is_empty=False)
+        decode_attention(torch.zeros(1, 1, 48, device=device), 1, layer)
+        return decode_attention
+
+    return tried("the decode step", device, trial) is not None
+
+
+@functools.cache
+def triton_sampler(device: torch.device, vocabulary: int) -> Callable[..., Tensor] | None:
+    """Returns triton_sampler.choose_next, or None: see `tried`. The trial compiles it for this vocabulary."""
+    if not triton_works(device):  # which has printed a note
+        return None
+
+    def trial() -> Callable[..., Tensor]:
+        from gpt.kernels.triton_sampler import choose_next
+
+        whole, streams = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, 4, dtype=torch.int64)
+        names = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.int64, "min_p": torch.float32}
+        filters = SimpleNamespace(**{name: whole.to(dtype) for name, dtype in names.items()})
+        logits = torch.zeros(1, vocabulary, device=device)
+        choose_next(logits, filters, streams.to(device), whole, whole.clone(), whole.bool(), 0)
+        return choose_next
+
+    return tried("sampling", device, trial)
+
+
+def tried(name: str, device: torch.device, trial: Callable[[], Kernel]) -> Kernel | None:
+    """Returns trial(), which launches a Triton kernel and returns its function. Returns None, and prints a note, if
+    Triton is missing or cannot compile: the first launch needs a C compiler and Python's headers."""
+    try:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            decode_attention(torch.zeros(1, 1, 48, device=device), 1, layer)
+            return trial()
     except Exception as error:  # Triton's own derive from it, and have no other base
         known = isinstance(error, (ImportError, OSError, RuntimeError, subprocess.CalledProcessError))
         if not known and not type(error).__module__.startswith("triton"):
             raise
-        note("info", f"no Triton kernels: {str(error).partition(chr(10))[0]}; plain torch is used")
-        return False
-    return True
+        note("info", f"no Triton kernel for {name}: {str(error).partition(chr(10))[0]}; plain torch is used")
+        return None
