@@ -93,3 +93,8 @@ def captured_generator(model, captures=True):
     backend.captures = captures
     generator.backends, generator.versions = {"eager": backend}, weight_versions(generator.model)
     return generator
+
+
+def row_of(cache, row, length):
+    """Returns the first `length` keys and values of a row, of all layers in one tensor."""
+    return torch.cat([buffer[row, :, :length] for buffer in (*cache.keys, *cache.values)])

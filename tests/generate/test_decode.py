@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from generation_helpers import CONFIG, EOT, PROMPTS, generator_of, greedy, random_model, window_logits
+from graph_helpers import capture_on_cpu, row_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.errors import NonFiniteError
@@ -167,6 +168,27 @@ def test_fault_087_logits_that_are_not_finite_are_an_error_that_names_the_token(
         model.position.weight[8] = math.nan  # reached by the sixth token after a prompt of four
     with pytest.raises(NonFiniteError, match="non-finite logits at token 6"):
         generator_of(model).generate("abcd", ignore_eot=True)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("captures", [False, True])
+def test_a_prompt_is_copied_only_from_rows_that_keep_it(generator, captures, monkeypatch):
+    """Rows 0 to 2 are free, row 3 goes on. One after the other, the free rows get what other free rows have held."""
+    capture_on_cpu(monkeypatch)
+    a, b, c, d = ([number] * 5 + [7] for number in range(4))
+    backend = Backend(generator.model)
+    backend.captures = captures
+    decoder, passes = Decoder(backend, 4, EOT), []
+    fill = decoder.launcher.prefill
+    decoder.launcher.prefill = lambda texts: passes.append(texts) or fill(texts)
+    decoder.fill_caches({0: a, 1: a, 2: b, 3: c})
+    expected = [row_of(decoder.step.cache, row, 5) for row in (0, 2, 3)]
+    decoder.fill_caches({0: b, 1: c, 2: a})
+    decoder.fill_caches({0: b, 2: d})
+    decoder.fill_caches({1: b, 2: c})
+    assert [list(texts) for texts in passes] == [[0, 2, 3], [0, 2], [2], []]
+    for row, values in zip((0, 1, 2, 3), (expected[1], expected[1], expected[2], expected[2]), strict=True):
+        assert torch.equal(row_of(decoder.step.cache, row, 5), values)
 
 
 class Operations(TorchDispatchMode):

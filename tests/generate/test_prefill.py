@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from generation_helpers import check_greedy, random_model, window_logits
-from graph_helpers import Recorded, capture_on_cpu, captured_generator
+from graph_helpers import Recorded, capture_on_cpu, captured_generator, row_of
 
 from gpt.generate import prefill
 from gpt.generate.backend import Backend
@@ -35,11 +35,6 @@ def filled(model, texts, rows, cache=None, new_graph=Recorded):
     with torch.inference_mode():
         ChunkedPrefill(Backend(model), cache, new_graph).fill(texts)
     return cache
-
-
-def row_of(cache, row, length):
-    """Returns the first `length` keys and values of a row, of all layers in one tensor."""
-    return torch.cat([buffer[row, :, :length] for buffer in (*cache.keys, *cache.values)])
 
 
 @torch.inference_mode()

@@ -17,6 +17,8 @@ from sampling_helpers import (
     softmax,
 )
 
+from gpt.device import upload
+from gpt.generate import sampling
 from gpt.generate.sampling import (
     CANDIDATES,
     DRAWS,
@@ -59,6 +61,21 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
     words = [torch.tensor([int(word, 16)]) for word in counter]
     result = philox(words, int(key[1] + key[0], 16))
     assert " ".join(f"{word.item():08x}" for word in result) == expected
+
+
+def test_settings_of_many_rows_are_those_of_each_and_only_changes_are_copied(monkeypatch):
+    settings = [params(top_k=3), params(), params(temperature=0.0), params(top_p=0.5, min_p=0.1)]
+    copied, rows = [], dict(enumerate(settings))
+    monkeypatch.setattr(sampling, "upload", lambda *given: copied.append(given) or upload(*given))
+    together, one_by_one = Filters(4), filters_of(*settings)
+    copied.clear()
+    for _ in range(2):
+        together.assign(rows)
+        together.upload()
+    assert len(copied) == 4  # all but the penalty, once
+    assert together.kind == one_by_one.kind
+    for name in sampling.FILTERS:
+        assert torch.equal(getattr(together, name), getattr(one_by_one, name))
 
 
 def test_draws_of_several_streams_are_those_of_each():
