@@ -308,7 +308,8 @@ class Scratch(NamedTuple):
 
 
 def new_scratch(rows: int, vocabulary: int, device: torch.device) -> Scratch:
-    width, groups = triton.cdiv(vocabulary, BLOCK) * BLOCK, triton.next_power_of_2(triton.cdiv(vocabulary, GROUP.value))
+    width = triton.cdiv(vocabulary, BLOCK) * BLOCK
+    groups = triton.next_power_of_2(width // GROUP.value)
     shapes = (rows, 2, width), (rows, 2, width), (rows, groups), (rows, groups)
     types = torch.float32, torch.int32, torch.int64, torch.int32
     pairs = zip(shapes, types, strict=True)
