@@ -33,7 +33,8 @@ def launch(logits, filters, keys, turns, ignores_eot=None, banned=None, scratch=
     streams, next_ids = torch.tensor([stream(*key) for key in keys]).to(device), torch.full((rows,), 7, device=device)
     ignores_eot = torch.zeros(rows, dtype=torch.bool) if ignores_eot is None else ignores_eot
     before = turns.clone()
-    ids = choose_next(logits.to(device), filters, streams, turns, next_ids, ignores_eot.to(device), EOT, banned, scratch)
+    logits, ignores_eot = logits.to(device), ignores_eot.to(device)
+    ids = choose_next(logits, filters, streams, turns, next_ids, ignores_eot, EOT, banned, scratch)
     assert torch.equal(turns, before + 1) and torch.equal(next_ids, ids.clamp(min=0))
     return ids.cpu()
 
