@@ -64,13 +64,11 @@ KINDS = {
     "one outlier": lambda logits: logits.scatter(1, torch.tensor([[logits.shape[1] // 2]] * len(logits)), 1e38),
 }
 seed = differing = 0
-for vocabulary, block in ((1, 32), (2, 32), (3, 32), (4, 32), (5, 32), (257, 128), (1000, 256), (8195, 4096)):
+for vocabulary, block in ((1, 32), (2, 32), (5, 32), (257, 128), (1000, 256), (8195, 4096)):
     triton_sampler.BLOCK = block
     for kind, change in KINDS.items():
         seed += 1
-        if vocabulary in (1, 3, 4) and seed % 3:
-            continue
-        rows = [*ROWS, params(top_k=vocabulary), params(top_k=max(1, vocabulary - 1))]
+        rows = [*ROWS, params(top_k=vocabulary), params(top_k=max(1, vocabulary - 1))][seed % 2 :: 2]
         padded = torch.full((len(rows), vocabulary + 5), float("nan"))
         padded[:, :vocabulary] = random_logits(len(rows), vocabulary, seed)
         padded = change(padded) if kind != "one outlier" else padded
