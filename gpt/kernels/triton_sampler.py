@@ -74,7 +74,7 @@ def survey(logits, V, readable, ignored, banned, BANS: tl.constexpr, BLOCK: tl.c
     greatest = tl.full((BLOCK,), -INFINITY, tl.float32)
     likeliest = lane
     damaged = tl.zeros((BLOCK,), tl.int32)
-    for block in range(tl.cdiv(V, BLOCK)):
+    for block in tl.range(0, tl.cdiv(V, BLOCK), loop_unroll_factor=2):
         ids = block * BLOCK + lane
         values = load_logits(logits, ids, V, readable, ignored)
         damaged = tl.where(tl.abs(values) < INFINITY, damaged, 1)  # nan is not below infinity either
@@ -137,7 +137,7 @@ def search(depths, weights, blocks, need, high, passes, COUNTS: tl.constexpr, BL
         borders = low + (high - low) * 0.2 * part  # (4, 1): they divide the band into 5 parts
         sums = tl.zeros((4, BLOCK), tl.int32 if COUNTS else tl.int64)
         least, most = tl.full((1, BLOCK), INFINITY, tl.float32), tl.full((1, BLOCK), -INFINITY, tl.float32)
-        for block in range(blocks):
+        for block in tl.range(0, blocks, loop_unroll_factor=2):
             depth = tl.load(depths + block * BLOCK + lane)
             size = 1 if COUNTS else load_weights(weights, block * BLOCK + lane)
             sums += tl.where(depth <= borders, size, 0)

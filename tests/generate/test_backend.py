@@ -12,7 +12,9 @@ from torch._inductor.utils import run_and_get_code
 
 from gpt.errors import InputError
 from gpt.generate import backend
-from gpt.generate.backend import Backend, compile_static, pick_backend
+from gpt.generate.backend import BACKENDS, Backend, compile_static, fused_choice, pick_backend
+from gpt.generate.sampling import NOT_FINITE, WORD, SamplingParams, choose, philox
+from gpt.generate.step import Step, Window
 from gpt.kernels import select
 from gpt.kernels.native_model import NativeModel
 from gpt.model import GPT, REFERENCE, KVCache, ModelConfig
@@ -180,6 +182,61 @@ def test_without_triton_a_gpu_runs_the_step_in_plain_torch(monkeypatch):
     monkeypatch.setattr(select, "triton_works", lambda _: False)
     model = random_model()
     assert select.gpu_ops(model.device) is REFERENCE and select.gpu_decode(model) is None
+
+
+def plain_choose_next(logits, filters, streams, turns, next_ids, ignores_eot, eot, banned=None):
+    """Does in plain torch, row by row, what triton_sampler.choose_next does."""
+    logits = logits.clone()
+    logits[ignores_eot, eot] = torch.finfo(torch.float32).min
+    words = [[*stream[[3, 1, 2]], stream[0].item() & (WORD << 32 | WORD)] for stream in streams]
+    draws = [philox([turn, *row[:3]], row[3])[0] >> 2 for turn, row in zip(turns, words, strict=True)]
+    banned = None if banned is None else banned.nonzero()[:, 0]
+    ids = choose(logits, SimpleNamespace(**vars(filters) | {"penalizes": False}), torch.stack(draws), banned=banned)
+    turns += 1
+    next_ids.copy_(ids.clamp(min=0))
+    return ids
+
+
+class Fused(Backend):
+    """Plain torch with a `choose_step` like that of the back ends on a GPU."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.choose_step, self.draws_ahead = fused_choice(model), False
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_k": 20, "ignore_eot": True},
+        {"temperature": 0.0, "ignore_eot": True},
+        {"top_p": 0.8, "repetition_penalty": 1.4, "num_samples": 3, "rows": 2},
+        {"frequency_penalty": 0.4, "logprobs": True, "top_logprobs": 2, "no_repeat_ngram": 3},
+    ],
+)
+def test_a_sampler_that_draws_by_itself_chooses_the_same_texts(generator, monkeypatch, settings):
+    names, settings = [1, "b", 2**40, "d"], {"seed": 2**64 - 5, "max_new_tokens": 60} | settings  # most texts slide
+    expected = generator.generate(PROMPTS, names, **settings)
+    monkeypatch.setattr(backend, "triton_sampler", lambda *_: plain_choose_next)
+    monkeypatch.setitem(BACKENDS, "eager", Fused)
+    assert generator_of(generator.model).generate(PROMPTS, names, **settings) == expected
+
+
+def test_the_penalty_before_the_fused_sampler_hides_no_infinite_logit(generator, monkeypatch):
+    monkeypatch.setattr(backend, "triton_sampler", lambda *_: plain_choose_next)
+    step = Step(Fused(generator.model), 1, 256)
+    step.set_params({0: SimpleNamespace(sampling=SamplingParams(repetition_penalty=2.0), ignore_eot=True)})
+    step.set_windows([Window(0, [5, 6], 0)])
+    for value in (math.inf, -math.inf, math.nan):
+        logits = torch.zeros(1, 257)
+        logits[0, 5] = value
+        assert step.choose(logits).tolist() == [NOT_FINITE]
+    assert step.next.tolist() == [0] and step.turns.tolist() == [3]
+
+
+def test_without_the_triton_kernel_the_plain_sampler_is_used(generator, monkeypatch):
+    monkeypatch.setattr(backend, "triton_sampler", lambda *_: None)
+    assert fused_choice(generator.model) is None
 
 
 def test_more_shapes_than_are_compiled_are_an_error(monkeypatch):

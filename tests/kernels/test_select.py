@@ -121,6 +121,31 @@ def test_fault_132_where_triton_cannot_compile_plain_torch_runs_the_step(monkeyp
     select.triton_works.cache_clear()
 
 
+def test_where_the_triton_sampler_does_not_run_the_plain_one_is_used_with_one_note(monkeypatch, capsys):
+    def launch(*_):
+        raise RuntimeError("no such instruction\nsecond line")
+
+    device = torch.device("cpu")
+    for attention, note in ((None, ""), (launch, "info: no Triton kernel for sampling: no such instruction; ")):
+        monkeypatch.setattr(select, "triton_attention", lambda _, attention=attention: attention)
+        monkeypatch.setitem(sys.modules, "gpt.kernels.triton_sampler", SimpleNamespace(choose_next=launch))
+        select.triton_sampler.cache_clear()
+        assert select.triton_sampler(device, VOCABULARY) is None
+        assert capsys.readouterr().err == (note and note + "plain torch is used\n")
+    select.triton_sampler.cache_clear()
+
+
+def test_the_triton_sampler_is_tried_with_the_vocabulary_of_the_model(monkeypatch):
+    shapes = []
+    kernel = SimpleNamespace(choose_next=lambda logits, *_: shapes.append(logits.shape))
+    monkeypatch.setattr(select, "triton_attention", lambda _: kernel)
+    monkeypatch.setitem(sys.modules, "gpt.kernels.triton_sampler", kernel)
+    select.triton_sampler.cache_clear()
+    assert select.triton_sampler(torch.device("cpu"), VOCABULARY) is kernel.choose_next
+    assert shapes == [(1, VOCABULARY)]
+    select.triton_sampler.cache_clear()
+
+
 def test_an_error_of_ours_in_the_triton_kernel_is_not_hidden(monkeypatch):
     monkeypatch.setitem(sys.modules, "gpt.kernels.triton_attention", SimpleNamespace(decode_attention=lambda: None))
     select.triton_works.cache_clear()
