@@ -10,7 +10,8 @@ from graph_helpers import Recorded, capture_on_cpu, captured_generator, row_of
 from gpt.generate import prefill
 from gpt.generate.backend import Backend
 from gpt.generate.prefill import PASS_TOKENS, WIDTHS, ChunkedPrefill, passes
-from gpt.model import KVCache, ModelConfig
+from gpt.kernels.cuda_graph import CudaGraph
+from gpt.model import GPT, KVCache, ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,9 +30,10 @@ def ids_of(length, seed=0):
     return torch.randint(0, 257, (length,), generator=generator).tolist()
 
 
-def filled(model, texts, rows, cache=None, new_graph=Recorded):
+def filled(model, texts, rows, cache=None):
     """Returns a cache in which the texts, row -> ids, are prefilled in chunks."""
-    cache = cache or KVCache(model.config, rows, model.dtype)
+    cache = cache or KVCache(model.config, rows, model.dtype, model.device)
+    new_graph = Recorded if model.device.type == "cpu" else lambda: CudaGraph(torch.device("cuda", 0))
     with torch.inference_mode():
         ChunkedPrefill(Backend(model), cache, new_graph).fill(texts)
     return cache
@@ -39,8 +41,8 @@ def filled(model, texts, rows, cache=None, new_graph=Recorded):
 
 @torch.inference_mode()
 def alone(model, ids):
-    cache = KVCache(model.config, 1, model.dtype)
-    Backend(model).prefill(torch.tensor([ids]), cache)
+    cache = KVCache(model.config, 1, model.dtype, model.device)
+    Backend(model).prefill(torch.tensor([ids], device=model.device), cache)
     return row_of(cache, 0, len(ids))
 
 
@@ -76,6 +78,19 @@ def test_the_bits_of_a_text_depend_neither_on_its_row_nor_on_the_other_texts(dty
         others = {other: ids_of(LENGTHS[(other + row) % len(LENGTHS)], row) for other in range(row % 2, rows)}
         cache = filled(model, others | {row: ids}, rows)
         assert torch.equal(row_of(cache, row, length), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+def test_on_a_gpu_the_bits_of_a_text_depend_neither_on_its_row_nor_on_the_other_texts(dtype, bound):
+    model = GPT(ModelConfig(n_layer=2, n_head=12, n_embd=768, block_size=SIZE), 257).to("cuda", dtype).eval()
+    for length in (1, 31, SHORT, SHORT + 1, LONG + 1, SIZE - 1):
+        ids = ids_of(length, seed=5)
+        expected = row_of(filled(model, {0: ids}, 64), 0, length)
+        torch.testing.assert_close(expected, alone(model, ids), rtol=0, atol=bound)
+        for row in (1, 3, 30, 63):
+            others = {other: ids_of(LENGTHS[(other + row) % len(LENGTHS)], row) for other in range(row % 2, 64)}
+            assert torch.equal(row_of(filled(model, others | {row: ids}, 64), row, length), expected)
 
 
 def test_rows_that_are_not_filled_keep_all_but_the_last_position(model):
