@@ -64,6 +64,7 @@ def combine(
     tl.store(totals + split, total)
     tl.debug_barrier()  # all threads have stored before one of them counts
     if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
+        tl.store(counter, 0)
         s = tl.arange(0, SPLITS)
         each_maximum = tl.load(maxima + s, cache_modifier=".cg")
         each_total = tl.load(totals + s, cache_modifier=".cg")
@@ -105,20 +106,27 @@ def attend(
         combine(part, counters + number, split, lane, maximum, total, summed, target, exists, WIDTH, SPLITS)
 
 
-def decode_attention(qkv: Tensor, heads: int, layer: LayerCache, pdl: bool = False) -> Tensor:
+def decode_attention(
+    qkv: Tensor, heads: int, layer: LayerCache, counters: Tensor | None = None, pdl: bool = False
+) -> Tensor:
     """Does what attention.cached_attention does for one new token per row: appends the keys and values of qkv
-    (R, 1, 3 C) to the cache and returns the attention (R, 1, C)."""
+    (R, 1, 3 C) to the cache and returns the attention (R, 1, C). `counters` (R H,) int32 are 0, before and after."""
     rows, _, capacity, width = layer.keys.shape
     splits = splits_for(rows * heads)
     padded = 1 << (width - 1).bit_length()
     parts = torch.empty(rows * heads * splits * (padded + 2), device=qkv.device)
-    counters = torch.zeros(rows * heads, dtype=torch.int32, device=qkv.device)
+    counters = new_counters(rows * heads, qkv.device) if counters is None else counters
     out = torch.empty(rows, 1, heads * width, dtype=qkv.dtype, device=qkv.device)
     attend[(rows, heads, splits)](
         qkv.contiguous(), layer.keys, layer.values, layer.positions, parts, counters, out, heads, capacity,
         D=width, WIDTH=padded, BLOCK=BLOCK, SPLITS=splits, **launch_options(pdl),
     )  # fmt: skip
     return out
+
+
+def new_counters(programs: int, device: torch.device) -> Tensor:
+    """Returns the counters of the parts that are done, for `programs` rows and heads."""
+    return torch.zeros(programs, dtype=torch.int32, device=device)
 
 
 def splits_for(programs: int) -> int:

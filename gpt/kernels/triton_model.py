@@ -20,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gpt.attention import LayerCache
-from gpt.kernels.triton_attention import begin, decode_attention, launch_options
+from gpt.kernels.triton_attention import begin, decode_attention, launch_options, new_counters
 from gpt.model import GPT, Block, KVCache
 
-FEW_ROWS = 8  # up to so many rows the products are made here
+FEW_ROWS, FEW_INT8_ROWS = 1, 8  # up to so many rows the products are made here: cuBLAS reads no 8-bit weights
 
 
 @triton.jit
@@ -136,38 +136,43 @@ def add_norm(x, y, gain, shift, out, K, EPS: tl.constexpr, ADD: tl.constexpr, WI
 class TritonModel:
     """Runs the decode step of a GPT on a GPU. Reads the GPT's parameters anew at each call."""
 
-    def __init__(self, model: GPT, pdl: bool = False):
-        self.model, self.blocks, self.pdl = model, cast(list[Block], list(model.blocks)), pdl
+    def __init__(self, model: GPT):
+        self.model, self.blocks = model, cast(list[Block], list(model.blocks))
+        self.few = FEW_INT8_ROWS if model.token.weight.dtype == torch.int8 else FEW_ROWS
+        # Programmatic dependent launch: a kernel starts, and reads weights, while the last one ends.
+        self.pdl = model.device.type == "cuda" and torch.cuda.get_device_capability(model.device) >= (9, 0)
 
     def decode(self, ids: Tensor, cache: KVCache) -> Tensor:
         """Appends the keys and values of ids (R,) to the cache; returns the logits (R, V) in the model's precision."""
         positions = cache.lengths[:, None]
         x = (self.model.token(ids) + self.model.position(cache.lengths)).float()
-        step = self.few_rows if len(ids) <= FEW_ROWS else self.many_rows
-        logits = step(x, cache.layers(positions))
+        counters = new_counters(len(ids) * self.model.config.n_head, x.device)
+        step = self.few_rows if len(ids) <= self.few else self.many_rows
+        logits = step(x, cache.layers(positions), counters)
         cache.advance(1)
         return logits[:, : self.model.vocab_size]
 
-    def few_rows(self, x: Tensor, layers: list[LayerCache]) -> Tensor:  # (R, C) -> (R, padded V)
+    def few_rows(self, x: Tensor, layers: list[LayerCache], counters: Tensor) -> Tensor:  # (R, C) -> (R, padded V)
         dtype = self.model.dtype
         for block, layer in zip(self.blocks, layers, strict=True):
             qkv = self.product(x, block.attn.qkv, dtype, norm=block.ln_1)
-            attended = self.attention(block, qkv, layer)
+            attended = self.attention(block, qkv, layer, counters)
             x = self.product(attended, block.attn.proj, torch.float32, residual=x)
             hidden = self.product(x, block.mlp.fc, dtype, norm=block.ln_2, gelu=True)
             x = self.product(hidden, block.mlp.proj, torch.float32, residual=x)
         return self.product(x, self.model.token, dtype, norm=self.model.ln_f)
 
-    def many_rows(self, x: Tensor, layers: list[LayerCache]) -> Tensor:  # (R, C) -> (R, padded V)
+    def many_rows(self, x: Tensor, layers: list[LayerCache], counters: Tensor) -> Tensor:  # (R, C) -> (R, padded V)
         y = None  # what the last product adds to x
         for block, layer in zip(self.blocks, layers, strict=True):
             qkv = block.attn.qkv(self.norm(x, y, block.ln_1))
-            y = block.attn.proj(self.attention(block, qkv, layer))
+            y = block.attn.proj(self.attention(block, qkv, layer, counters))
             y = block.mlp.proj(gelu_product(self.norm(x, y, block.ln_2), block.mlp.fc))
         return self.model.token.logits(self.norm(x, y, self.model.ln_f))
 
-    def attention(self, block: Block, qkv: Tensor, layer: LayerCache) -> Tensor:  # (R, 3 C) -> (R, C)
-        return decode_attention(qkv[:, None], block.attn.n_head, layer, self.pdl)[:, 0]
+    def attention(self, block: Block, qkv: Tensor, layer: LayerCache, counters: Tensor) -> Tensor:
+        """Returns the attention (R, C) for qkv (R, 3 C); appends to the cache of the layer."""
+        return decode_attention(qkv[:, None], block.attn.n_head, layer, counters, self.pdl)[:, 0]
 
     def product(
         self,
@@ -182,7 +187,7 @@ class TritonModel:
         (rows, inputs), outputs = x.shape, len(module.weight)
         scale, bias = getattr(module, "scale", None), getattr(module, "bias", None)
         out = torch.empty(rows, outputs, dtype=dtype, device=x.device)
-        BN, BK, warps = tile_of(rows, outputs, inputs)
+        BN, BK, warps = tile_of(rows, outputs)
         linear[(triton.cdiv(outputs, BN),)](
             x, module.weight, scale, bias, norm and norm.weight, norm and norm.bias, residual, out,
             rows, outputs, inputs, EPS=norm.eps if norm else 0.0, NORM=norm is not None, GELU=gelu,
@@ -203,9 +208,12 @@ class TritonModel:
         return out
 
 
-def tile_of(rows: int, outputs: int, inputs: int) -> tuple[int, int, int]:
-    """Returns how the kernel `linear` divides a product: outputs of a program, inputs at once, warps of a program."""
-    return 4, 256, 4 if rows == 1 else 8
+def tile_of(rows: int, outputs: int) -> tuple[int, int, int]:
+    """Returns how the kernel `linear` divides a product: outputs of a program, inputs at once, warps. Measured on an
+    H100 with GPT-2's shapes: see benchmarks/README.md."""
+    if rows == 1:
+        return (16, 256, 4) if outputs > 8192 else (4, 1024, 4)
+    return 4, 256, 4
 
 
 def gelu_product(x: Tensor, module: Any) -> Tensor:  # (R, K) -> (R, N)
