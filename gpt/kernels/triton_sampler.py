@@ -36,7 +36,6 @@ import triton.language as tl
 BLOCK = 2048  # tokens read at once
 GROUP = tl.constexpr(32)  # neighbouring ids whose weights are added up for the draw
 WARPS = 16
-STAGES = tl.constexpr(4)  # blocks that are read ahead
 NOT_FINITE = tl.constexpr(-1)  # in place of an id
 COARSE = tl.constexpr(2)  # passes over the whole row before the short list is made
 EXACT = tl.constexpr(1 << 30)  # more passes than a search can need
@@ -75,7 +74,7 @@ def survey(logits, V, readable, ignored, banned, BANS: tl.constexpr, BLOCK: tl.c
     greatest = tl.full((BLOCK,), -INFINITY, tl.float32)
     likeliest = lane
     damaged = tl.zeros((BLOCK,), tl.int32)
-    for block in tl.range(0, tl.cdiv(V, BLOCK), num_stages=STAGES):
+    for block in tl.range(0, tl.cdiv(V, BLOCK), loop_unroll_factor=2):
         ids = block * BLOCK + lane
         values = load_logits(logits, ids, V, readable, ignored)
         damaged = tl.where(tl.abs(values) < INFINITY, damaged, 1)  # nan is not below infinity either
@@ -93,7 +92,7 @@ def store_depths(
     """Stores the depth of each token; infinity up to the end of the last block. Returns the sum of the powers."""
     lane = tl.arange(0, BLOCK)
     powers = tl.zeros((BLOCK,), tl.float32)
-    for block in tl.range(0, tl.cdiv(V, BLOCK), num_stages=STAGES):
+    for block in range(tl.cdiv(V, BLOCK)):
         ids = block * BLOCK + lane
         values = ban(load_logits(logits, ids, V, readable, ignored), banned, ids, V, BANS)
         depth = tl.where(ids < V, tl.div_rn(top - values, temperature), INFINITY)
@@ -108,7 +107,7 @@ def weigh(depths, weights, blocks, scale, BLOCK: tl.constexpr):
     """Stores the weights. Returns their sum and the number of tokens with a weight."""
     lane = tl.arange(0, BLOCK)
     sums, counts = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int32)
-    for block in tl.range(0, blocks, num_stages=STAGES):
+    for block in range(blocks):
         scaled = tl.exp(-tl.load(depths + block * BLOCK + lane)) * scale
         rounded = tl.where(scaled < NO_FRACTION, scaled + NO_FRACTION - NO_FRACTION, scaled)
         weight = tl.minimum(rounded, MOST).to(tl.uint32)
@@ -138,7 +137,7 @@ def search(depths, weights, blocks, need, high, passes, COUNTS: tl.constexpr, BL
         borders = low + (high - low) * 0.2 * part  # (4, 1): they divide the band into 5 parts
         sums = tl.zeros((4, BLOCK), tl.int32 if COUNTS else tl.int64)
         least, most = tl.full((1, BLOCK), INFINITY, tl.float32), tl.full((1, BLOCK), -INFINITY, tl.float32)
-        for block in tl.range(0, blocks, num_stages=STAGES):
+        for block in tl.range(0, blocks, loop_unroll_factor=2):
             depth = tl.load(depths + block * BLOCK + lane)
             size = 1 if COUNTS else load_weights(weights, block * BLOCK + lane)
             sums += tl.where(depth <= borders, size, 0)
@@ -159,7 +158,7 @@ def make_short_list(depths, weights, blocks, last, WIDTH: tl.constexpr, BLOCK: t
     blocks. Each lane fills its own place of each block, so blocks may have gaps, which get an infinite depth."""
     lane = tl.arange(0, BLOCK)
     counts = tl.zeros((BLOCK,), tl.int32)
-    for block in tl.range(0, blocks, num_stages=STAGES):
+    for block in range(blocks):
         depth, weight = tl.load(depths + block * BLOCK + lane), tl.load(weights + block * BLOCK + lane)
         near = depth <= last
         tl.store(depths + WIDTH + counts * BLOCK + lane, depth, mask=near)
@@ -177,7 +176,7 @@ def weight_until(depths, weights, blocks, last, BLOCK: tl.constexpr):
     """Returns the sum of the weights down to the depth `last`."""
     lane = tl.arange(0, BLOCK)
     sums = tl.zeros((BLOCK,), tl.int64)
-    for block in tl.range(0, blocks, num_stages=STAGES):
+    for block in range(blocks):
         near = tl.load(depths + block * BLOCK + lane) <= last
         sums += tl.where(near, load_weights(weights, block * BLOCK + lane), 0)
     return tl.sum(sums, axis=0)
@@ -225,7 +224,7 @@ def add_up(depths, weights, masses, ties, blocks, border, BLOCK: tl.constexpr):
     Returns the sum of the weights before the border, and the weight of a token at the border, which all have."""
     lane, group = tl.arange(0, BLOCK), tl.arange(0, BLOCK // GROUP)
     before, tie_weights = tl.zeros((BLOCK // GROUP,), tl.int64), tl.zeros((BLOCK,), tl.int64)
-    for block in tl.range(0, blocks, num_stages=STAGES):
+    for block in range(blocks):
         depth, weight = tl.load(depths + block * BLOCK + lane), load_weights(weights, block * BLOCK + lane)
         mass = group_sums(tl.where(depth < border, weight, 0), BLOCK)
         tl.store(masses + block * (BLOCK // GROUP) + group, mass)

@@ -138,7 +138,7 @@ def test_where_the_triton_sampler_does_not_run_the_plain_one_is_used_with_one_no
 def test_the_triton_sampler_is_tried_with_the_vocabulary_of_the_model(monkeypatch):
     shapes = []
     kernel = SimpleNamespace(choose_next=lambda logits, *_: shapes.append(logits.shape))
-    monkeypatch.setattr(select, "triton_attention", lambda _: kernel)
+    monkeypatch.setattr(select, "triton_works", lambda _: True)
     monkeypatch.setitem(sys.modules, "gpt.kernels.triton_sampler", kernel)
     select.triton_sampler.cache_clear()
     assert select.triton_sampler(torch.device("cpu"), VOCABULARY) is kernel.choose_next
