@@ -31,7 +31,8 @@ class Backend:
     choose_step: Callable[[torch.Tensor, Any], torch.Tensor] | None = None
     """(logits, Step) -> ids, in place of Step.choose and `choose_ids`"""
     draws = False
-    """whether `choose_step` computes the random numbers by itself, from Step.streams"""
+    """whether `choose_step` is the Triton sampler, which converts the logits to float32 and computes the random numbers
+    from Step.streams"""
 
     def __init__(self, model: GPT, ops: Ops = REFERENCE):
         self.model, self.ops, self.choose_ids = model, ops, choose
@@ -57,8 +58,11 @@ class Backend:
 
     def decode(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Appends the keys and values of ids (R,), one id per row, to the cache; returns the logits (R, V) of the next
-        token. Needs no value on the host, so it can be compiled, or captured as a CUDA graph. The next call may
-        overwrite the logits."""
+        token, float32 unless `choose_step` converts them. Needs no value on the host, so it can be compiled, or
+        captured as a CUDA graph. The next call may overwrite the logits."""
+        if self.draws:
+            hidden = self.model.hidden(ids[:, None], cache, self.ops)[:, -1]
+            return self.model.token.logits(hidden)[:, : self.model.vocab_size]
         # Not self.model(): training may have compiled that.
         return self.model.forward(ids[:, None], cache=cache, ops=self.ops)
 
@@ -82,10 +86,10 @@ class Compiled(Backend):
         on_gpu = model.device.type == "cuda"
         super().__init__(model, gpu_ops(model.device) if on_gpu else REFERENCE)
         self.captures = on_gpu
-        self.decode = compile_static(self.decode)  # type: ignore[method-assign]
         if on_gpu:
             self.choose_step, self.choose_ids = fused_choice(model), compile_static(choose)
             self.draws = self.choose_step is not None
+        self.decode = compile_static(self.decode)  # type: ignore[method-assign]
 
 
 class Native(Backend):
@@ -129,7 +133,7 @@ def pick_backend(name: str, model: GPT, steps: int, rows: int) -> str:
 
 def fused_choice(model: GPT) -> Callable[[torch.Tensor, Any], torch.Tensor] | None:
     """Returns a `choose_step` that launches the Triton sampler; None if it cannot be used."""
-    choose_next = triton_sampler(model.device, model.vocab_size)
+    choose_next = triton_sampler(model.device, model.dtype, model.vocab_size, len(model.token.weight))
     if choose_next is None:
         return None
 

@@ -80,6 +80,8 @@ class Step:
     def choose_next(self) -> Chosen:
         """Appends the keys and values of `next` to each row's cache, and chooses the id after it."""
         logits = self.backend.decode(self.next, self.cache)  # (R, V)
+        if self.report is not None or self.repeats.used or self.seen is not None or self.stops is not None:
+            logits = logits.float()
         logprobs = None if self.report is None else logits.log_softmax(-1)
         if self.seen is not None:
             self.seen.scatter_(1, self.next[:, None], True)

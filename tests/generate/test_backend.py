@@ -259,7 +259,7 @@ def test_the_penalty_before_the_fused_sampler_hides_no_infinite_logit(generator,
     assert step.next.tolist() == [0] and step.turns.tolist() == [3]
 
 
-def test_without_the_triton_kernel_the_plain_sampler_is_used(generator, monkeypatch):
+def test_without_the_triton_sampler_the_plain_sampler_is_used(generator, monkeypatch):
     monkeypatch.setattr(backend, "triton_sampler", lambda *_: None)
     assert fused_choice(generator.model) is None
 
