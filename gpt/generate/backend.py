@@ -29,7 +29,8 @@ class Backend:
     choose_step: Callable[[torch.Tensor, Any], torch.Tensor] | None = None
     """(logits, Step) -> ids, in place of Step.choose and `choose_ids`"""
     draws_ahead = True
-    """whether steps read random numbers from Step.draws; otherwise `choose_step` makes them from Step.streams"""
+    """whether steps read random numbers from Step.draws; otherwise `choose_step` is the Triton sampler, which converts
+    the logits to float32 and makes the random numbers from Step.streams"""
 
     def __init__(self, model: GPT, ops: Ops = REFERENCE):
         self.model, self.ops, self.choose_ids = model, ops, choose
@@ -55,8 +56,8 @@ class Backend:
 
     def decode(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Appends the keys and values of ids (R,), one id per row, to the cache; returns the logits (R, V) of the next
-        token. Needs no value on the host, so it can be compiled, or captured as a CUDA graph. The next call may
-        overwrite the logits."""
+        token, in float32 or in the model's precision. Needs no value on the host, so it can be compiled, or
+        captured as a CUDA graph. The next call may overwrite the logits."""
         # Not self.model(): training may have compiled that.
         return self.model.forward(ids[:, None], cache=cache, ops=self.ops)
 
@@ -127,7 +128,7 @@ def pick_backend(name: str, model: GPT, steps: int, rows: int) -> str:
 
 def fused_choice(model: GPT) -> Callable[[torch.Tensor, Any], torch.Tensor] | None:
     """Returns a `choose_step` that launches the Triton sampler; None if it cannot be used."""
-    choose_next = triton_sampler(model.device, model.vocab_size)
+    choose_next = triton_sampler(model.device, model.dtype, model.vocab_size, len(model.token.weight))
     if choose_next is None:
         return None
 

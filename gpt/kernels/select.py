@@ -177,8 +177,11 @@ def triton_works(device: torch.device) -> bool:
 
 
 @functools.cache
-def triton_sampler(device: torch.device, vocabulary: int) -> Callable[..., Tensor] | None:
-    """Returns triton_sampler.choose_next, or None: see `tried`. The trial compiles it for this vocabulary."""
+def triton_sampler(
+    device: torch.device, dtype: torch.dtype, vocabulary: int, padded: int
+) -> Callable[..., Tensor] | None:
+    """Returns triton_sampler.choose_next, or None: see `tried`. The trial compiles it for logits of this type, whose
+    rows have `padded` values."""
     if not triton_works(device):  # which has printed a note
         return None
 
@@ -188,7 +191,7 @@ def triton_sampler(device: torch.device, vocabulary: int) -> Callable[..., Tenso
         whole, streams = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, 4, dtype=torch.int64)
         names = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.int64, "min_p": torch.float32}
         filters = SimpleNamespace(**{name: whole.to(dtype) for name, dtype in names.items()})
-        logits = torch.zeros(1, vocabulary, device=device)
+        logits = torch.zeros(1, padded, dtype=dtype, device=device)[:, :vocabulary]
         choose_next(logits, filters, streams.to(device), whole, whole.clone(), whole.bool(), 0)
         return choose_next
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpt.attention import LayerCache
 
-BLOCK = 64  # positions read at once
+TILE_BYTES = 8192  # of keys read at once; a program holds four such tiles in shared memory, of which GPUs have 64 KiB
 
 
 @triton.jit
@@ -119,9 +119,14 @@ def decode_attention(
     out = torch.empty(rows, 1, heads * width, dtype=qkv.dtype, device=qkv.device)
     attend[(rows, heads, splits)](
         qkv.contiguous(), layer.keys, layer.values, layer.positions, parts, counters, out, heads, capacity,
-        D=width, WIDTH=padded, BLOCK=BLOCK, SPLITS=splits, **launch_options(pdl),
+        D=width, WIDTH=padded, BLOCK=block_for(padded * qkv.itemsize), SPLITS=splits, **launch_options(pdl),
     )  # fmt: skip
     return out
+
+
+def block_for(position_bytes: int) -> int:
+    """Returns how many positions are read at once if the key of one takes `position_bytes`."""
+    return max(16, min(64, TILE_BYTES // position_bytes))
 
 
 def new_counters(programs: int, device: torch.device) -> Tensor:

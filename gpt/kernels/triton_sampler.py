@@ -11,14 +11,15 @@ For each row:
     target = sum of the kept weights * random number // 2^30
     the chosen id is the first at which the sum of the kept weights, in the order of the ids, passes `target`
 
-`search` finds the depth of the k-th likeliest token without sorting. Each pass over the row counts the tokens down to
-three depths at once and keeps the quarter in which the count reaches k. An example with k = 50, from depth 0 to 24:
+`search` finds the depth of the k-th likeliest token without sorting. Each pass over the row divides a band of depths
+into five parts, counts the tokens down to each border, and keeps the part in which the count reaches k. An example with
+50,257 tokens and k = 50:
 
-    depth <= 6: 234 tokens    <= 12: 9,000    <= 18: 40,000     the 50th lies in (0, 6]
-    depth <= 1.5: 9 tokens    <= 3: 31        <= 4.5: 88        the 50th lies in (3, 4.5]
+    depth <= 4.8: 87 tokens    <= 9.6: 4,195    <= 14.4: 29,791    <= 19.2: 48,583    the 50th lies in (0, 4.8]
+    depth <= 0.96: 1 token     <= 1.92: 3       <= 2.88: 8         <= 3.84: 28        the 50th lies in (3.84, 4.8]
 
-After COARSE passes, the tokens down to the band's end (here 88 of 50,257) are copied to a short list, and the search
-goes on there until the band holds a single depth. Top-p is the same search with sums of weights instead of counts.
+After COARSE passes, the tokens down to the end of the band (here 87) are copied to a short list, and the search goes on
+there until the band holds a single depth. Top-p is the same search with sums of weights instead of counts.
 
 The draw needs no sort either: the sums of the kept weights of each GROUP of ids show in which group the running sum
 passes `target`, and a running sum within this group shows the id.
@@ -120,6 +121,7 @@ def weigh(depths, weights, blocks, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_weights(weights, places):
+    """Returns stored weights as int64."""
     return tl.load(weights + places).to(tl.uint32, bitcast=True).to(tl.int64)
 
 
@@ -192,7 +194,7 @@ def share(total, top_p):
 def find_border(depths, weights, blocks, total, counted, top_k, top_p, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Returns the depth of the last token that top-k and top-p keep, and the weight that the kept tokens must reach.
     `counted` is the number of tokens with a weight; the others need not be looked at."""
-    border, need = DEEPEST + 0.0, share(total, top_p)
+    border, need = DEEPEST + 0.0, share(total, top_p)  # + 0.0: a constexpr could not change
     limited = (top_k > 0) & (top_k < counted)
     if limited:
         border = search(depths, weights, blocks, top_k, border, COARSE, True, BLOCK)
@@ -221,7 +223,7 @@ def group_sums(values, BLOCK: tl.constexpr):
 @triton.jit
 def add_up(depths, weights, masses, ties, blocks, border, BLOCK: tl.constexpr):
     """Stores for each group of ids the sum of the weights before the border, and the number of tokens at the border.
-    Returns the sum of the weights before the border, and the weight of a token at the border, which all have."""
+    Returns the sum of all weights before the border, and the weight that each token at the border has."""
     lane, group = tl.arange(0, BLOCK), tl.arange(0, BLOCK // GROUP)
     before, tie_weights = tl.zeros((BLOCK // GROUP,), tl.int64), tl.zeros((BLOCK,), tl.int64)
     for block in range(blocks):
@@ -333,7 +335,7 @@ def choose_next(
         filters.temperature, filters.top_k, filters.top_p, filters.min_p, streams, turns, next, ids,
         ignores_eot, eot, ignores_eot if banned is None else banned, *scratch,
         BANS=banned is not None, WIDTH=scratch.depths.shape[2], GROUPS=scratch.masses.shape[1], BLOCK=BLOCK,
-        num_warps=WARPS,
+        num_warps=WARPS, enable_fp_fusion=False,  # tokens of equal depths must get equal weights
     )  # fmt: skip
     return ids
 

@@ -127,22 +127,24 @@ def test_where_the_triton_sampler_does_not_run_the_plain_one_is_used_with_one_no
 
     device = torch.device("cpu")
     for attention, note in ((None, ""), (launch, "info: no Triton kernel for sampling: no such instruction; ")):
-        monkeypatch.setattr(select, "triton_attention", lambda _, attention=attention: attention)
+        monkeypatch.setattr(select, "triton_works", lambda _, works=attention is not None: works)
         monkeypatch.setitem(sys.modules, "gpt.kernels.triton_sampler", SimpleNamespace(choose_next=launch))
         select.triton_sampler.cache_clear()
-        assert select.triton_sampler(device, VOCABULARY) is None
+        assert select.triton_sampler(device, torch.bfloat16, VOCABULARY, 320) is None
         assert capsys.readouterr().err == (note and note + "plain torch is used\n")
     select.triton_sampler.cache_clear()
 
 
-def test_the_triton_sampler_is_tried_with_the_vocabulary_of_the_model(monkeypatch):
+def test_the_triton_sampler_is_tried_with_logits_like_those_of_the_model(monkeypatch):
     shapes = []
-    kernel = SimpleNamespace(choose_next=lambda logits, *_: shapes.append(logits.shape))
+    kernel = SimpleNamespace(
+        choose_next=lambda logits, *_: shapes.append((logits.dtype, logits.shape, logits.stride()))
+    )
     monkeypatch.setattr(select, "triton_works", lambda _: True)
     monkeypatch.setitem(sys.modules, "gpt.kernels.triton_sampler", kernel)
     select.triton_sampler.cache_clear()
-    assert select.triton_sampler(torch.device("cpu"), VOCABULARY) is kernel.choose_next
-    assert shapes == [(1, VOCABULARY)]
+    assert select.triton_sampler(torch.device("cpu"), torch.bfloat16, VOCABULARY, 320) is kernel.choose_next
+    assert shapes == [(torch.bfloat16, (1, VOCABULARY), (320, 1))]
     select.triton_sampler.cache_clear()
 
 
