@@ -13,7 +13,7 @@ import torch
 from gpt.device import GIB, free_memory, pinned_copy, to_device, upload
 from gpt.errors import ResourceError
 from gpt.generate.backend import Backend
-from gpt.generate.prefill import WARM_UPS, ChunkedPrefill
+from gpt.generate.prefill import WARM_UPS, PaddedPrefill
 from gpt.generate.repeats import Repeats
 from gpt.generate.sampling import Filters, draws_of_streams, likeliest, stream
 from gpt.generate.sequence import GenerationParams
@@ -215,7 +215,7 @@ class CapturedStep:
         self.graphs: dict[tuple, CudaGraph[Chosen]] = {}
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(step.device)  # one for all graphs: libraries keep a workspace for each stream
-        self.chunks = ChunkedPrefill(step.backend, step.cache, self.new_graph)
+        self.padded = PaddedPrefill(step.backend, step.cache, self.new_graph)
 
     def new_graph(self) -> CudaGraph:
         return CudaGraph(self.step.device, self.stream, self.pool)
@@ -223,7 +223,7 @@ class CapturedStep:
     def prefill(self, texts: dict[int, list[int]]) -> None:
         """See Step.prefill. Several texts share a forward pass."""
         with torch.cuda.device(self.step.device):
-            self.chunks.fill(texts)
+            self.padded.fill(texts)
 
     @torch.inference_mode()
     def launch(self, count: int) -> Callable[[], Results]:

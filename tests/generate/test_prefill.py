@@ -1,4 +1,4 @@
-"""Chunks of several prompts in one pass against each prompt by itself, and the bits of a text beside any others."""
+"""Several padded prompts in one pass against each prompt by itself, and the bits of a text beside any others."""
 
 import math
 
@@ -9,13 +9,13 @@ from graph_helpers import Recorded, capture_on_cpu, captured_generator, row_of
 
 from gpt.generate import prefill
 from gpt.generate.backend import Backend
-from gpt.generate.prefill import PASS_TOKENS, WIDTHS, ChunkedPrefill, passes
+from gpt.generate.prefill import NARROWEST, PASS_TOKENS, PaddedPrefill, passes, width_for
 from gpt.kernels.cuda_graph import CudaGraph
 from gpt.model import GPT, KVCache, ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SHORT, LONG = WIDTHS
+SHORT, LONG = NARROWEST, 4 * NARROWEST
 SIZE = 2 * LONG + 40
 LENGTHS = [0, 1, 2, SHORT - 1, SHORT, SHORT + 1, LONG, LONG + 1, 2 * LONG, SIZE - 1]
 
@@ -31,11 +31,11 @@ def ids_of(length, seed=0):
 
 
 def filled(model, texts, rows, cache=None):
-    """Returns a cache in which the texts, row -> ids, are prefilled in chunks."""
+    """Returns a cache in which the texts, row -> ids, are prefilled together."""
     cache = cache or KVCache(model.config, rows, model.dtype, model.device)
     new_graph = Recorded if model.device.type == "cpu" else lambda: CudaGraph(torch.device("cuda", 0))
     with torch.inference_mode():
-        ChunkedPrefill(Backend(model), cache, new_graph).fill(texts)
+        PaddedPrefill(Backend(model), cache, new_graph).fill(texts)
     return cache
 
 
@@ -50,7 +50,7 @@ def alone(model, ids):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 12])
-def test_chunks_write_what_each_prompt_by_itself_writes(model, rows):
+def test_a_pass_writes_what_each_prompt_by_itself_writes(model, rows):
     for start in range(0, len(LENGTHS), rows):
         texts = {row: ids_of(length) for row, length in enumerate(LENGTHS[start : start + rows])}
         cache = filled(model, texts, rows)
@@ -60,7 +60,7 @@ def test_chunks_write_what_each_prompt_by_itself_writes(model, rows):
 
 
 @pytest.mark.parametrize("size", [2, 5, 24, SHORT, SHORT + 1])
-def test_a_context_shorter_than_a_chunk_is_filled_to_its_last_place_but_one(size):
+def test_a_context_shorter_than_a_pass_is_filled_to_its_last_place_but_one(size):
     model = random_model(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=size))
     texts = {row: ids_of(length) for row, length in enumerate((size - 1, 1, size // 2))}
     cache = filled(model, texts, 3)
@@ -117,32 +117,36 @@ def test_what_damaged_weights_left_in_the_cache_does_not_reach_a_later_text(mode
 
 def test_texts_share_passes_of_few_shapes():
     texts = {row: ids_of(length) for row, length in enumerate([31] * 64 + [0, 700, 300, SHORT + 1])}
-    found = list(passes(texts, rows=68, positions=1024))
-    shapes = [(each.width, each.is_first, each.values.shape[0]) for each in found]
+    shapes = [values.shape for values in passes(texts, rows=68, positions=1024)]
     many, few = PASS_TOKENS // SHORT, PASS_TOKENS // LONG
-    later = math.ceil(2 / few) + math.ceil(1 / few)  # two texts have a second chunk, one has a third
-    assert shapes == [(SHORT, True, many)] * (64 // many) + [(LONG, True, few)] * 2 + [(LONG, False, few)] * later
-    assert all(each.values.shape[1] == 2 * each.width + 2 for each in found)
+    assert shapes == [(many, 2 * SHORT + 1)] * (64 // many) + [(few, 2 * LONG + 1)] + [(1, 2 * 1024 + 1)] * 2
+
+
+def test_the_width_of_a_pass_follows_from_the_length_alone():
+    widths = [width_for(tokens, 1024) for tokens in (1, 64, 65, 256, 257, 1023)]
+    assert widths == [64, 64, 256, 256, 1024, 1024]
+    assert [width_for(tokens, 700) for tokens in (256, 257, 699)] == [256, 700, 700]
+    assert width_for(20, 24) == 24 and width_for(3000, 4096) == 4096
 
 
 def test_every_token_of_a_text_is_read_once_at_its_position():
     texts = {row: ids_of(length) for row, length in enumerate(LENGTHS)}
     found = {}
-    for width, _, values in passes(texts, rows=len(texts), positions=SIZE):
-        for *chunk, row, end in values.tolist():
-            for token, position in zip(chunk[:width], chunk[width:], strict=True):
+    for values in passes(texts, rows=len(texts), positions=SIZE):
+        width = values.shape[1] // 2
+        for *pairs, row in values.tolist():
+            for token, position in zip(pairs[:width], pairs[width:], strict=True):
                 if position != SIZE - 1:
-                    assert position < end
                     assert found.setdefault((row, position), token) == token
     assert found == {(row, place): token for row, ids in texts.items() for place, token in enumerate(ids)}
 
 
 def test_each_shape_is_captured_once(model):
     graphs, cache = [], KVCache(model.config, 2)
-    chunked = ChunkedPrefill(Backend(model), cache, lambda: graphs.append(Recorded()) or graphs[-1])
+    padded = PaddedPrefill(Backend(model), cache, lambda: graphs.append(Recorded()) or graphs[-1])
     with torch.inference_mode():
         for length in (3, SHORT, 5, LONG, LONG - 9, LONG + 3, SIZE - 1):
-            chunked.fill({0: ids_of(length), 1: ids_of(length - 1)})
+            padded.fill({0: ids_of(length), 1: ids_of(length - 1)})
             torch.testing.assert_close(row_of(cache, 0, length), alone(model, ids_of(length)), rtol=0, atol=1e-4)
     assert len(graphs) == 3
 
@@ -150,9 +154,9 @@ def test_each_shape_is_captured_once(model):
 # ---- in generation
 
 
-def test_fault_084_texts_of_chunked_prompts_are_those_of_the_uncached_rule_past_the_context(monkeypatch):
+def test_fault_084_texts_of_padded_prompts_are_those_of_the_uncached_rule_past_the_context(monkeypatch):
     capture_on_cpu(monkeypatch)
-    monkeypatch.setattr(prefill, "WIDTHS", (8, 16))
+    monkeypatch.setattr(prefill, "NARROWEST", 8)
     monkeypatch.setattr(prefill, "PASS_TOKENS", 32)
     model = random_model(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=48))
     prompts = ["a", "bc", "d" * 8, "The nine.", "0123456789abcdef+", "x" * 33, "yz" * 24]
@@ -166,7 +170,7 @@ def test_fault_084_texts_of_chunked_prompts_are_those_of_the_uncached_rule_past_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_captured_text_is_the_same_bits_whatever_the_other_rows_hold(monkeypatch, dtype):
     capture_on_cpu(monkeypatch)
-    monkeypatch.setattr(prefill, "WIDTHS", (8, 16))
+    monkeypatch.setattr(prefill, "NARROWEST", 8)
     monkeypatch.setattr(prefill, "PASS_TOKENS", 32)
     generator = captured_generator(random_model(ModelConfig(1, 4, 64, 48)).to(dtype))
     seen = set()
@@ -181,7 +185,7 @@ def test_a_captured_text_is_the_same_bits_whatever_the_other_rows_hold(monkeypat
 def test_samples_of_a_prompt_are_copied_and_prompts_of_one_token_need_no_pass(monkeypatch, model):
     capture_on_cpu(monkeypatch)
     filled_rows = []
-    monkeypatch.setattr(ChunkedPrefill, "fill", record_fill(ChunkedPrefill.fill, filled_rows))
+    monkeypatch.setattr(PaddedPrefill, "fill", record_fill(PaddedPrefill.fill, filled_rows))
     prompts = ["several words", "z", "two"]
     settings = {"max_new_tokens": 12, "temperature": 0.0, "ignore_eot": True, "rows": 5, "num_samples": 4}
     texts = captured_generator(model).generate(prompts, **settings)
