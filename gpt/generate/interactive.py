@@ -39,8 +39,10 @@ def interact(
     `seed` is used if they have no seed."""
     session = Session(generator, settings, seed, write)
     terminal = bool(sys.stdin and sys.stdin.isatty() and sys.stdout.isatty())
-    with history() if terminal else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
         if terminal:
+            stack.enter_context(history())
+            stack.enter_context(every_key())
             tell("type what the model is to continue; /help explains, Ctrl-D leaves")
         if first is not None:
             attempt(session.extend, first)
@@ -65,7 +67,8 @@ def attempt(action: Callable[[str], None], line: str) -> None:
 
 def typed_lines(terminal: bool) -> Iterator[str]:
     """Yields the lines that are typed or piped in, without their ends; on a terminal, lines that were pasted together
-    as one. There, Ctrl-C empties the line, and a second Ctrl-C in a row ends the input."""
+    as one. There, Ctrl-C empties the line, and a second Ctrl-C in a row ends the input. Ctrl-D after a paste yields the
+    paste first."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline="\n")
     interrupts = 0  # in a row
@@ -78,6 +81,8 @@ def typed_lines(terminal: bool) -> Iterator[str]:
         except EOFError:
             if terminal:
                 tell("")
+            if pasted:
+                yield "\n".join(pasted)
             return
         except KeyboardInterrupt:
             if not terminal:
@@ -98,8 +103,28 @@ def input_waits() -> bool:
         return False
     before = termios.tcgetattr(sys.stdin)
     try:
-        tty.setcbreak(sys.stdin, termios.TCSANOW)  # otherwise the beginning of a line does not count
+        tty.setcbreak(sys.stdin, termios.TCSANOW)  # otherwise the terminal shows what arrives, and readline again
         return bool(select.select([sys.stdin], [], [], PASTE_SECONDS)[0])
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+@contextlib.contextmanager
+def every_key() -> Iterator[None]:
+    """Returns a context in which readline gets every key as it is pressed, also between two prompts. Otherwise the
+    terminal turns a Ctrl-D that is pressed there into a NUL byte, which readline ignores. Does nothing without
+    readline, since the terminal then edits the lines."""
+    try:
+        import readline  # noqa: F401 (input uses it)
+        import termios
+    except ImportError:
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    flags = before[3] & ~termios.ICANON
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, [*before[:3], flags, *before[4:]])
+    try:
+        yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
