@@ -75,7 +75,8 @@ def typed_lines(terminal: bool) -> Iterator[str]:
     pasted: list[str] = []  # the lines so far
     while sys.stdin and interrupts < 2:
         try:
-            pasted.append(input("> " if terminal and not pasted else "").removesuffix("\r"))
+            line = input("" if pasted else "> ") if terminal else piped_line()
+            pasted.append(line.removesuffix("\r"))
             if terminal and not pasted[0].startswith("/") and input_waits():
                 continue
         except EOFError:
@@ -92,6 +93,18 @@ def typed_lines(terminal: bool) -> Iterator[str]:
         else:
             line, interrupts, pasted = "\n".join(pasted), 0, []
             yield line
+
+
+def piped_line() -> str:
+    """Returns the next line of stdin, without its end. Raises EOFError after the last one, and InputError if stdin
+    cannot be read."""
+    try:
+        line = sys.stdin.readline()
+    except OSError as error:
+        raise InputError(f"stdin: {error.strerror}; type into a terminal, or pipe the lines into it") from None
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n")
 
 
 def input_waits() -> bool:

@@ -13,7 +13,6 @@ import io
 import itertools
 import os
 import re
-import shutil
 import stat
 import sys
 import tempfile
@@ -161,10 +160,18 @@ def matches(name: str) -> list[str]:
 
 
 def spool(stream: IO[bytes], folder: Path) -> IO[bytes]:
-    """Returns an unnamed temporary copy of `stream` in `folder`, because every document is read twice."""
+    """Returns an unnamed temporary copy of `stream`, which is stdin, in `folder`: every document is read twice."""
+
+    def read() -> bytes:
+        try:
+            return stream.read(BLOCK_BYTES)
+        except OSError as error:  # such as a folder
+            raise InputError(f"stdin: {error.strerror}; pipe the text into it") from None
+
     try:
         copy = tempfile.TemporaryFile(dir=folder)
-        shutil.copyfileobj(stream, copy, BLOCK_BYTES)
+        for block in iter(read, b""):
+            copy.write(block)
     except OSError as error:
         raise ResourceError(f"copying the input failed: {folder}: {error.strerror}; free some space") from None
     return copy

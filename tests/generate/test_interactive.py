@@ -13,6 +13,7 @@ import time
 import pytest
 from generation_helpers import replace_decode, scripted_decode, small_generator, start
 
+from gpt.errors import InputError
 from gpt.generate.interactive import every_key, interact
 from gpt.model import ModelConfig
 
@@ -228,6 +229,13 @@ def test_fault_087_logits_that_are_not_finite_end_one_text_which_is_then_as_befo
     assert asked == ["a", "aok\nb", "aok\nc"]
     assert told.startswith("error: non-finite logits at token 2: ")
     assert written == "ok\nx\nzw\n"
+
+
+def test_a_stdin_that_cannot_be_read_is_refused(generator, monkeypatch, tmp_path):
+    with open(os.open(tmp_path / "x", os.O_WRONLY | os.O_CREAT), encoding="utf-8") as only_for_writing:
+        monkeypatch.setattr(sys, "stdin", only_for_writing)
+        with pytest.raises(InputError, match=r"^stdin: Bad file descriptor; type into a terminal, or pipe the lines"):
+            interact(generator, SETTINGS, 1, print)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

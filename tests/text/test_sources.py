@@ -145,6 +145,14 @@ def test_a_closed_stdin_is_refused(tmp_path, monkeypatch):
         prepare_here(tmp_path / "out", "-")
 
 
+def test_a_stdin_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    with open(os.open(tmp_path / "x", os.O_WRONLY | os.O_CREAT), encoding="utf-8") as only_for_writing:
+        monkeypatch.setattr("sys.stdin", only_for_writing)
+        with pytest.raises(InputError, match=r"^stdin: Bad file descriptor; pipe the text into it$"):
+            prepare_here(tmp_path / "out", "-")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_suffix_that_is_added_to_the_table_is_read_as_its_kind(tmp_path, monkeypatch):
     monkeypatch.setitem(sources.KINDS, ".rows", "jsonl")
     (tmp_path / "in").mkdir()
