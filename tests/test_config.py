@@ -1,5 +1,6 @@
 """Settings: precedence, the values of a command line, each kind of mistake and its message, TOML, presets, help."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -503,6 +504,38 @@ def test_help_explains_every_field_and_ends_with_0(name, monkeypatch):
         text = " ".join(line.strip() for line in lines[place : place + 3])
         explanation = text.split("(default")[0].split("(required")[0].split()
         assert len([word for word in explanation if word[0].islower()]) >= 2, f"{setting}: {text}"
+
+
+def test_help_after_a_preset_shows_its_values_beside_the_defaults(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+
+    def lines(*words):
+        run = in_process(train.main, "train.py", *words)
+        assert (run.code, run.stderr) == (0, "")
+        return run.stdout.splitlines()
+
+    plain, tiny = lines("--help"), lines("--data", "x", "tiny", "--help")
+    changed = {new for old, new in zip(plain, tiny, strict=True) if new != old}
+    assert len(changed) == len(read_toml(train.PRESETS / "tiny.toml", train.TrainConfig))
+    assert all("; tiny: " in line for line in changed)
+    assert "  --n_layer INT         transformer blocks (default: 12; tiny: 2)" in changed
+    own = preset(tmp_path, 'schedule = "linear"\nwandb = "100%"\n')
+    changed = set(lines("-h", own)) - set(plain)
+    assert {line[line.index("(") :] for line in changed} == {"(default: cosine; mine: linear)", "(mine: 100%)"}
+    assert lines("x" * 5000, "--help") == plain
+    bad = in_process(train.main, "train.py", preset(tmp_path, "lrr = 1"), "--help")
+    assert (bad.code, bad.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_help_that_nobody_reads_is_no_failure(word):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "train.py", word], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def mentions(line, setting):

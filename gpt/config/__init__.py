@@ -92,22 +92,23 @@ def positional(metavar: str, **keywords: Any) -> Any:
     return dataclasses.field(metadata={"metavar": metavar}, **keywords)
 
 
-def parse_flags(cls: type, argv: list[str], description: str | None = None) -> dict[str, Any]:
+def parse_flags(
+    cls: type, argv: list[str], description: str | None = None, presets: Path | None = None
+) -> dict[str, Any]:
     """Returns name -> value for the options and positional words in `argv`; names that are not given are absent.
 
     Raises InputError for a missing value or a value of the wrong type, else for all unknown options, else for all words
-    that belong to no option, else for all repeated options. `--help` prints the options with the defaults of `cls` and
-    exits 0; `--version` prints the version and exits 0."""
+    that belong to no option, else for all repeated options. `--help` prints the options with the defaults of `cls`, and
+    with the values of a preset (a .toml file, or one in the folder `presets`) if `argv` names one, and exits 0;
+    `--version` prints the version and exits 0."""
     argv = mark_values(argv, cls)
     wants_help = bool({"-h", "--help"} & set(argv))
     if "--version" in argv and not wants_help:
-        say(f"gpt-text-generator {__version__}")
-        raise SystemExit(0)
-    texts = explanations(cls) if wants_help else {}  # reading the source takes a third of a second
-    parser = make_parser(cls, texts, description)
+        end_with(f"gpt-text-generator {__version__}")
     if wants_help:
-        say(parser.format_help().rstrip())
-        parser.exit()
+        texts = help_texts(cls, named_preset(argv, presets))
+        end_with(make_parser(cls, texts, description).format_help().rstrip())
+    parser = make_parser(cls, {}, description)
     # Intermixed: positional words may stand between options. Before Python 3.13 that method reads options behind "--".
     parse = parser.parse_known_args if "--" in argv else parser.parse_known_intermixed_args
     namespace, rest = parse(argv)
@@ -117,6 +118,13 @@ def parse_flags(cls: type, argv: list[str], description: str | None = None) -> d
     refuse([f"{unmarked(word)!r} belongs to no option{short_name(word, cls)}" for word in rest])
     refuse([f"option --{name} is given twice; give it once" for name, values in given.items() if len(values) > 1])
     return {name: tuple(value) if isinstance(value, list) else value for name, [value] in given.items()}
+
+
+def end_with(text: str) -> NoReturn:
+    """Prints `text` and exits 0, also if the reader of stdout has closed the pipe."""
+    with contextlib.suppress(BrokenPipeError):
+        say(text)
+    raise SystemExit(0)
 
 
 def mark_values(argv: list[str], cls: type) -> list[str]:
@@ -169,7 +177,7 @@ def add_arguments(parser: Parser, cls: Any, texts: dict[str, str], title: str = 
         if dataclasses.is_dataclass(field.type):
             add_arguments(parser, field.type, texts, f"{field.name} options")
         else:
-            add_argument(group, field, help_of(field, texts.get(field.name, "")))
+            add_argument(group, field, texts.get(field.name, ""))
 
 
 def add_argument(group: Any, field: dataclasses.Field, text: str) -> None:
@@ -217,14 +225,19 @@ def int_or_none(text: str) -> int | None:
     return None if text == "None" else int(text)
 
 
-def help_of(field: dataclasses.Field, text: str) -> str:
-    """Returns the help of `field`: its explanation `text`, then "(required)", or its default unless that is empty.
+def help_texts(cls: Any, preset: Path | None) -> dict[str, str]:
+    """Returns field -> its help: the explanation, the default unless that is empty, and the value in `preset`, if any.
     Doubles "%", which argparse would replace."""
-    if field.default is dataclasses.MISSING:
-        text += " (required)"
-    elif field.default not in ("", ()):
-        text += f" (default: {field.default})"
-    return text.replace("%", "%%")
+    texts = explanations(cls)  # reading the source takes a third of a second
+    values = read_toml(preset, cls) if preset else {}
+    for name, field in fields(cls).items():
+        remarks = [] if field.default in ("", ()) else [f"default: {field.default}"]
+        if field.default is dataclasses.MISSING:
+            remarks = ["required"]
+        if preset and name in values:
+            remarks.append(f"{preset.stem}: {values[name]}")
+        texts[name] = (texts[name] + (f" ({'; '.join(remarks)})" if remarks else "")).replace("%", "%%")
+    return texts
 
 
 def explanations(cls: Any) -> dict[str, str]:
@@ -314,6 +327,15 @@ def find_preset(name: str, folder: Path) -> Path | None:
         tell(list_presets(folder))
         raise InputError(f"no preset {name!r}: the presets are listed above; choose one, or give a .toml file")
     return Path(name)
+
+
+def named_preset(words: list[str], folder: Path | None) -> Path | None:
+    """Returns the path of the preset that one of `words` names: of a .toml file, or of a preset in `folder`; None if
+    none does, or if `folder` is None."""
+    for word in words:
+        if folder and (word.endswith(".toml") or os.path.exists(folder / f"{word}.toml")):
+            return find_preset(word, folder)
+    return None
 
 
 def list_presets(folder: Path) -> str:

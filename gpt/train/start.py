@@ -44,7 +44,7 @@ def read_settings(
     """Returns (settings of type `config`, folder of the base model or None, names of the flags) of a command line.
     Flags override the preset, the preset the settings of the checkpoint or base model, and these the defaults. Raises
     InputError for bad settings."""
-    flags = parse_flags(command_line, argv, description)
+    flags = parse_flags(command_line, argv, description, presets)
     path = flags.get("resume", "auto")
     preset = find_preset(flags.get("preset") or ("finetune" if flags.get("init") else ""), presets)
     values: dict[str, Any] = {}
