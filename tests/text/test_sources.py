@@ -241,6 +241,22 @@ def test_another_field_can_be_the_text(tmp_path):
     assert documents_of(tmp_path / "out") == ["b"]
 
 
+@pytest.mark.parametrize(
+    "files, given, field",
+    [
+        ({"a.jsonl": '{"body": "a"}', "b.txt": "b"}, "", "body"),
+        ({"a.jsonl": '{"body": "a"}', "b.json": '[{"text": "b"}]', "c.jsonl": '{"body": "c"}'}, "", "body, text"),
+        ({"a.jsonl": '{"body": "a", "more": {"x": "b"}}'}, "more.x", "more.x"),
+        ({"b.txt": "b"}, "", ""),
+    ],
+)
+def test_the_manifest_has_the_field_that_was_chosen(tmp_path, files, given, field):
+    inputs = [write(tmp_path / name, text) for name, text in files.items()]
+    manifest = prepare_here(tmp_path / "out", *inputs, val_fraction=0, **({"field": given} if given else {}))
+    assert manifest["source"]["options"]["field"] == field
+    assert ("--field" in manifest["source"]["recipe"]) == bool(given)
+
+
 def test_fault_005_marks_line_ends_nul_and_surrogates(tmp_path):
     text = write(tmp_path / "a.txt", b"\xef\xbb\xbfa\r\nb\x00\xef\xbb\xbf")
     lines = write(tmp_path / "b.jsonl", b'\xef\xbb\xbf{"text": "x\\ud800y\\udfff"}\n{"text": "\\ud83d\\ude00"}\n')
