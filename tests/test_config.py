@@ -29,6 +29,7 @@ from gpt.config import (
     to_toml,
 )
 from gpt.errors import InputError
+from gpt.report import plot
 from gpt.train.start import read_settings
 
 PRESETS = sorted(train.PRESETS.glob("*.toml"))
@@ -404,7 +405,7 @@ def test_train_without_a_preset_lists_them_with_their_first_lines():
     assert run.code == 2
     assert run.last.startswith("error: no preset given")
     for path in PRESETS:
-        assert path.read_text(encoding="utf-8").split("\n")[0].removeprefix("# ") in run.stderr
+        assert path.read_text(encoding="utf-8").split("\n")[0].removeprefix("# ") in " ".join(run.stderr.split())
 
 
 def test_a_folder_of_the_same_name_does_not_hide_a_preset(tmp_path, monkeypatch):
@@ -525,6 +526,16 @@ def test_help_after_a_preset_shows_its_values_beside_the_defaults(tmp_path, monk
     assert lines("x" * 5000, "--help") == plain
     bad = in_process(train.main, "train.py", preset(tmp_path, "lrr = 1"), "--help")
     assert (bad.code, bad.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_and_the_list_of_presets_fit_a_terminal(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    texts = [in_process(SCRIPTS[name][0].main, name, "--help").stdout, in_process(plot.main, "plot", "-h").stdout]
+    texts.append(list_presets(train.PRESETS))
+    for line in "\n".join(texts).splitlines():
+        assert len(line) < 80 and not line.endswith(" "), line
+    assert "python train.py --init gpt2 --data data/mine    fine-tunes GPT-2\n" in texts[0] or name != "train.py"
 
 
 @pytest.mark.parametrize("word", ["--help", "--version"])

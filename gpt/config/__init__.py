@@ -15,7 +15,9 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
+import textwrap
 import tomllib
 import typing
 from pathlib import Path
@@ -154,11 +156,12 @@ def short_name(word: str, cls: type) -> str:
 def make_parser(cls: type, texts: dict[str, str], description: str | None) -> Parser:
     """Returns a parser of the options and positional words of `cls`, with the help `texts` (field -> text). The parser
     appends the values of a name to a list, so that a repeated option can be reported."""
+    paragraphs = (description or "").split("\n\n")  # those that begin with a space are commands
     metavars = [field.metadata["metavar"] for field in fields(cls).values() if field.metadata]
     parser = Parser(
         prog=sys.argv[0],
         usage=" ".join(["%(prog)s [-h] [--version] [OPTIONS]", *metavars]),
-        description=description,
+        description="\n\n".join(part if part.startswith(" ") else filled(part) for part in paragraphs),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -167,6 +170,12 @@ def make_parser(cls: type, texts: dict[str, str], description: str | None) -> Pa
     parser._negative_number_matcher = re.compile("-[^-]")  # -1e-3, -inf and -x are values, not options
     add_arguments(parser, cls, texts)
     return parser
+
+
+def filled(text: str, indent: int = 0) -> str:
+    """Returns `text` in lines that fit the terminal; all but the first are indented."""
+    width = shutil.get_terminal_size().columns - 2  # as argparse
+    return textwrap.fill(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def add_arguments(parser: Parser, cls: Any, texts: dict[str, str], title: str = "") -> None:
@@ -339,8 +348,9 @@ def named_preset(words: list[str], folder: Path | None) -> Path | None:
 
 
 def list_presets(folder: Path) -> str:
-    """Returns a line per preset: its name and the first line of its header, which says size, hardware and time."""
+    """Returns a list of the presets: each name and the first line of its header, which says size, hardware and time."""
     paths = sorted(folder.glob("*.toml"))
     width = max((len(path.stem) for path in paths), default=0)
     headers = [path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for path in paths]
-    return "\n".join(f"  {path.stem:{width}}  {header}" for path, header in zip(paths, headers, strict=True))
+    lines = [f"  {path.stem:{width}}  {header}" for path, header in zip(paths, headers, strict=True)]
+    return "\n".join(filled(line, indent=width + 4) for line in lines)
