@@ -1,4 +1,4 @@
-"""Train a GPT-2: from scratch, resumed, or from another model's weights. One loop.
+"""Train a GPT-2: from scratch, resumed, or from another model's weights.
 
     python train.py                                 lists the presets
     python train.py shakespeare --data data/mine    trains on these shards

@@ -29,6 +29,7 @@ from gpt.config import (
     to_toml,
 )
 from gpt.errors import InputError
+from gpt.generate import interactive
 from gpt.report import plot
 from gpt.train.start import read_settings
 
@@ -403,7 +404,7 @@ def test_an_unknown_preset_is_answered_by_the_list_of_presets():
 def test_train_without_a_preset_lists_them_with_their_first_lines():
     run = train_here()
     assert run.code == 2
-    assert run.last.startswith("error: no preset given")
+    assert run.last == "error: no preset given: they are listed above; choose one, as in python train.py demo"
     for path in PRESETS:
         assert path.read_text(encoding="utf-8").split("\n")[0].removeprefix("# ") in " ".join(run.stderr.split())
 
@@ -532,7 +533,7 @@ def test_help_after_a_preset_shows_its_values_beside_the_defaults(tmp_path, monk
 def test_help_and_the_list_of_presets_fit_a_terminal(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     texts = [in_process(SCRIPTS[name][0].main, name, "--help").stdout, in_process(plot.main, "plot", "-h").stdout]
-    texts.append(list_presets(train.PRESETS))
+    texts += [list_presets(train.PRESETS), interactive.HELP]
     for line in "\n".join(texts).splitlines():
         assert len(line) < 80 and not line.endswith(" "), line
     assert "python train.py --init gpt2 --data data/mine    fine-tunes GPT-2\n" in texts[0] or name != "train.py"

@@ -17,10 +17,12 @@ from gpt.generate.generator import TextGenerator
 from gpt.generate.prompts import SETTINGS, checked, from_flag, value_of
 from gpt.generate.sequence import GenerationParams
 
-HELP = r"""What you type is added to the text so far, on a line of its own, and the model continues it.
-Lines that are pasted together are added together.
-An empty line continues the text as it is. Ctrl-C stops the text that is being written, Ctrl-D leaves.
-/set NAME VALUE   change a setting: /set temperature 0.7, /set stop "\n\n", /set stop ["a", "b"], /set seed none
+HELP = r"""What you type is added to the text so far, on a line of its own, and the model
+continues it. Lines that are pasted together are added together.
+An empty line continues the text as it is.
+Ctrl-C stops the text that is being written, Ctrl-D leaves.
+/set NAME VALUE   change a setting: /set temperature 0.7, /set seed none,
+                  /set stop "\n\n", /set stop ["a", "b"]
 /set              list the settings
 /reset            begin a new text; the settings stay
 /help  /quit"""
