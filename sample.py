@@ -2,7 +2,7 @@
 
     python sample.py out/shakespeare --prompt "To be, or" --max_new_tokens 100
     echo "Once upon a time" | python sample.py gpt2 --num_samples 3 --seed 1
-    python sample.py gpt2 --prompts questions.jsonl --out answers.jsonl --temperature 0
+    python sample.py gpt2 --prompts asked.jsonl --out answers.jsonl --seed 1
     python sample.py gpt2 --interactive
 
 CHECKPOINT is a step folder, a run folder (its best, else its newest), any Hugging Face GPT-2 folder, or a hub name."""
@@ -224,7 +224,7 @@ def write_jsonl(
     skip, total = answers.texts if answers else 0, sum(own.num_samples for own in params)
     events = generator.events([prompt.text for prompt in prompts], params, [prompt.id for prompt in prompts], skip)
     escape = not out and sys.stdout.isatty()
-    with open_answers(out, answers) as file, AnswerBar(skip, total) as bar:
+    with open_answers(out, answers) as file, AnswerBar(skip, total, shown=not escape) as bar:
         for sequence, _ in in_order(bar.count(events)):
             if sequence.finish_reason:
                 line = answer_line(prompts[sequence.prompt_number], sequence.completion, escape)

@@ -1,8 +1,8 @@
-"""Train a GPT-2: from scratch, resumed, or from another model's weights. One loop.
+"""Train a GPT-2: from scratch, resumed, or from another model's weights.
 
     python train.py                                 lists the presets
-    python train.py shakespeare --data data/mine    trains on the shards in data/mine
-    python train.py --init gpt2 --data data/mine    fine-tunes GPT-2 (preset finetune)
+    python train.py shakespeare --data data/mine    trains on these shards
+    python train.py --init gpt2 --data data/mine    fine-tunes GPT-2
 
 A run that was interrupted continues when the same command is given again. Under torchrun every process (rank) computes
 its share of each step, and rank 0 writes."""

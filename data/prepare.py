@@ -277,7 +277,8 @@ def source_of(config: PrepareConfig, typed: Container[str], data: GatheredInput)
         **{name: data.count(name) for name in counts},
         "split": {"rule": data.split.rule, "fraction": data.split.fraction, "cut": data.split.cut},
         "overlap": {"files": data.survey.repeated, "hash": 0}.get(data.split.rule),  # documents in both splits, or None
-        "options": {name: getattr(config, name) for name in ("field", "split_on", "encoding", "errors", "keep_crlf")},
+        "options": {name: getattr(config, name) for name in ("split_on", "encoding", "errors", "keep_crlf")}
+        | {"field": ", ".join(data.fields())},
         "encodings": {printable(name): encoding for name, encoding in data.encodings().items()},  # where not UTF-8
         "lost": {printable(name): lost.counts for name, lost in data.lost().items()},
         "recipe": recipe_of(config, typed),

@@ -1,5 +1,6 @@
 """Settings: precedence, the values of a command line, each kind of mistake and its message, TOML, presets, help."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -28,6 +29,8 @@ from gpt.config import (
     to_toml,
 )
 from gpt.errors import InputError
+from gpt.generate import interactive
+from gpt.report import plot
 from gpt.train.start import read_settings
 
 PRESETS = sorted(train.PRESETS.glob("*.toml"))
@@ -401,9 +404,9 @@ def test_an_unknown_preset_is_answered_by_the_list_of_presets():
 def test_train_without_a_preset_lists_them_with_their_first_lines():
     run = train_here()
     assert run.code == 2
-    assert run.last.startswith("error: no preset given")
+    assert run.last == "error: no preset given: they are listed above; choose one, as in python train.py demo"
     for path in PRESETS:
-        assert path.read_text(encoding="utf-8").split("\n")[0].removeprefix("# ") in run.stderr
+        assert path.read_text(encoding="utf-8").split("\n")[0].removeprefix("# ") in " ".join(run.stderr.split())
 
 
 def test_a_folder_of_the_same_name_does_not_hide_a_preset(tmp_path, monkeypatch):
@@ -503,6 +506,48 @@ def test_help_explains_every_field_and_ends_with_0(name, monkeypatch):
         text = " ".join(line.strip() for line in lines[place : place + 3])
         explanation = text.split("(default")[0].split("(required")[0].split()
         assert len([word for word in explanation if word[0].islower()]) >= 2, f"{setting}: {text}"
+
+
+def test_help_after_a_preset_shows_its_values_beside_the_defaults(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+
+    def lines(*words):
+        run = in_process(train.main, "train.py", *words)
+        assert (run.code, run.stderr) == (0, "")
+        return run.stdout.splitlines()
+
+    plain, tiny = lines("--help"), lines("--data", "x", "tiny", "--help")
+    changed = {new for old, new in zip(plain, tiny, strict=True) if new != old}
+    assert len(changed) == len(read_toml(train.PRESETS / "tiny.toml", train.TrainConfig))
+    assert all("; tiny: " in line for line in changed)
+    assert "  --n_layer INT         transformer blocks (default: 12; tiny: 2)" in changed
+    own = preset(tmp_path, 'schedule = "linear"\nwandb = "100%"\n')
+    changed = set(lines("-h", own)) - set(plain)
+    assert {line[line.index("(") :] for line in changed} == {"(default: cosine; mine: linear)", "(mine: 100%)"}
+    assert lines("x" * 5000, "--help") == plain
+    bad = in_process(train.main, "train.py", preset(tmp_path, "lrr = 1"), "--help")
+    assert (bad.code, bad.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_and_the_list_of_presets_fit_a_terminal(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    texts = [in_process(SCRIPTS[name][0].main, name, "--help").stdout, in_process(plot.main, "plot", "-h").stdout]
+    texts += [list_presets(train.PRESETS), interactive.HELP]
+    for line in "\n".join(texts).splitlines():
+        assert len(line) < 80 and not line.endswith(" "), line
+    assert "python train.py --init gpt2 --data data/mine    fine-tunes GPT-2\n" in texts[0] or name != "train.py"
+
+
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_help_that_nobody_reads_is_no_failure(word):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "train.py", word], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def mentions(line, setting):

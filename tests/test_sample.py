@@ -425,6 +425,16 @@ def test_on_a_terminal_a_bar_counts_the_texts_those_of_before_too_and_tokens_a_s
     assert re.search(r"\d tok/s\]", err)
 
 
+def test_where_the_answers_go_to_the_terminal_no_bar_stands_before_the_first(cli, monkeypatch, tmp_path):
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    code, out, err = cli("--prompts", str(tmp_path / "p.txt"), "--seed", "1", "--max_new_tokens", "3")
+    assert (code, out.count("\n"), err) == (0, 2, "")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+    assert "| 2/2 [" in cli("--prompts", str(tmp_path / "p.txt"), "--seed", "1", "--max_new_tokens", "3")[2]
+
+
 def test_with_all_prompts_answered_nothing_is_loaded(job, no_load, generator, monkeypatch):
     run, out = job
     with monkeypatch.context() as patch:

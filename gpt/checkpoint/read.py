@@ -134,7 +134,8 @@ def candidates(path: str | Path) -> list[Path]:
     there is no such model."""
     folder = Path(path)
     if os.path.exists(folder / "config.json"):  # Path.exists raises for a name that is too long
-        return [folder.resolve()]
+        is_alias = folder.is_symlink() or folder.name in ("", "..")  # a step folder's name is checked
+        return [folder.resolve() if is_alias else folder]
     if is_folder(folder):
         best = read_pointer(folder, "best")
         steps = sorted(steps_of_run(folder), key=lambda step: step != best)
@@ -153,7 +154,7 @@ def not_a_model(folder: Path) -> InputError:
     """Returns the error for a folder without a config.json and step folders."""
     what = kind_of_folder(folder) or kind_of_weights(folder)
     if what is None and is_hub_name(str(folder)):
-        what = f"no checkpoint here, and this folder hides the hub's {folder}; rename it, or work in another folder"
+        what = f"no checkpoint in this folder; if the hub's {folder} is meant, rename the folder or work in another one"
     return InputError(f"{folder}: {what or 'no checkpoint here; give a step folder, a run folder or a GPT-2 folder'}")
 
 

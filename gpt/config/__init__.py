@@ -15,7 +15,9 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
+import textwrap
 import tomllib
 import typing
 from pathlib import Path
@@ -92,22 +94,23 @@ def positional(metavar: str, **keywords: Any) -> Any:
     return dataclasses.field(metadata={"metavar": metavar}, **keywords)
 
 
-def parse_flags(cls: type, argv: list[str], description: str | None = None) -> dict[str, Any]:
+def parse_flags(
+    cls: type, argv: list[str], description: str | None = None, presets: Path | None = None
+) -> dict[str, Any]:
     """Returns name -> value for the options and positional words in `argv`; names that are not given are absent.
 
     Raises InputError for a missing value or a value of the wrong type, else for all unknown options, else for all words
-    that belong to no option, else for all repeated options. `--help` prints the options with the defaults of `cls` and
-    exits 0; `--version` prints the version and exits 0."""
+    that belong to no option, else for all repeated options. `--help` prints the options with the defaults of `cls`, and
+    with the values of a preset (a .toml file, or one in the folder `presets`) if `argv` names one, and exits 0;
+    `--version` prints the version and exits 0."""
     argv = mark_values(argv, cls)
     wants_help = bool({"-h", "--help"} & set(argv))
     if "--version" in argv and not wants_help:
-        say(f"gpt-text-generator {__version__}")
-        raise SystemExit(0)
-    texts = explanations(cls) if wants_help else {}  # reading the source takes a third of a second
-    parser = make_parser(cls, texts, description)
+        end_with(f"gpt-text-generator {__version__}")
     if wants_help:
-        say(parser.format_help().rstrip())
-        parser.exit()
+        texts = help_texts(cls, named_preset(argv, presets))
+        end_with(make_parser(cls, texts, description).format_help().rstrip())
+    parser = make_parser(cls, {}, description)
     # Intermixed: positional words may stand between options. Before Python 3.13 that method reads options behind "--".
     parse = parser.parse_known_args if "--" in argv else parser.parse_known_intermixed_args
     namespace, rest = parse(argv)
@@ -117,6 +120,13 @@ def parse_flags(cls: type, argv: list[str], description: str | None = None) -> d
     refuse([f"{unmarked(word)!r} belongs to no option{short_name(word, cls)}" for word in rest])
     refuse([f"option --{name} is given twice; give it once" for name, values in given.items() if len(values) > 1])
     return {name: tuple(value) if isinstance(value, list) else value for name, [value] in given.items()}
+
+
+def end_with(text: str) -> NoReturn:
+    """Prints `text` and exits 0, also if the reader of stdout has closed the pipe."""
+    with contextlib.suppress(BrokenPipeError):
+        say(text)
+    raise SystemExit(0)
 
 
 def mark_values(argv: list[str], cls: type) -> list[str]:
@@ -146,11 +156,12 @@ def short_name(word: str, cls: type) -> str:
 def make_parser(cls: type, texts: dict[str, str], description: str | None) -> Parser:
     """Returns a parser of the options and positional words of `cls`, with the help `texts` (field -> text). The parser
     appends the values of a name to a list, so that a repeated option can be reported."""
+    paragraphs = (description or "").split("\n\n")  # those that begin with a space are commands
     metavars = [field.metadata["metavar"] for field in fields(cls).values() if field.metadata]
     parser = Parser(
         prog=sys.argv[0],
         usage=" ".join(["%(prog)s [-h] [--version] [OPTIONS]", *metavars]),
-        description=description,
+        description="\n\n".join(part if part.startswith(" ") else filled(part) for part in paragraphs),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -161,6 +172,12 @@ def make_parser(cls: type, texts: dict[str, str], description: str | None) -> Pa
     return parser
 
 
+def filled(text: str, indent: int = 0) -> str:
+    """Returns `text` in lines that fit the terminal; all but the first are indented."""
+    width = shutil.get_terminal_size().columns - 2  # as argparse
+    return textwrap.fill(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
 def add_arguments(parser: Parser, cls: Any, texts: dict[str, str], title: str = "") -> None:
     """Adds an argument for each field of `cls` to `parser`, in a group called `title` if that is not empty. The fields
     of a dataclass inside `cls` get a group of their own."""
@@ -169,7 +186,7 @@ def add_arguments(parser: Parser, cls: Any, texts: dict[str, str], title: str = 
         if dataclasses.is_dataclass(field.type):
             add_arguments(parser, field.type, texts, f"{field.name} options")
         else:
-            add_argument(group, field, help_of(field, texts.get(field.name, "")))
+            add_argument(group, field, texts.get(field.name, ""))
 
 
 def add_argument(group: Any, field: dataclasses.Field, text: str) -> None:
@@ -217,14 +234,19 @@ def int_or_none(text: str) -> int | None:
     return None if text == "None" else int(text)
 
 
-def help_of(field: dataclasses.Field, text: str) -> str:
-    """Returns the help of `field`: its explanation `text`, then "(required)", or its default unless that is empty.
+def help_texts(cls: Any, preset: Path | None) -> dict[str, str]:
+    """Returns field -> its help: the explanation, the default unless that is empty, and the value in `preset`, if any.
     Doubles "%", which argparse would replace."""
-    if field.default is dataclasses.MISSING:
-        text += " (required)"
-    elif field.default not in ("", ()):
-        text += f" (default: {field.default})"
-    return text.replace("%", "%%")
+    texts = explanations(cls)  # reading the source takes a third of a second
+    values = read_toml(preset, cls) if preset else {}
+    for name, field in fields(cls).items():
+        remarks = [] if field.default in ("", ()) else [f"default: {field.default}"]
+        if field.default is dataclasses.MISSING:
+            remarks = ["required"]
+        if preset and name in values:
+            remarks.append(f"{preset.stem}: {values[name]}")
+        texts[name] = (texts[name] + (f" ({'; '.join(remarks)})" if remarks else "")).replace("%", "%%")
+    return texts
 
 
 def explanations(cls: Any) -> dict[str, str]:
@@ -316,9 +338,19 @@ def find_preset(name: str, folder: Path) -> Path | None:
     return Path(name)
 
 
+def named_preset(words: list[str], folder: Path | None) -> Path | None:
+    """Returns the path of the preset that one of `words` names: of a .toml file, or of a preset in `folder`; None if
+    none does, or if `folder` is None."""
+    for word in words:
+        if folder and (word.endswith(".toml") or os.path.exists(folder / f"{word}.toml")):
+            return find_preset(word, folder)
+    return None
+
+
 def list_presets(folder: Path) -> str:
-    """Returns a line per preset: its name and the first line of its header, which says size, hardware and time."""
+    """Returns a list of the presets: each name and the first line of its header, which says size, hardware and time."""
     paths = sorted(folder.glob("*.toml"))
     width = max((len(path.stem) for path in paths), default=0)
     headers = [path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for path in paths]
-    return "\n".join(f"  {path.stem:{width}}  {header}" for path, header in zip(paths, headers, strict=True))
+    lines = [f"  {path.stem:{width}}  {header}" for path, header in zip(paths, headers, strict=True)]
+    return "\n".join(filled(line, indent=width + 4) for line in lines)

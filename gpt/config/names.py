@@ -31,7 +31,7 @@ OTHER_NAMES = {
     "input": "INPUTS (the words without a flag) | prompt",
     "validation_file": "val",
     "validation_split_percentage": "val_fraction (a share: 0.05 is 5 percent)",
-    "line_by_line": "split_on lines",
+    "line_by_line": "split_on lines | data (a folder that data/prepare.py --split_on lines makes)",
     "text_column": "field",
     "text_column_name": "field",
     "tokenizer_name": "tokenizer",

@@ -113,10 +113,12 @@ def lock_answers(file: IO[str], path: str, answers: Answers) -> None:
 
 class AnswerBar(tqdm):
     """A progress bar on stderr, if stderr is a terminal. Shows the number of finished texts (at the start `texts`, of
-    `total`) and the tokens per second."""
+    `total`) and the tokens per second. Not `shown` where the answers themselves go to the terminal: the first would
+    stand in the bar's line."""
 
-    def __init__(self, texts: int, total: int):
-        super().__init__(initial=texts, total=total, unit=" texts", mininterval=0.5, miniters=0, disable=None)
+    def __init__(self, texts: int, total: int, shown: bool = True):
+        disable = None if shown else True  # None: if stderr is no terminal
+        super().__init__(initial=texts, total=total, unit=" texts", mininterval=0.5, miniters=0, disable=disable)
 
     def count(self, events: Events) -> Events:
         """Yields the events, and adds their tokens and finished texts to the bar."""

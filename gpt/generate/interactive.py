@@ -17,10 +17,12 @@ from gpt.generate.generator import TextGenerator
 from gpt.generate.prompts import SETTINGS, checked, from_flag, value_of
 from gpt.generate.sequence import GenerationParams
 
-HELP = r"""What you type is added to the text so far, on a line of its own, and the model continues it.
-Lines that are pasted together are added together.
-An empty line continues the text as it is. Ctrl-C stops the text that is being written, Ctrl-D leaves.
-/set NAME VALUE   change a setting: /set temperature 0.7, /set stop "\n\n", /set stop ["a", "b"], /set seed none
+HELP = r"""What you type is added to the text so far, on a line of its own, and the model
+continues it. Lines that are pasted together are added together.
+An empty line continues the text as it is.
+Ctrl-C stops the text that is being written, Ctrl-D leaves.
+/set NAME VALUE   change a setting: /set temperature 0.7, /set seed none,
+                  /set stop "\n\n", /set stop ["a", "b"]
 /set              list the settings
 /reset            begin a new text; the settings stay
 /help  /quit"""
@@ -39,8 +41,10 @@ def interact(
     `seed` is used if they have no seed."""
     session = Session(generator, settings, seed, write)
     terminal = bool(sys.stdin and sys.stdin.isatty() and sys.stdout.isatty())
-    with history() if terminal else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
         if terminal:
+            stack.enter_context(history())
+            stack.enter_context(every_key())
             tell("type what the model is to continue; /help explains, Ctrl-D leaves")
         if first is not None:
             attempt(session.extend, first)
@@ -65,19 +69,23 @@ def attempt(action: Callable[[str], None], line: str) -> None:
 
 def typed_lines(terminal: bool) -> Iterator[str]:
     """Yields the lines that are typed or piped in, without their ends; on a terminal, lines that were pasted together
-    as one. There, Ctrl-C empties the line, and a second Ctrl-C in a row ends the input."""
+    as one. There, Ctrl-C empties the line, and a second Ctrl-C in a row ends the input. Ctrl-D after a paste yields the
+    paste first."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline="\n")
     interrupts = 0  # in a row
     pasted: list[str] = []  # the lines so far
     while sys.stdin and interrupts < 2:
         try:
-            pasted.append(input("> " if terminal and not pasted else "").removesuffix("\r"))
+            line = input("" if pasted else "> ") if terminal else piped_line()
+            pasted.append(line.removesuffix("\r"))
             if terminal and not pasted[0].startswith("/") and input_waits():
                 continue
         except EOFError:
             if terminal:
                 tell("")
+            if pasted:
+                yield "\n".join(pasted)
             return
         except KeyboardInterrupt:
             if not terminal:
@@ -89,6 +97,18 @@ def typed_lines(terminal: bool) -> Iterator[str]:
             yield line
 
 
+def piped_line() -> str:
+    """Returns the next line of stdin, without its end. Raises EOFError after the last one, and InputError if stdin
+    cannot be read."""
+    try:
+        line = sys.stdin.readline()
+    except OSError as error:
+        raise InputError(f"stdin: {error.strerror}; type into a terminal, or pipe the lines into it") from None
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n")
+
+
 def input_waits() -> bool:
     """Returns whether the terminal has more input already, as after a paste."""
     try:
@@ -98,8 +118,28 @@ def input_waits() -> bool:
         return False
     before = termios.tcgetattr(sys.stdin)
     try:
-        tty.setcbreak(sys.stdin, termios.TCSANOW)  # otherwise the beginning of a line does not count
+        tty.setcbreak(sys.stdin, termios.TCSANOW)  # otherwise the terminal shows what arrives, and readline again
         return bool(select.select([sys.stdin], [], [], PASTE_SECONDS)[0])
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+@contextlib.contextmanager
+def every_key() -> Iterator[None]:
+    """Returns a context in which readline gets every key as it is pressed, also between two prompts. Otherwise the
+    terminal turns a Ctrl-D that is pressed there into a NUL byte, which readline ignores. Does nothing without
+    readline, since the terminal then edits the lines."""
+    try:
+        import readline  # noqa: F401 (input uses it)
+        import termios
+    except ImportError:
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    flags = before[3] & ~termios.ICANON
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, [*before[:3], flags, *before[4:]])
+    try:
+        yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 

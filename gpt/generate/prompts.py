@@ -7,6 +7,7 @@ import difflib
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +57,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         raise InputError(f"{path}: no prompts; write one a line")
     extra = sorted({name for prompt in prompts for name in prompt.extra})
     if extra:
-        note("info", f"{path}: no settings, so the answers repeat them: {', '.join(extra)}")
+        note("info", f"{path}: fields that are no settings stand in the answers too: {', '.join(extra)}")
     return prompts
 
 
@@ -102,9 +103,10 @@ def from_csv(text: str, path: str | Path) -> list[Prompt]:
     found: list[tuple[int, str, Prompt]] = []
     try:
         names = [name.strip() for name in next(rows, [])]
-        if names.count("prompt") != 1 or len(set(names)) < len(names):
-            columns = ", ".join(names) or "none"
-            raise InputError(f"{path}:1: columns {columns}; name them, each once, one of them prompt")
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice or "prompt" not in names:
+            problem = f"two columns are called {twice[0]!r}" if twice else "no column is called 'prompt'"
+            raise InputError(f"{path}:1: {problem} (the columns: {', '.join(names) or 'none'}); correct the first line")
         for cells in rows:
             if cells:
                 where = f"{path}:{rows.line_num}"

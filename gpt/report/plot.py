@@ -115,12 +115,15 @@ def losses_of(history: History, axis: str) -> list[tuple[float, float]]:
 
 
 def table(histories: list[History], loss: float | None) -> list[str]:
-    """Returns the table as lines of text: the results of each run and, if there are several, the settings that differ.
-    `loss` is the loss to reach; if it is None, the two columns about it are left out."""
+    """Returns tables as lines of text: the results of each run, the seconds and tokens that it needed to reach `loss`
+    unless that is None, and, if there are several runs, the settings that differ. Each table is narrow enough for a
+    terminal."""
     measure = "val_bpb" if histories[0].unit == BITS else "val_loss"
     heading = ["run", "steps", "tokens", "seconds", measure, "best", "at step"]
-    heading += [] if loss is None else [f"seconds to {loss:.4f}", f"tokens to {loss:.4f}"]
-    lines = aligned([heading, *(results(history, loss) for history in histories)])
+    lines = aligned([heading, *map(results, histories)])
+    if loss is not None:
+        reached = [[run.name, *cells([run.first_at(loss)], seconds=",.1f", tokens=",")] for run in histories]
+        lines += ["", *aligned([[f"to {measure} {loss:.4f}", "seconds", "tokens"], *reached])]
     if len(histories) == 1:
         return lines
     differences = [
@@ -131,14 +134,13 @@ def table(histories: list[History], loss: float | None) -> list[str]:
     return [*lines, "", *(aligned([["setting", *names], *differences]) if differences else ["no setting differs"])]
 
 
-def results(history: History, loss: float | None) -> list[str]:
-    """Returns the cells of a run. If `loss` is None, the two cells about reaching it are left out."""
+def results(history: History) -> list[str]:
+    """Returns the cells of a run."""
     return [
         history.name,
         *cells(history.points[-1:], step=",", tokens=",", seconds=",.1f"),
         *cells(history.evaluations()[-1:], val_loss=".4f"),
         *cells([history.best()], val_loss=".4f", step=","),
-        *(cells([history.first_at(loss)], seconds=",.1f", tokens=",") if loss is not None else []),
     ]
 
 

@@ -67,13 +67,13 @@ def kind_of_adapter(folder: Path) -> str:
 
 
 def kind_of_weights(path: Path) -> str | None:
-    """Returns "name: what it holds; what to do" for a file, or for the first file in a folder, that holds weights in a
-    format that is not read; None if there is no such file."""
+    """Returns "what it holds; what to do" for a file with weights in a format that is not read; for a folder, "name: "
+    and the same of its first such file; None if there is none."""
     is_file = path.is_file()
     names = [path.name] if is_file else sorted(entry.name for entry in path.iterdir())
     folder = path.parent if is_file else path
     for pattern, (kind, advice) in FORMATS.items():
         for name in fnmatch.filter(names, pattern):
             places = {"folder": repr(str(folder)), "name": repr(name), "new": repr(f"{os.path.splitext(path)[0]}-gpt2")}
-            return f"{name}: {kind}; {advice.format(**places)}"
+            return f"{'' if is_file else f'{name}: '}{kind}; {advice.format(**places)}"
     return None

@@ -39,6 +39,10 @@ class GatheredInput:
         """Returns a count, such as count("documents"), summed over both surveys."""
         return getattr(self.survey, name) + getattr(self.val_survey, name)
 
+    def fields(self) -> list[str]:
+        """Returns the fields of the records that are their texts."""
+        return sorted({source.field for source in self.sources + self.val_sources if source.field})
+
     def lost(self) -> dict[str, Lost]:
         """Returns what --errors replace or skip took from each file, by its name."""
         return self.val_survey.lost | self.survey.lost

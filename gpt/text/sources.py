@@ -13,7 +13,6 @@ import io
 import itertools
 import os
 import re
-import shutil
 import stat
 import sys
 import tempfile
@@ -161,10 +160,18 @@ def matches(name: str) -> list[str]:
 
 
 def spool(stream: IO[bytes], folder: Path) -> IO[bytes]:
-    """Returns an unnamed temporary copy of `stream` in `folder`, because every document is read twice."""
+    """Returns an unnamed temporary copy of `stream`, which is stdin, in `folder`: every document is read twice."""
+
+    def read() -> bytes:
+        try:
+            return stream.read(BLOCK_BYTES)
+        except OSError as error:  # such as a folder
+            raise InputError(f"stdin: {error.strerror}; pipe the text into it") from None
+
     try:
         copy = tempfile.TemporaryFile(dir=folder)
-        shutil.copyfileobj(stream, copy, BLOCK_BYTES)
+        for block in iter(read, b""):
+            copy.write(block)
     except OSError as error:
         raise ResourceError(f"copying the input failed: {folder}: {error.strerror}; free some space") from None
     return copy
@@ -248,13 +255,17 @@ def sample_of(kind: str, name: str, file: IO[bytes], reading: Reading) -> list[A
 def members_of(archive: TextSource, file: IO[bytes], reading: Reading, left_out: LeftOut) -> list[TextSource]:
     """Returns the members of an archive that may be text, in its order. Counts the others in `left_out`. Raises
     InputError if there are none."""
-    sources, others = [], LeftOut(archive.name)
+    sources, others, names = [], LeftOut(archive.name), set[str]()
     for number, member in enumerate(members(archive.name, archive.kind, file)):
         if member.kind == "folder":
             continue
         reason = why_left_out(member.name) or ("" if member.kind == "file" else "no regular file")
         if not reason:
-            source = TextSource(f"{archive.name}/{member.name}", "text", archive=archive, member=number)
+            name = f"{archive.name}/{member.name}"
+            while name in names:  # a tar file may hold several versions of a file
+                name = with_number(name, number + 1)
+            names.add(name)
+            source = TextSource(name, "text", archive=archive, member=number)
             with open_member(source.name, member) as opened:
                 source = examine(source, opened, reading)
             reason = "archive in an archive" if source.kind in ARCHIVES else ""
@@ -266,6 +277,13 @@ def members_of(archive: TextSource, file: IO[bytes], reading: Reading, left_out:
         raise InputError(f"{archive.name}: no text in this archive ({others}); unpack it and give the files themselves")
     left_out.kinds.update(others.kinds)
     return sources
+
+
+def with_number(name: str, number: int) -> str:
+    """Returns `name` with a number before its suffixes: with_number("x/a.csv.gz", 2) == "x/a (2).csv.gz"."""
+    parent, slash, last = name.rpartition("/")
+    stem, dot, suffixes = last.partition(".")
+    return f"{parent}{slash}{stem} ({number}){dot}{suffixes}"
 
 
 # ---- opening

@@ -44,7 +44,7 @@ def read_settings(
     """Returns (settings of type `config`, folder of the base model or None, names of the flags) of a command line.
     Flags override the preset, the preset the settings of the checkpoint or base model, and these the defaults. Raises
     InputError for bad settings."""
-    flags = parse_flags(command_line, argv, description)
+    flags = parse_flags(command_line, argv, description, presets)
     path = flags.get("resume", "auto")
     preset = find_preset(flags.get("preset") or ("finetune" if flags.get("init") else ""), presets)
     values: dict[str, Any] = {}
@@ -55,7 +55,8 @@ def read_settings(
         values = {"out": f"out/{preset.stem}"}
     else:
         tell(list_presets(presets))
-        raise InputError(f"no preset given: they are listed above; choose one, as in {sys.argv[0]} demo")
+        command = f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else sys.argv[0]
+        raise InputError(f"no preset given: they are listed above; choose one, as in {command} demo")
     given = (read_toml(preset, config) if preset else {}) | flags
     if "init" in given and given["init"] != values.get("init", given["init"]):
         raise InputError(f"{path}: this run began with init {values['init']!r}; leave out --init, or use a new --out")

@@ -13,7 +13,8 @@ import time
 import pytest
 from generation_helpers import replace_decode, scripted_decode, small_generator, start
 
-from gpt.generate.interactive import interact
+from gpt.errors import InputError
+from gpt.generate.interactive import every_key, interact
 from gpt.model import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -230,6 +231,13 @@ def test_fault_087_logits_that_are_not_finite_end_one_text_which_is_then_as_befo
     assert written == "ok\nx\nzw\n"
 
 
+def test_a_stdin_that_cannot_be_read_is_refused(generator, monkeypatch, tmp_path):
+    with open(os.open(tmp_path / "x", os.O_WRONLY | os.O_CREAT), encoding="utf-8") as only_for_writing:
+        monkeypatch.setattr(sys, "stdin", only_for_writing)
+        with pytest.raises(InputError, match=r"^stdin: Bad file descriptor; type into a terminal, or pipe the lines"):
+            interact(generator, SETTINGS, 1, print)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_stdout_without_space_ends_the_session_in_exit_5():
     with open("/dev/full", "wb") as full:
@@ -292,7 +300,9 @@ def terminal(tmp_path, *flags):
         end = time.monotonic() + 60
         while text not in held:
             assert select.select([master], [], [], max(0, end - time.monotonic()))[0], held
-            held += os.read(master, 4096)
+            data = os.read(master, 4096)
+            assert data, held
+            held += data
         before, _, held = held.partition(text)
         return before
 
@@ -327,7 +337,6 @@ def test_fault_093_on_a_terminal_ctrl_c_ends_one_text_then_one_line_and_ctrl_d_l
         assert process.wait(60) == 0
 
 
-@pytest.mark.slow  # seen once: the program did not end within a minute of Ctrl-D; the cause is not known
 @pytest.mark.skipif(not hasattr(os, "login_tty"), reason="needs pseudo-terminals")
 @pytest.mark.parametrize("pasted", [b"one\ntwo\n", b"one\n\n\xc3\xa9\nfour\n", b"one\rtwo\r", b"one\n/set x\n"])
 @pytest.mark.parametrize("end", [b"", b"unfinished"])
@@ -351,6 +360,44 @@ def test_lines_that_are_pasted_together_are_one_turn_and_those_typed_are_turns_o
         see(b"top_k = 3")
         press(b"\x04")
         assert process.wait(60) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "login_tty"), reason="needs pseudo-terminals")
+@pytest.mark.parametrize(
+    "early, turns",
+    [
+        (b"\x04", 0),
+        (b"typed\x04\r\x04", 1),  # the first Ctrl-D is not on an empty line
+        (b"one\ntwo\n\x04", 1),  # a paste
+        (b"/set top_k 3\n\x04", 0),
+    ],
+)
+def test_keys_that_are_pressed_while_the_model_writes_count_at_the_next_prompt(tmp_path, early, turns):
+    with terminal(tmp_path, "--interactive", "--max_new_tokens", "300", "--seed", "1") as (process, see, press):
+        see(b"> ")
+        press(b"abc\n")
+        see(b"a" * 30)
+        press(early)
+        for _ in range(1 + turns):
+            see(b"aa\r\n")
+        assert process.wait(60) == 0
+        with pytest.raises((OSError, AssertionError)):
+            see(b"aa\r\n")  # the end, and no further text
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
+def test_the_terminal_is_as_before_after_the_session_and_shows_keys_during_it(monkeypatch):
+    termios = pytest.importorskip("termios")
+    pytest.importorskip("readline")
+    master, slave = os.openpty()
+    with os.fdopen(master), os.fdopen(slave) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        before = termios.tcgetattr(slave)
+        with pytest.raises(KeyError), every_key():
+            assert termios.tcgetattr(slave)[3] == before[3] & ~termios.ICANON
+            assert before[3] & termios.ECHO
+            raise KeyError
+        assert termios.tcgetattr(slave) == before
 
 
 @pytest.mark.skipif(not hasattr(os, "login_tty"), reason="needs pseudo-terminals")

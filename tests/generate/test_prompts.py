@@ -85,7 +85,7 @@ def test_other_fields_are_kept_for_the_answers_and_named(tmp_path, capsys):
     extra = {"topic": "sea", "source": {"page": [1, None]}, "score": 0.5, "é": "ü"}
     first, second = read(tmp_path, {"prompt": "a", "top_k": 3, **extra}, {"prompt": "b"})
     assert (first.settings, first.extra, second.extra) == ({"top_k": 3}, extra, {})
-    told = f"info: {tmp_path}/p.jsonl: no settings, so the answers repeat them: score, source, topic, é\n"
+    told = f"info: {tmp_path}/p.jsonl: fields that are no settings stand in the answers too: score, source, topic, é\n"
     assert capsys.readouterr().err == told
     read(tmp_path, {"prompt": "a", "id": 3, "seed": 1})
     assert capsys.readouterr().err == ""
@@ -133,9 +133,9 @@ def test_rows_without_an_id_are_numbered_and_empty_lines_count_for_nothing(tmp_p
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("text,id\na,b\n", "p.csv:1: columns text, id; name them, each once, one of them prompt"),
-        ("prompt,a,a\n1,2,3\n", "p.csv:1: columns prompt, a, a; name them"),
-        ("", "p.csv:1: columns none; name them"),
+        ("text,id\na,b\n", "p.csv:1: no column is called 'prompt' (the columns: text, id); correct the first line"),
+        ("prompt,a,a\n1,2,3\n", "p.csv:1: two columns are called 'a' (the columns: prompt, a, a); correct"),
+        ("", "p.csv:1: no column is called 'prompt' (the columns: none); correct"),
         ("prompt\n", "p.csv: no prompts"),
         ("prompt,id\na\n", "p.csv:2: 1 cells, and 2 columns in the first line"),
         ('prompt,id\na,b\nc,"d\n', "p.csv:3: unexpected end of data"),

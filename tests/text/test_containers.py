@@ -112,6 +112,26 @@ def test_an_archive_given_twice_between_files_keeps_the_order(tmp_path):
     assert documents_of(tmp_path / "out") == ["1", "2", "1", "2", "b", "1", "2"]
 
 
+def test_members_of_one_name_have_encodings_and_losses_of_their_own(tmp_path):
+    pytest.importorskip("chardet")
+    texts = ["naïve café\n" * 20, "Съешь ещё этих мягких булок\n" * 20, "déjà vu"]
+    encodings = ["cp1252", "cp1251", "utf-8"]
+    contents = [text.encode(encoding) for text, encoding in zip(texts, encodings, strict=True)]
+    members = [("a/b.v1.txt", data) for data in contents] + [("a/b (2).v1.txt", b"other")]
+    source = write(tmp_path / "x.tar", tar_of(members))
+    manifest = prepare_here(tmp_path / "out", source, val_fraction=0)
+    assert documents_of(tmp_path / "out") == [*texts, "other"]
+    assert {
+        name.removeprefix(f"{source}/"): code.lower() for name, code in manifest["source"]["encodings"].items()
+    } == {
+        "a/b.v1.txt": "cp1252",
+        "a/b (2).v1.txt": "cp1251",
+    }
+    manifest = prepare_here(tmp_path / "out", source, val_fraction=0, encoding="utf-8", errors="skip")
+    assert [name.removeprefix(f"{source}/") for name in manifest["source"]["lost"]] == ["a/b.v1.txt", "a/b (2).v1.txt"]
+    assert documents_of(tmp_path / "out") == ["déjà vu", "other"]
+
+
 @pytest.mark.parametrize("suffix", ARCHIVES)
 def test_a_damaged_archive_is_refused_by_name(tmp_path, suffix):
     data = ARCHIVES[suffix]([("a.txt", b"".join(b"%d " % n for n in range(20_000))), ("b.txt", b"b")])

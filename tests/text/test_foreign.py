@@ -67,7 +67,7 @@ def test_the_hubs_cache_names_the_model_and_the_snapshot(tmp_path):
 def test_a_folder_that_hides_a_hub_name_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").mkdir()
-    assert refusal("gpt2").startswith("gpt2: no checkpoint here, and this folder hides the hub's gpt2; rename it")
+    assert refusal("gpt2").startswith("gpt2: no checkpoint in this folder; if the hub's gpt2 is meant, rename the")
     assert "the hub's" not in refusal(tmp_path / "gpt2")  # an absolute path is no name
 
 
@@ -81,16 +81,16 @@ def test_a_folder_that_hides_a_hub_name_is_named(tmp_path, monkeypatch):
         ("tiny-q8.gguf", ["a model of llama.cpp", "gguf_file='tiny-q8.gguf'"]),
         ("model.onnx", ["an exported graph; give the folder that it was exported from"]),
         ("ckpt.pt", ["a pickled checkpoint, as nanoGPT writes it", "config.json and model.safetensors"]),
-        ("model.ckpt-1000.index", ["OpenAI's own format; give the hub's gpt2"]),
+        ("model.ckpt-1000.index", ["weights in OpenAI's own format; give the hub's gpt2"]),
         ("model.pth", ["pickled weights"]),
     ],
 )
 def test_weights_in_another_format_are_named_in_a_folder_and_as_a_file(name, parts, tmp_path):
     folder = tmp_path / "model"
     touch(folder / name)
-    for path in (folder, folder / name):
+    for path, start in ((folder, f"{folder}: {name}: "), (folder / name, f"{folder / name}: ")):
         line = refusal(path)
-        assert line.startswith(f"{path}: {name}: ")
+        assert line.startswith(f"{start}{parts[0].partition(';')[0]}")
         for part in parts:
             assert part.format(folder=folder) in line
     write(

@@ -145,6 +145,14 @@ def test_a_closed_stdin_is_refused(tmp_path, monkeypatch):
         prepare_here(tmp_path / "out", "-")
 
 
+def test_a_stdin_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    with open(os.open(tmp_path / "x", os.O_WRONLY | os.O_CREAT), encoding="utf-8") as only_for_writing:
+        monkeypatch.setattr("sys.stdin", only_for_writing)
+        with pytest.raises(InputError, match=r"^stdin: Bad file descriptor; pipe the text into it$"):
+            prepare_here(tmp_path / "out", "-")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_suffix_that_is_added_to_the_table_is_read_as_its_kind(tmp_path, monkeypatch):
     monkeypatch.setitem(sources.KINDS, ".rows", "jsonl")
     (tmp_path / "in").mkdir()
@@ -231,6 +239,22 @@ def test_fault_004_a_line_without_a_string_field_is_named(tmp_path, line):
 def test_another_field_can_be_the_text(tmp_path):
     prepare_here(tmp_path / "out", write(tmp_path / "x.jsonl", '{"body": "b"}\n\n'), field="body", val_fraction=0)
     assert documents_of(tmp_path / "out") == ["b"]
+
+
+@pytest.mark.parametrize(
+    "files, given, field",
+    [
+        ({"a.jsonl": '{"body": "a"}', "b.txt": "b"}, "", "body"),
+        ({"a.jsonl": '{"body": "a"}', "b.json": '[{"text": "b"}]', "c.jsonl": '{"body": "c"}'}, "", "body, text"),
+        ({"a.jsonl": '{"body": "a", "more": {"x": "b"}}'}, "more.x", "more.x"),
+        ({"b.txt": "b"}, "", ""),
+    ],
+)
+def test_the_manifest_has_the_field_that_was_chosen(tmp_path, files, given, field):
+    inputs = [write(tmp_path / name, text) for name, text in files.items()]
+    manifest = prepare_here(tmp_path / "out", *inputs, val_fraction=0, **({"field": given} if given else {}))
+    assert manifest["source"]["options"]["field"] == field
+    assert ("--field" in manifest["source"]["recipe"]) == bool(given)
 
 
 def test_fault_005_marks_line_ends_nul_and_surrogates(tmp_path):
