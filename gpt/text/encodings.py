@@ -21,7 +21,6 @@ MARKS = {  # the mark of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-LINE_NOT_ASCII = re.compile(rb"[^\r\n]*[\x80-\xff][^\r\n]*[\r\n]*")
 PLAIN = "\t\n\f\r\x1b"  # control characters that stand in text
 CONTROL = bytes({*range(32)} - set(PLAIN.encode()))  # bytes that 8-bit text hardly holds
 # The detector's confidence from which its guess counts: right guesses of a line have 0.015 and more, that of one bad
@@ -94,7 +93,7 @@ def lines_not_ascii(file: IO[bytes]) -> bytes:
         if not block:
             break
         if len(lines) < EVIDENCE_BYTES and not block.isascii():
-            lines += b"".join(LINE_NOT_ASCII.findall(block))
+            lines += b"".join(line for line in block.splitlines(keepends=True) if not line.isascii())
     return b"" if valid else lines
 
 
@@ -174,7 +173,7 @@ def split_texts(texts: Iterable[str], separator: str) -> Iterator[tuple[int, str
         text += block or ""
         start = 0
         for match in border.finditer(text):
-            if block is not None and text[match.end() :] in ("", "\r"):
+            if block is not None and text[match.end() : match.end() + 2] in ("", "\r"):
                 break  # a line break may follow
             part = text[start : match.start()]
             if begun or part.strip():

@@ -58,7 +58,7 @@ class TextOfHtml(HTMLParser):
             self.breaks = 0
 
     def text(self) -> str:
-        return re.sub(r" +(?=\n|$)", "", "".join(self.parts))
+        return re.sub(r"(?<! ) +(?=\n|$)", "", "".join(self.parts))
 
 
 def text_of_html(page: str) -> str:
