@@ -37,6 +37,7 @@ from gpt.text.records import (
     csv_records,
     json_records,
     line_record,
+    lines_of,
     parquet_records,
     parquet_sample,
     text_of,
@@ -345,10 +346,7 @@ def text_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterator[
     """Yields the pieces of a text file, which is one document, or several with --split_on. `numbers` gives the number
     of the next document."""
     reading = reading.of(name, file)
-    blocks = iter(lambda: file.read(BLOCK_BYTES), b"")
-    texts = check_texts(name, file, codecs.iterdecode(blocks, *reading.codec), reading)
-    if not reading.keep_crlf:
-        texts = with_line_breaks(texts)
+    texts = decoded_blocks(name, file, reading)
     for _, parts in itertools.groupby(
         split_texts(itertools.chain(texts, [""]), reading.split_on), lambda part: part[0]
     ):
@@ -362,17 +360,24 @@ def text_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterator[
 def jsonl_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterator[int]) -> Iterator[Piece]:
     """Yields a piece for each line that is not blank: every such line is a document."""
     reading = reading.of(name, file)
+    for number, text in enumerate(jsonl_lines(name, file, reading), 1):
+        if text.strip():
+            yield json_piece(next(numbers), f"{name}:{number}", text, reading)
+
+
+def jsonl_lines(name: str, file: IO[bytes], reading: Reading) -> Iterator[str]:
+    """Yields the lines of a file of JSONL. Where the encoding has the byte 10 for line breaks alone, a bad byte then
+    spoils one line, and the message names that line."""
     encoding, errors = reading.codec
-    if "\n".encode(encoding).removeprefix(codecs.BOM_UTF8) != b"\n":
-        raise InputError(f"{name}: lines cannot be told apart in {encoding}; convert it to UTF-8")
+    if "\n".encode(encoding).removeprefix(codecs.BOM_UTF8) != b"\n":  # UTF-16, for example
+        yield from lines_of(name, decoded_blocks(name, file, reading))
+        return
     for number, line in enumerate(iter(lambda: file.readline(RECORD_LIMIT + 1), b""), 1):
         place = f"{name}:{number}"
         if len(line) > RECORD_LIMIT:
             raise too_long(place)
         texts = map(codecs.decode, [line], [encoding], [errors])  # decoded within check_texts
-        [text] = check_texts(place, file, texts, reading, begins=number == 1)
-        if text.strip():
-            yield json_piece(next(numbers), place, text, reading)
+        yield from check_texts(place, file, texts, reading, begins=number == 1)
 
 
 def json_piece(document: int, place: str, text: str, reading: Reading) -> Piece:
@@ -461,6 +466,13 @@ def python_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterato
 
 
 # ---- bytes to text
+
+
+def decoded_blocks(name: str, file: IO[bytes], reading: Reading) -> Iterator[str]:
+    """Returns the text of a file in pieces, with line breaks as --keep_crlf says. Raises as check_texts does."""
+    blocks = iter(lambda: file.read(BLOCK_BYTES), b"")
+    texts = check_texts(name, file, codecs.iterdecode(blocks, *reading.codec), reading)
+    return texts if reading.keep_crlf else with_line_breaks(texts)
 
 
 def check_texts(

@@ -244,11 +244,31 @@ def test_fault_005_marks_line_ends_nul_and_surrogates(tmp_path):
     assert documents_of(tmp_path / "out") == ["wide é"]
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "cp037"])
-def test_fault_005_jsonl_in_an_encoding_that_hides_its_line_breaks_is_refused(tmp_path, encoding):
-    lines = write(tmp_path / "x.jsonl", rows("\u0a0a"), encoding=encoding)
-    with pytest.raises(InputError, match=rf"x\.jsonl: lines cannot be told apart in {encoding}; convert it to UTF-8"):
-        prepare_here(tmp_path / "out", lines, encoding=encoding)
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp037"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("errors", ["strict", "skip", "replace"])
+def test_fault_005_jsonl_in_an_encoding_whose_characters_hold_bytes_of_line_breaks_is_read(
+    tmp_path, encoding, ending, errors
+):
+    texts = ["ab" * 40_000, "c", "d"] if encoding == "cp037" else ["\u0a0a\u0d0d\u2028" * 40_000, "日本", "d\ud800"]
+    data = ending.join(json.dumps({"text": text}, ensure_ascii="\ud800" in text) for text in texts)
+    lines = write(tmp_path / "x.jsonl", data + ending * 3, encoding=encoding)
+    manifest = prepare_here(tmp_path / "out", lines, encoding=encoding, errors=errors, val_fraction=0)
+    assert documents_of(tmp_path / "out") == [text.replace("\ud800", "\ufffd") for text in texts]
+    assert manifest["source"]["undecodable"] == 0
+
+
+def test_fault_004_a_bad_line_of_jsonl_in_utf16_is_named_or_skipped(tmp_path):
+    good = [json.dumps({"text": text}).encode("utf-16-le") for text in ("a", "b")]
+    bad = {"no JSON": "{".encode("utf-16-le"), "half a pair": '{"text": "\ud83d"}'.encode("utf-16-le", "surrogatepass")}
+    for line in bad.values():
+        data = b"\n\0".join([b"\xff\xfe" + good[0], line, good[1]])
+        source = write(tmp_path / "x.jsonl", data)
+        with pytest.raises(InputError, match=r"x\.jsonl(:2: expected an object|: invalid utf-16 at byte \d+)"):
+            prepare_here(tmp_path / "out", source)
+        manifest = prepare_here(tmp_path / "out", source, errors="skip", val_fraction=0)
+        assert documents_of(tmp_path / "out") == ["a", "b"]
+        assert manifest["source"]["undecodable"] == 1
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "latin-1", "shift_jis", "gb18030"])
@@ -336,8 +356,9 @@ def test_jsonl_in_another_encoding_is_read_too(tmp_path):
     line = json.dumps({"text": FRENCH}, ensure_ascii=False) + "\n"
     prepare_here(tmp_path / "out", write(tmp_path / "x.jsonl", line * 3, encoding="cp1252"), val_fraction=0)
     assert documents_of(tmp_path / "out") == [FRENCH] * 3
-    with pytest.raises(InputError, match="lines cannot be told apart in utf-16-le; convert it to UTF-8"):
-        prepare_here(tmp_path / "out", write(tmp_path / "x.jsonl", line, encoding="utf-16-le"))
+    for encoding in ("utf-16", "utf-16-le"):
+        prepare_here(tmp_path / "out", write(tmp_path / "x.jsonl", line * 3, encoding=encoding), val_fraction=0)
+        assert documents_of(tmp_path / "out") == [FRENCH] * 3
 
 
 def test_without_the_detector_a_message_says_how_to_get_it(tmp_path, monkeypatch):
