@@ -189,7 +189,7 @@ def folder_files(folder: str, left_out: LeftOut) -> list[Path]:
         left_out.links.extend(os.path.relpath(link, folder) for link in links)
         for name in files:
             path = Path(parent, name)
-            reason = why_left_out(name) or ("" if path.is_file() else "no regular file")
+            reason = why_left_out(name) or ("" if path.is_file() else "link or device")
             if reason:
                 left_out.kinds[reason] += 1
             else:
@@ -253,7 +253,7 @@ def members_of(archive: TextSource, file: IO[bytes], reading: Reading, left_out:
     for number, member in enumerate(members(archive.name, archive.kind, file)):
         if member.kind == "folder":
             continue
-        reason = why_left_out(member.name) or ("" if member.kind == "file" else "no regular file")
+        reason = why_left_out(member.name) or ("" if member.kind == "file" else "link or device")
         if not reason:
             source = TextSource(f"{archive.name}/{member.name}", "text", archive=archive, member=number)
             with open_member(source.name, member) as opened:
@@ -264,7 +264,8 @@ def members_of(archive: TextSource, file: IO[bytes], reading: Reading, left_out:
         else:
             sources.append(source)
     if not sources:
-        raise InputError(f"{archive.name}: no text in this archive ({others}); unpack it and give the files themselves")
+        what = others if others.count else "it is empty"
+        raise InputError(f"{archive.name}: no text in this archive ({what}); unpack it and give the files themselves")
     left_out.kinds.update(others.kinds)
     return sources
 
