@@ -217,7 +217,8 @@ def csv_records(name: str, texts: Iterable[str], is_tsv: bool) -> Iterator[Recor
     _, header, problem = next(rows, Record(number, []))
     if problem:
         raise problem
-    named = [field for field in header if field.strip()]  # spreadsheets may have empty columns
+    header = [field.strip() for field in header]
+    named = list(filter(None, header))  # spreadsheets may have empty columns
     if len(set(named)) < len(named):
         raise InputError(f"{name}:{number}: two columns have one name: {', '.join(header)[:200]}; rename them")
     for line, row, problem in rows:

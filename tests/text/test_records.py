@@ -74,7 +74,7 @@ def test_keep_crlf_holds_for_the_fields_of_a_csv_file(tmp_path):
 @pytest.mark.parametrize("before", ["", "\n", "\r\n \r\n", "\ufeff\n", "sep=;\n", '\ufeff"sep=;"\r\n', "\nsep=;\n"])
 @pytest.mark.parametrize("empty", ["", ";", ";;;", "; "])
 def test_blank_lines_excels_own_line_and_empty_columns_are_no_fields(tmp_path, before, empty):
-    text = f"{before}n;text{empty}\n1;a, b, c{empty}\n2;d{empty}\n"
+    text = f"{before}n; text{empty}\n1;a, b, c{empty}\n2;d{empty}\n"
     prepare_here(tmp_path / "out", write(tmp_path / "x.csv", text), val_fraction=0)
     assert documents_of(tmp_path / "out") == ["a, b, c", "d"]
     line = text.count("\n")
