@@ -228,7 +228,8 @@ def write_shards(
         save_tokenizer(tokenizer, folder)
     names = ("train",) if data.split.rule == "none" else ("train", "val")
     writers = {split: ShardWriter(folder, split, dtype, config.shard_tokens) for split in names}
-    units = (unit for parts in (data.parts(), data.val_parts()) for unit in units_of(parts, tokenizer.pattern))
+    added = tokenizer.additions.ordinary
+    units = (unit for parts in (data.parts(), data.val_parts()) for unit in units_of(parts, tokenizer.pattern, added))
     results = encode_batches(batches_of(units), tokenizer, config.workers or cores())
     bar = tqdm(total=data.count("bytes"), unit="B", unit_scale=True, disable=None)
     try:
