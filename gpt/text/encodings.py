@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import IO
+from typing import IO, Any
 
 BLOCK_BYTES = 1 << 16
 EVIDENCE_BYTES = 1 << 16  # of lines that are not ASCII; the detector gets no more
@@ -114,12 +114,20 @@ def guess(evidence: bytes, context: bytes = b"") -> str:
     return "utf-8" if not name or (WESTERN.match(name) and 10 * good >= bad) else name
 
 
-def detect(data: bytes, confidence: float) -> str:
-    """Returns Python's name of the encoding that the detector gives for `data`, or "" if it is less sure than
-    `confidence` or not installed. Leaves out the encodings of old Macs, of DOS and of mainframes."""
+def detector() -> Any:
+    """Returns the module chardet, or None if it is not installed or older than version 6."""
     try:
         import chardet
     except ImportError:
+        return None
+    return chardet if hasattr(chardet, "EncodingEra") else None
+
+
+def detect(data: bytes, confidence: float) -> str:
+    """Returns Python's name of the encoding that the detector gives for `data`, or "" if it is less sure than
+    `confidence` or not installed. Leaves out the encodings of old Macs, of DOS and of mainframes."""
+    chardet = detector()
+    if not chardet:
         return ""
     era = chardet.EncodingEra.MODERN_WEB | chardet.EncodingEra.LEGACY_ISO
     guesses = chardet.detect_all(data, encoding_era=era, ignore_threshold=True)

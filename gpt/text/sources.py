@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import glob
-import importlib.util
 import io
 import itertools
 import os
@@ -26,7 +25,7 @@ from typing import IO, Any, NamedTuple
 
 from gpt.errors import InputError, ResourceError
 from gpt.text.containers import Member, archive_kind, damage, members, open_compressed, peek, random_access
-from gpt.text.encodings import encoding_of, split_texts, with_line_breaks
+from gpt.text.encodings import detector, encoding_of, split_texts, with_line_breaks
 from gpt.text.kinds import ARCHIVES, KINDS, RECORDS, kind_of, plain_suffix
 from gpt.text.markup import HTML_LIMIT, text_of_docx, text_of_html
 from gpt.text.records import (
@@ -497,7 +496,7 @@ def check_texts(
 
 def no_detector() -> str:
     """Returns what a message adds where encodings cannot be guessed, because the extra [data] is not installed."""
-    return "" if importlib.util.find_spec("chardet") else ", or pip install chardet, which guesses encodings"
+    return "" if detector() else ", or pip install 'chardet>=7', which guesses encodings"
 
 
 def line_breaks(text: str, reading: Reading) -> str:

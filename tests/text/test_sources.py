@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+import types
 
 import pytest
 from prepare_helpers import EOT, documents_of, ids_of, prepare_here, rows, write
@@ -361,10 +362,11 @@ def test_jsonl_in_another_encoding_is_read_too(tmp_path):
         assert documents_of(tmp_path / "out") == [FRENCH] * 3
 
 
-def test_without_the_detector_a_message_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "chardet", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(InputError, match=r"invalid UTF-8 at byte 6 \(0xe9\); use --encoding.*or pip install chardet"):
+@pytest.mark.parametrize("installed", [None, types.ModuleType("chardet")])
+def test_without_the_detector_or_with_an_old_one_a_message_says_how_to_get_it(tmp_path, monkeypatch, installed):
+    monkeypatch.setitem(sys.modules, "chardet", installed)
+    message = r"invalid UTF-8 at byte 6 \(0xe9\); use --encoding.*or pip install 'chardet>=7'"
+    with pytest.raises(InputError, match=message):
         prepare_here(tmp_path / "out", write(tmp_path / "x.txt", FRENCH, encoding="cp1252"))
 
 
