@@ -9,6 +9,7 @@ import codecs
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -338,7 +339,7 @@ def summarise(
             "--tokenizer auto gives a better new model"
         )
     say(f"{out}: {size} of text in {seconds:.1f} s")
-    say(f"next: python train.py PRESET --data {out}   (without PRESET it lists them)")
+    say(f"next: python train.py PRESET --data {printable(shlex.quote(config.out))}   (without PRESET it lists them)")
 
 
 def notes(data: GatheredInput) -> Iterator[str]:
