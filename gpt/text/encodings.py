@@ -60,7 +60,7 @@ def utf16_without_mark(head: bytes) -> str:
         return ""
     even, odd = Counter(head[: 2 * pairs : 2]), Counter(head[1 : 2 * pairs : 2])
     name, high, low = ("utf-16-le", odd, even) if len(odd) <= len(even) else ("utf-16-be", even, odd)
-    latin = high[0] > 0.5 * pairs and low[0] <= 0.05 * pairs
+    latin = high[0] > 0.5 * pairs
     common = sum((high & low).values())  # bytes that the two distributions share
     other = pairs >= 128 and common <= 0.5 * pairs
     return name if pairs and (latin or other) and is_text(head, name) else ""

@@ -93,6 +93,14 @@ def test_a_text_that_begins_like_a_signature_is_text(tmp_path, text):
     assert documents_of(tmp_path / "out") == [text]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("text", ["Привет, мир ", "Γειά σου ", "שלום עולם ", "Hello ", "春眠不觉晓 "])
+def test_text_in_utf16_is_not_taken_for_binary_data(encoding, text):
+    # The high bytes of Cyrillic, Greek and Hebrew letters in UTF-16 are 4, 3 and 5: control characters.
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    assert kind_of("x.txt", (mark + text * 500).encode(encoding)[:HEAD_BYTES], "utf-8") == "text"
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "cp1252", "shift_jis", "gb18030", "koi8-r", "cp037"])
 def test_text_in_other_encodings_is_not_taken_for_binary_data(encoding):
     text = {"cp1252": "“naïve” — café ", "koi8-r": "привет мир ", "cp037": "Hello "}.get(encoding, "春眠不觉晓 ") * 500

@@ -550,7 +550,8 @@ def test_a_note_tells_of_many_typed_ends_of_text(tmp_path, capsys, times, told):
 def test_a_note_tells_of_many_short_lines_without_a_border(tmp_path, capsys, text, told):
     source = write(tmp_path / "x.txt", text)
     prepare_here(tmp_path / "out", source, val_fraction=0)
-    assert ("1,000 short lines in one document; if each is a text, use --split_on lines" in
-            capsys.readouterr().out) == told  # fmt: skip
+    out = capsys.readouterr().out
+    assert ("1,000 short lines in one document; if each is a text, use --split_on lines" in out) == told
+    assert ("short lines" in out) == told
     prepare_here(tmp_path / "out", source, split_on="lines", val_fraction=0)
     assert "short lines" not in capsys.readouterr().out
