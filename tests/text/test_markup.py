@@ -31,6 +31,7 @@ W = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
         ("", ""),
         ("plain", "plain"),
         ("</p></div>a</pre>", "a"),
+        ("a</style>b</script></template>c", "abc"),
     ],
 )
 def test_tags_are_removed_and_blocks_become_lines(page, text):
