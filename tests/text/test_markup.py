@@ -32,6 +32,7 @@ W = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
         ("plain", "plain"),
         ("</p></div>a</pre>", "a"),
         ("a</style>b</script></template>c", "abc"),
+        ("a<noscript><p>Please enable JavaScript.</p></noscript>b", "a\n\nb"),
     ],
 )
 def test_tags_are_removed_and_blocks_become_lines(page, text):
