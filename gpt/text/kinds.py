@@ -152,8 +152,8 @@ def first_character(head: bytes) -> bytes:
 
 
 def is_binary(head: bytes) -> bool:
-    """Returns whether bytes are not text: they have many control characters, are not UTF-16, and are not UTF-8 or have
-    NULs."""
+    """Returns whether the first bytes of a file are not text. Bytes are text if they have few control characters, if
+    they are UTF-16, or if they are UTF-8 without NULs."""
     if len(head) - len(head.translate(None, CONTROL)) <= 4 + CONTROL_SHARE * len(head):
         return False
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or utf16_without_mark(head):

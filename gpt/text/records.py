@@ -127,10 +127,10 @@ def json_records(name: str, texts: Iterable[str]) -> Iterator[Record]:
     closed = reader.peek() == "]"
     while not closed:
         yield reader.value()
-        mark = reader.peek()
-        if mark not in (",", "]"):
+        following = reader.peek()
+        if following not in (",", "]"):
             raise not_json(f"{name}:{reader.line}:", ValueError("expected , or ] after an element of the array"))
-        closed = mark == "]"
+        closed = following == "]"
         if not closed:
             reader.skip()
     reader.skip()

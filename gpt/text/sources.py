@@ -102,9 +102,8 @@ class Reading:
     field: str = ""  # "": chosen by the names of the fields
     keep_crlf: bool = False
     split_on: str = ""  # what ends a document in a text file, "\n" for lines
-    decided: dict[str, str] = dataclasses.field(
-        default_factory=dict, compare=False
-    )  # name of a file -> its encoding, with auto
+    # with auto, for the files read so far: name -> encoding
+    decided: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def codec(self) -> tuple[str, str]:
@@ -118,7 +117,7 @@ class Reading:
             return self
         if name not in self.decided:
             self.decided[name] = encoding_of(file)
-        return dataclasses.replace(self, encoding=self.decided[name])
+        return replace(self, encoding=self.decided[name])
 
 
 # ---- what the user names
