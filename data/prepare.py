@@ -9,6 +9,7 @@ import codecs
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -228,7 +229,8 @@ def write_shards(
         save_tokenizer(tokenizer, folder)
     names = ("train",) if data.split.rule == "none" else ("train", "val")
     writers = {split: ShardWriter(folder, split, dtype, config.shard_tokens) for split in names}
-    units = (unit for parts in (data.parts(), data.val_parts()) for unit in units_of(parts, tokenizer.pattern))
+    added = tokenizer.additions.ordinary
+    units = (unit for parts in (data.parts(), data.val_parts()) for unit in units_of(parts, tokenizer.pattern, added))
     results = encode_batches(batches_of(units), tokenizer, config.workers or cores())
     bar = tqdm(total=data.count("bytes"), unit="B", unit_scale=True, disable=None)
     try:
@@ -338,7 +340,7 @@ def summarise(
             "--tokenizer auto gives a better new model"
         )
     say(f"{out}: {size} of text in {seconds:.1f} s")
-    say(f"next: python train.py PRESET --data {out}   (without PRESET it lists them)")
+    say(f"next: python train.py PRESET --data {printable(shlex.quote(config.out))}   (without PRESET it lists them)")
 
 
 def notes(data: GatheredInput) -> Iterator[str]:

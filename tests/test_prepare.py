@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -275,6 +276,13 @@ def test_stdin_is_one_document_and_the_command_needs_no_torch(tmp_path):
     imported = {line.rsplit(b"|", 1)[-1].strip() for line in done.stderr.splitlines()}
     assert b"tiktoken" in imported and b"torch" not in imported
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # the copy of stdin is gone
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "a$b", "it's"])
+def test_the_next_command_can_be_copied_whatever_the_folder_is_called(tmp_path, capsys, name):
+    prepare_here(tmp_path / name, write(tmp_path / "x.txt", "word " * 100))
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
+    assert shlex.split(line.partition("   (")[0])[-2:] == ["--data", str(tmp_path / name)]
 
 
 def test_fault_036_the_dataset_is_made_though_nobody_reads_what_the_command_says(tmp_path):

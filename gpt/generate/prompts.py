@@ -2,12 +2,9 @@
 
 Also checks settings that were read as JSON, from such a file or in the interactive mode."""
 
-import csv
 import difflib
-import io
 import json
 import sys
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +16,7 @@ from gpt.errors import InputError, note
 from gpt.files import json_object
 from gpt.generate.sampling import SamplingParams
 from gpt.generate.sequence import GenerationParams
+from gpt.text.records import csv_records
 
 MOST_BYTES = 64 << 20
 MOST = (1 << 64) - 1  # the largest whole number of a setting
@@ -97,32 +95,17 @@ def from_csv(text: str, path: str | Path) -> list[Prompt]:
     """Returns the Prompts of the rows of a CSV or TSV `text`, whose first line names the columns: `prompt`, and what a
     line of JSONL may have. An empty cell gives no value. Raises InputError for a malformed row, or if an id occurs
     twice."""
-    header = text.partition("\n")[0]
-    delimiter = "\t" if Path(path).suffix.lower() == ".tsv" else max(",;\t", key=header.count)  # Excel writes ; too
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     found: list[tuple[int, str, Prompt]] = []
-    try:
-        names = [name.strip() for name in next(rows, [])]
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice or "prompt" not in names:
-            problem = f"two columns are called {twice[0]!r}" if twice else "no column is called 'prompt'"
-            raise InputError(f"{path}:1: {problem} (the columns: {', '.join(names) or 'none'}); correct the first line")
-        for cells in rows:
-            if cells:
-                where = f"{path}:{rows.line_num}"
-                found.append((rows.line_num, where, from_row(names, cells, where, len(found) + 1)))
-    except csv.Error as error:
-        raise InputError(f"{path}:{rows.line_num}: {error}; correct the line") from None
+    for line, row, problem in csv_records(str(path), [text], is_tsv=Path(path).suffix.lower() == ".tsv"):
+        if problem:
+            raise problem
+        if "prompt" not in row:
+            raise InputError(f"{path}:1: no column is called 'prompt' (the columns: {', '.join(row)}); rename one")
+        where = f"{path}:{line}"
+        values: dict[str, Any] = {name: cell for name, cell in row.items() if cell or name == "prompt"}
+        values |= {name: value_of(name, cell.strip()) for name, cell in values.items() if name in SETTINGS}
+        found.append((line, where, prompt_of(values, where, len(found) + 1)))
     return with_own_ids(found)
-
-
-def from_row(names: list[str], cells: list[str], where: str, number: int) -> Prompt:
-    """Returns the Prompt of a row of CSV. Raises InputError, which begins with `where`, for a malformed one."""
-    if len(cells) != len(names):
-        raise InputError(f"{where}: {len(cells)} cells, and {len(names)} columns in the first line; correct the line")
-    values: dict[str, Any] = {name: cell for name, cell in zip(names, cells, strict=True) if cell or name == "prompt"}
-    values |= {name: value_of(name, cell.strip()) for name, cell in values.items() if name in SETTINGS}
-    return prompt_of(values, where, number)
 
 
 def with_own_ids(found: list[tuple[int, str, Prompt]]) -> list[Prompt]:

@@ -53,12 +53,17 @@ class Encoded(NamedTuple):
     source_bytes: int
 
 
-def units_of(parts: Iterable[Part], pattern: str, size: int = CHUNK_CHARACTERS) -> Iterator[Unit]:
+def units_of(
+    parts: Iterable[Part], pattern: str, added: Iterable[str] = (), size: int = CHUNK_CHARACTERS
+) -> Iterator[Unit]:
     """Yields `parts` as Units of about `size` characters. Encoding the Units gives the ids of encoding each document
-    whole, or each side of a document that the split divides.
+    whole, or each side of a document that the split divides. `added`: the tokenizer's ordinary added tokens.
 
-    A document stays whole if it has no sure place to cut or its pattern is unknown."""
+    A document stays whole if it has no sure place to cut, if its pattern is unknown, or if a cut could divide an added
+    token."""
     up_to_cut, previous = UP_TO_CUT.get(pattern_name(pattern) or ""), None
+    if up_to_cut and any(map(up_to_cut.match, added)):
+        up_to_cut = None
     for (split, document, name), stretch in itertools.groupby(parts, key=lambda part: part[:3]):
         starts = document != previous
         for text in chunks_of((part.text for part in stretch), up_to_cut, size):

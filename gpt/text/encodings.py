@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import IO
+from typing import IO, Any
 
 BLOCK_BYTES = 1 << 16
 EVIDENCE_BYTES = 1 << 16  # of lines that are not ASCII; the detector gets no more
@@ -21,7 +21,6 @@ MARKS = {  # the mark of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-LINE_NOT_ASCII = re.compile(rb"[^\r\n]*[\x80-\xff][^\r\n]*[\r\n]*")
 PLAIN = "\t\n\f\r\x1b"  # control characters that stand in text
 CONTROL = bytes({*range(32)} - set(PLAIN.encode()))  # bytes that 8-bit text hardly holds
 # The detector's confidence from which its guess counts: right guesses of a line have 0.015 and more, that of one bad
@@ -61,7 +60,7 @@ def utf16_without_mark(head: bytes) -> str:
         return ""
     even, odd = Counter(head[: 2 * pairs : 2]), Counter(head[1 : 2 * pairs : 2])
     name, high, low = ("utf-16-le", odd, even) if len(odd) <= len(even) else ("utf-16-be", even, odd)
-    latin = high[0] > 0.5 * pairs and low[0] <= 0.05 * pairs
+    latin = high[0] > 0.5 * pairs
     common = sum((high & low).values())  # bytes that the two distributions share
     other = pairs >= 128 and common <= 0.5 * pairs
     return name if pairs and (latin or other) and is_text(head, name) else ""
@@ -94,7 +93,7 @@ def lines_not_ascii(file: IO[bytes]) -> bytes:
         if not block:
             break
         if len(lines) < EVIDENCE_BYTES and not block.isascii():
-            lines += b"".join(LINE_NOT_ASCII.findall(block))
+            lines += b"".join(line for line in block.splitlines(keepends=True) if not line.isascii())
     return b"" if valid else lines
 
 
@@ -115,12 +114,20 @@ def guess(evidence: bytes, context: bytes = b"") -> str:
     return "utf-8" if not name or (WESTERN.match(name) and 10 * good >= bad) else name
 
 
-def detect(data: bytes, confidence: float) -> str:
-    """Returns Python's name of the encoding that the detector gives for `data`, or "" if it is less sure than
-    `confidence` or not installed. Leaves out the encodings of old Macs, of DOS and of mainframes."""
+def detector() -> Any:
+    """Returns the module chardet, or None if it is not installed or older than version 6."""
     try:
         import chardet
     except ImportError:
+        return None
+    return chardet if hasattr(chardet, "EncodingEra") else None
+
+
+def detect(data: bytes, confidence: float) -> str:
+    """Returns Python's name of the encoding that the detector gives for `data`, or "" if it is less sure than
+    `confidence` or not installed. Leaves out the encodings of old Macs, of DOS and of mainframes."""
+    chardet = detector()
+    if not chardet:
         return ""
     era = chardet.EncodingEra.MODERN_WEB | chardet.EncodingEra.LEGACY_ISO
     guesses = chardet.detect_all(data, encoding_era=era, ignore_threshold=True)
@@ -174,7 +181,7 @@ def split_texts(texts: Iterable[str], separator: str) -> Iterator[tuple[int, str
         text += block or ""
         start = 0
         for match in border.finditer(text):
-            if block is not None and text[match.end() :] in ("", "\r"):
+            if block is not None and text[match.end() : match.end() + 2] in ("", "\r"):
                 break  # a line break may follow
             part = text[start : match.start()]
             if begun or part.strip():

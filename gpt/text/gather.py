@@ -88,7 +88,8 @@ def tell_findings(sources: list[TextSource], left_out: list[LeftOut], reading: R
     """Prints what was left out of folders and archives, and which fields were taken for the text. Raises InputError if
     `--field` has no meaning for any source."""
     for entry in left_out:
-        note("info", f"{entry.name}: left out {entry}; to read such files, name them or a glob")
+        advice = "to read such files, name them or a glob (those in archives when they are unpacked)"
+        note("info", f"{entry.name}: left out {entry}; {advice}")
     records = [source for source in sources if source.kind in RECORDS]
     if reading.field and not records:
         raise InputError(

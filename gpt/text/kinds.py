@@ -54,6 +54,7 @@ SHEET = Foreign("a spreadsheet", "save it as .csv")
 SLIDES = Foreign("a presentation", "save its text as .txt")
 IMAGE = Foreign("an image", "leave it out, or extract its text with an OCR program")
 SOUND = Foreign("sound or video", "leave it out")
+TWICE = Foreign("compressed twice", "decompress it once")
 PACKED = Foreign("an archive of a kind that is not read", "unpack it, or pack it as .zip or .tar.gz")
 PROGRAM = Foreign("a program or object file", "leave it out")
 DATABASE = Foreign("a database", "export its text as .csv or .jsonl")
@@ -108,8 +109,8 @@ def kind_of(name: str, head: bytes, encoding: str) -> str:
     `encoding` the value of --encoding. Raises InputError, which says what to do, for a file that holds no text and for
     one that is not what its name says."""
     foreign = next((foreign for magic, foreign in SIGNATURES.items() if re.match(magic, head, re.DOTALL)), None)
-    if foreign:
-        raise refusal(name, foreign)
+    if foreign or compression_of(head):
+        raise refusal(name, foreign or TWICE)
     named = KINDS.get(plain_suffix(name), "text")
     if re.match(rb"PK(\x03\x04|\x05\x06)", head):
         return "zip"
@@ -118,7 +119,8 @@ def kind_of(name: str, head: bytes, encoding: str) -> str:
     if re.match(rb"PAR1.{0,3}[\x00-\x08\x0e-\x1f]", head, re.DOTALL) or (named == "parquet" and head[:4] == b"PAR1"):
         return "parquet"
     if named in ("zip", "docx", "parquet"):
-        raise InputError(f"{name}: not a {named} file, whatever its name says; give it its right name")
+        what = f"not a {named} file, whatever its name says; give it its right name" if head else "empty; leave it out"
+        raise InputError(f"{name}: {what}")
     if named == "jsonl" and first_character(head) == b"[":
         return "json"
     if encoding in UTF8 and is_binary(head):
@@ -150,8 +152,8 @@ def first_character(head: bytes) -> bytes:
 
 
 def is_binary(head: bytes) -> bool:
-    """Returns whether bytes are not text: they have many control characters, are not UTF-16, and are not UTF-8 or have
-    NULs."""
+    """Returns whether the first bytes of a file are not text. Bytes are text if they have few control characters, if
+    they are UTF-16, or if they are UTF-8 without NULs."""
     if len(head) - len(head.translate(None, CONTROL)) <= 4 + CONTROL_SHARE * len(head):
         return False
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or utf16_without_mark(head):

@@ -10,7 +10,7 @@ from gpt.text.containers import extra
 
 HTML_LIMIT = 1 << 26  # characters of a page, which is parsed as a whole
 XML_LIMIT = 1 << 25  # bytes of XML in a Word document; a novel of a million characters takes 6 MB
-UNSEEN = frozenset({"script", "style", "template"})  # elements whose content a reader does not see
+UNSEEN = frozenset({"script", "style", "template", "noscript"})  # elements whose content a reader does not see
 PARAGRAPHS = re.compile("p|h[1-6]|blockquote|pre|table|[uod]l|section|article|header|footer|nav|main|aside|figure|form")
 LINES = re.compile("div|li|tr|d[td]|hr|title|option|address|(fig)?caption|legend|fieldset|body")
 
@@ -58,7 +58,7 @@ class TextOfHtml(HTMLParser):
             self.breaks = 0
 
     def text(self) -> str:
-        return re.sub(r" +(?=\n|$)", "", "".join(self.parts))
+        return re.sub(r"(?<! ) +(?=\n|$)", "", "".join(self.parts))
 
 
 def text_of_html(page: str) -> str:

@@ -18,6 +18,7 @@ SAMPLE = 20  # records from which the field is chosen
 FIELDS = ("text", "content", "body", "document", "article", "story")  # names of fields that are the text
 NO_TEXT = re.compile(r"\s*([-+\d.,:/% ]+(e[-+]?\d+|T[\d:.]+Z?)?|true|false|null|nan|none|n/a)?\s*", re.IGNORECASE)
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
+DELIMITER_LINE = re.compile(r'"?sep=(.)"?\r?\n')  # Excel's own first line of a CSV file
 SHOWN = 8  # fields named in a message
 
 
@@ -126,10 +127,10 @@ def json_records(name: str, texts: Iterable[str]) -> Iterator[Record]:
     closed = reader.peek() == "]"
     while not closed:
         yield reader.value()
-        mark = reader.peek()
-        if mark not in (",", "]"):
+        following = reader.peek()
+        if following not in (",", "]"):
             raise not_json(f"{name}:{reader.line}:", ValueError("expected , or ] after an element of the array"))
-        closed = mark == "]"
+        closed = following == "]"
         if not closed:
             reader.skip()
     reader.skip()
@@ -160,14 +161,15 @@ class JsonReader:
         self.at = to
 
     def more(self) -> bool:
-        """Appends text, at least as much as waits in the buffer, so that parsing it again costs little. Returns False
-        at the end of the text."""
+        """Appends text, at least as much as waits in the buffer, so that parsing it again costs little. Returns False,
+        and changes nothing, at the end of the text."""
         parts = [self.buffer[self.at :]]
         wanted, size = len(parts[0]) + 1, 0
         while size < wanted and (text := next(self.texts, None)) is not None:
             parts.append(text)
             size += len(text)
-        self.buffer, self.at = "".join(parts), 0
+        if size:
+            self.buffer, self.at = "".join(parts), 0
         return size > 0
 
     def value(self) -> Record:
@@ -181,6 +183,8 @@ class JsonReader:
                     raise not_json(f"{self.name}:{self.line}:", error) from None
                 if len(self.buffer) > RECORD_LIMIT:
                     raise too_long(f"{self.name}:{self.line}") from None
+                continue
+            if len(self.buffer) - end < 3 and self.more():  # a number may go on: 1 | 5, 1. | 5, 1e+ | 5
                 continue
             record = Record(self.line, value)
             self.advance(end)
@@ -201,36 +205,48 @@ def too_long(where: str) -> InputError:
 
 
 def csv_records(name: str, texts: Iterable[str], is_tsv: bool) -> Iterator[Record]:
-    """Yields the rows of a CSV text, whose first row names the fields, as objects. A row with more or fewer fields has
-    a problem. Raises InputError for a quote that never closes."""
-    lines = lines_of(name, texts)
-    first = next(lines, None)
-    if first is None:
-        return
-    rows = csv_rows(name, itertools.chain([first], lines), "\t" if is_tsv else delimiter_of(first))
-    _, header = next(rows, (1, []))
-    if len(set(header)) < len(header):
-        raise InputError(f"{name}:1: two columns have one name: {', '.join(header)[:200]}; rename them")
-    for line, row in rows:
-        problem = None
-        if len(row) != len(header):
+    """Yields the rows of a CSV text, whose first row names the fields, as objects. A row with more or fewer fields, or
+    with text behind a closing quote, has a problem. Raises InputError for a quote that never closes."""
+    lines = enumerate(lines_of(name, texts), 1)
+    number, first = next(((number, line) for number, line in lines if line.strip()), (1, ""))
+    declared = DELIMITER_LINE.fullmatch(first)
+    if declared:
+        number, first = next(lines, (number, ""))
+    delimiter = declared[1] if declared else "\t" if is_tsv else delimiter_of(first)
+    rows = csv_rows(name, itertools.chain([first], (line for _, line in lines)), delimiter, number)
+    _, header, problem = next(rows, Record(number, []))
+    if problem:
+        raise problem
+    header = [field.strip() for field in header]
+    named = list(filter(None, header))  # spreadsheets may have empty columns
+    if len(set(named)) < len(named):
+        raise InputError(f"{name}:{number}: two columns have one name: {', '.join(header)[:200]}; rename them")
+    for line, row, problem in rows:
+        if not problem and len(row) != len(header):
             counts = f"{len(row)} fields, the first line has {len(header)}"
             problem = InputError(f"{name}:{line}: {counts}; put quotes around a field with the delimiter in it")
         yield Record(line, dict(zip(header, row, strict=False)), problem)
 
 
-def csv_rows(name: str, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yields (number of its first line, fields) of each row that is not empty."""
+def csv_rows(name: str, lines: Iterable[str], delimiter: str, number: int) -> Iterator[Record]:
+    """Yields each row that is not empty, as a Record of the list of its fields. `number` is that of the first line."""
     csv.field_size_limit(RECORD_LIMIT)  # there is no other way to set it; its default is 131,072
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    line = 1
-    try:
-        for row in reader:
-            if row:
-                yield line, row
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise InputError(f"{name}:{line}: not CSV ({error}); correct the quotes of this row") from None
+    while True:
+        line, problem = number + reader.line_num, None
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            reason = str(error)
+            can_go_on = "expected after" in reason  # the reader then continues with the next line
+            reason = "text behind a closing quote" if can_go_on else reason
+            row, problem = [], InputError(f"{name}:{line}: not CSV ({reason}); correct the quotes of this row")
+            if not can_go_on:
+                raise problem from None
+        if row is None:
+            return
+        if row or problem:
+            yield Record(line, row, problem)
 
 
 def delimiter_of(header: str) -> str:
@@ -242,22 +258,22 @@ def delimiter_of(header: str) -> str:
 
 
 def lines_of(name: str, texts: Iterable[str]) -> Iterator[str]:
-    """Yields the lines of a text that comes in pieces, each with its line break, which becomes \\n."""
-    breaks = io.IncrementalNewlineDecoder(None, translate=True)
+    """Yields the lines of a text that comes in pieces, each with its line break: \n, \r or \r\n."""
+    breaks = io.IncrementalNewlineDecoder(None, translate=False)  # never divides \r\n
     parts: list[str] = []
     size = number = 0
-    for text in texts:
-        *lines, rest = breaks.decode(text).split("\n")
-        for line in lines:
-            number += 1
-            yield "".join(parts) + line + "\n"
-            parts, size = [], 0
-        parts.append(rest)
-        size += len(rest)
+    for text in itertools.chain(texts, [None]):
+        for part in io.StringIO(breaks.decode(text or "", final=text is None), newline=""):
+            parts.append(part)
+            size += len(part)
+            if part.endswith(("\n", "\r")):
+                number += 1
+                yield "".join(parts)
+                parts, size = [], 0
         if size > RECORD_LIMIT:
             raise too_long(f"{name}:{number + 1}")
-    if last := "".join(parts) + breaks.decode("", final=True):
-        yield last
+    if parts:
+        yield "".join(parts)
 
 
 # ---- Parquet

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import glob
-import importlib.util
 import io
 import itertools
 import os
@@ -25,7 +24,7 @@ from typing import IO, Any, NamedTuple
 
 from gpt.errors import InputError, ResourceError
 from gpt.text.containers import Member, archive_kind, damage, members, open_compressed, peek, random_access
-from gpt.text.encodings import encoding_of, split_texts, with_line_breaks
+from gpt.text.encodings import detector, encoding_of, split_texts, with_line_breaks
 from gpt.text.kinds import ARCHIVES, KINDS, RECORDS, kind_of, plain_suffix
 from gpt.text.markup import HTML_LIMIT, text_of_docx, text_of_html
 from gpt.text.records import (
@@ -36,6 +35,7 @@ from gpt.text.records import (
     csv_records,
     json_records,
     line_record,
+    lines_of,
     parquet_records,
     parquet_sample,
     text_of,
@@ -101,9 +101,8 @@ class Reading:
     field: str = ""  # "": chosen by the names of the fields
     keep_crlf: bool = False
     split_on: str = ""  # what ends a document in a text file, "\n" for lines
-    decided: dict[str, str] = dataclasses.field(
-        default_factory=dict, compare=False
-    )  # name of a file -> its encoding, with auto
+    # with auto, for the files read so far: name -> encoding
+    decided: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def codec(self) -> tuple[str, str]:
@@ -117,7 +116,7 @@ class Reading:
             return self
         if name not in self.decided:
             self.decided[name] = encoding_of(file)
-        return dataclasses.replace(self, encoding=self.decided[name])
+        return replace(self, encoding=self.decided[name])
 
 
 # ---- what the user names
@@ -195,7 +194,7 @@ def folder_files(folder: str, left_out: LeftOut) -> list[Path]:
         left_out.links.extend(os.path.relpath(link, folder) for link in links)
         for name in files:
             path = Path(parent, name)
-            reason = why_left_out(name) or ("" if path.is_file() else "no regular file")
+            reason = why_left_out(name) or ("" if path.is_file() else "link or device")
             if reason:
                 left_out.kinds[reason] += 1
             else:
@@ -259,7 +258,7 @@ def members_of(archive: TextSource, file: IO[bytes], reading: Reading, left_out:
     for number, member in enumerate(members(archive.name, archive.kind, file)):
         if member.kind == "folder":
             continue
-        reason = why_left_out(member.name) or ("" if member.kind == "file" else "no regular file")
+        reason = why_left_out(member.name) or ("" if member.kind == "file" else "link or device")
         if not reason:
             name = f"{archive.name}/{member.name}"
             while name in names:  # a tar file may hold several versions of a file
@@ -274,7 +273,8 @@ def members_of(archive: TextSource, file: IO[bytes], reading: Reading, left_out:
         else:
             sources.append(source)
     if not sources:
-        raise InputError(f"{archive.name}: no text in this archive ({others}); unpack it and give the files themselves")
+        what = others if others.count else "it is empty"
+        raise InputError(f"{archive.name}: no text in this archive ({what}); unpack it and give the files themselves")
     left_out.kinds.update(others.kinds)
     return sources
 
@@ -363,10 +363,7 @@ def text_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterator[
     """Yields the pieces of a text file, which is one document, or several with --split_on. `numbers` gives the number
     of the next document."""
     reading = reading.of(name, file)
-    blocks = iter(lambda: file.read(BLOCK_BYTES), b"")
-    texts = check_texts(name, file, codecs.iterdecode(blocks, *reading.codec), reading)
-    if not reading.keep_crlf:
-        texts = with_line_breaks(texts)
+    texts = decoded_blocks(name, file, reading)
     for _, parts in itertools.groupby(
         split_texts(itertools.chain(texts, [""]), reading.split_on), lambda part: part[0]
     ):
@@ -380,17 +377,24 @@ def text_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterator[
 def jsonl_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterator[int]) -> Iterator[Piece]:
     """Yields a piece for each line that is not blank: every such line is a document."""
     reading = reading.of(name, file)
+    for number, text in enumerate(jsonl_lines(name, file, reading), 1):
+        if text.strip():
+            yield json_piece(next(numbers), f"{name}:{number}", text, reading)
+
+
+def jsonl_lines(name: str, file: IO[bytes], reading: Reading) -> Iterator[str]:
+    """Yields the lines of a file of JSONL. Where the encoding has the byte 10 for line breaks alone, a bad byte then
+    spoils one line, and the message names that line."""
     encoding, errors = reading.codec
-    if "\n".encode(encoding).removeprefix(codecs.BOM_UTF8) != b"\n":
-        raise InputError(f"{name}: lines cannot be told apart in {encoding}; convert it to UTF-8")
+    if "\n".encode(encoding).removeprefix(codecs.BOM_UTF8) != b"\n":  # UTF-16, for example
+        yield from lines_of(name, decoded_blocks(name, file, reading))
+        return
     for number, line in enumerate(iter(lambda: file.readline(RECORD_LIMIT + 1), b""), 1):
         place = f"{name}:{number}"
         if len(line) > RECORD_LIMIT:
             raise too_long(place)
         texts = map(codecs.decode, [line], [encoding], [errors])  # decoded within check_texts
-        [text] = check_texts(place, file, texts, reading, begins=number == 1)
-        if text.strip():
-            yield json_piece(next(numbers), place, text, reading)
+        yield from check_texts(place, file, texts, reading, begins=number == 1)
 
 
 def json_piece(document: int, place: str, text: str, reading: Reading) -> Piece:
@@ -481,6 +485,13 @@ def python_pieces(name: str, file: IO[bytes], reading: Reading, numbers: Iterato
 # ---- bytes to text
 
 
+def decoded_blocks(name: str, file: IO[bytes], reading: Reading) -> Iterator[str]:
+    """Returns the text of a file in pieces, with line breaks as --keep_crlf says. Raises as check_texts does."""
+    blocks = iter(lambda: file.read(BLOCK_BYTES), b"")
+    texts = check_texts(name, file, codecs.iterdecode(blocks, *reading.codec), reading)
+    return texts if reading.keep_crlf else with_line_breaks(texts)
+
+
 def check_texts(
     name: str, file: IO[bytes], texts: Iterable[str], reading: Reading, begins: bool = True
 ) -> Iterator[str]:
@@ -502,7 +513,7 @@ def check_texts(
 
 def no_detector() -> str:
     """Returns what a message adds where encodings cannot be guessed, because the extra [data] is not installed."""
-    return "" if importlib.util.find_spec("chardet") else ", or pip install chardet, which guesses encodings"
+    return "" if detector() else ", or pip install 'chardet>=7', which guesses encodings"
 
 
 def line_breaks(text: str, reading: Reading) -> str:

@@ -52,8 +52,7 @@ class MetricsFile:
         return json.loads(line) | record
 
     def in_place(self) -> bool:
-        """Returns whether the file has its path still: False after it was deleted, moved, replaced or
-        closed."""
+        """Returns whether the file has its path still: False after it was deleted, moved, replaced or closed."""
         return not self.file.closed and (not self.is_watched or in_place(self.path, self.file.fileno()))
 
     def flush(self) -> None:

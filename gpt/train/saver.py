@@ -74,8 +74,7 @@ class Saver:
     `constant` holds the entries that are the same in every state.json: the settings, the machine, the base model.
     `sampling` are the defaults of generation. `rhythm` says how many checkpoints to keep (keep_last, keep_every).
     `check_in_place()` raises ResourceError if `out` is no longer the folder of this run; `slot` learns how long saves
-    take. Ranks whose `recorder` has no
-    log write nothing."""
+    take. Ranks whose `recorder` has no log write nothing."""
 
     def __init__(
         self,

@@ -122,7 +122,8 @@ def tell_why(run: Run, out: Path) -> None:
         tell_end(run.budget.reason(progress), progress, out)
         return
     tell_best(progress, out)
-    why = f"stop_after_minutes {length.stop_after_minutes:g}" if stop.slot.is_over and not stop.signal else "signal"
+    by_signal = run.ranks.any(stop.signal is not None)  # the slots of other ranks may end earlier than that of this one
+    why = "signal" if by_signal else f"stop_after_minutes {length.stop_after_minutes:g}"
     raise Stopped(f"{why} at step {progress.step}: checkpoint saved in {out}; the same command continues")
 
 

@@ -284,8 +284,13 @@ def check_settings(values: dict[str, Any], checkpoint: Checkpoint, accept: bool)
 
 def tell_new_length(old: dict[str, Any], values: dict[str, Any]) -> None:
     """Prints a note if the settings `values` give the run another length than the settings `old`, because the learning
-    rate then jumps to where the schedule of the new length has it."""
-    changed = [f"{name} {old[name]!r} -> {values[name]!r}" for name in LIMITS if old.get(name, 0) != values[name]]
+    rate then jumps to where the schedule of the new length has it. Beside another limit, stop_after_minutes does not
+    shape the schedule."""
+    slot_shapes = not all(any(settings.get(name) for name in LIMITS[:-1]) for settings in (old, values))
+    limits = LIMITS if slot_shapes else LIMITS[:-1]
+    changed = [
+        f"{name} {old.get(name, 0)!r} -> {values[name]!r}" for name in limits if old.get(name, 0) != values[name]
+    ]
     if changed and values["schedule"] != "constant":
         note("info", f"length changed on resume ({', '.join(changed)}): the learning rate begins a new schedule")
 

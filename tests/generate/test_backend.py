@@ -222,24 +222,6 @@ def test_a_sampler_that_draws_by_itself_chooses_the_same_texts(generator, monkey
     assert generator_of(generator.model).generate(PROMPTS, names, **settings) == expected
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_a_sampler_that_draws_by_itself_gets_the_logits_in_the_precision_of_the_model(monkeypatch, int8):
-    model, types = random_model().bfloat16(), set()
-    model = to_int8(model) if int8 else model
-    expected = generator_of(model).generate(PROMPTS, seed=3, ignore_eot=True)
-
-    def choose_next(logits, *rest):
-        types.add((logits.dtype, logits.shape))
-        return plain_choose_next(logits.float(), *rest)
-
-    monkeypatch.setattr(backend, "triton_sampler", lambda *_: choose_next)
-    monkeypatch.setitem(BACKENDS, "eager", Fused)
-    assert generator_of(model).generate(PROMPTS, seed=3, ignore_eot=True) == expected
-    assert types == {(torch.bfloat16, (4, 257))}
-    generator_of(model).generate(PROMPTS, seed=3, top_logprobs=2)
-    assert types == {(torch.bfloat16, (4, 257)), (torch.float32, (4, 257))}
-
-
 def test_the_penalty_before_the_fused_sampler_hides_no_infinite_logit(generator, monkeypatch):
     monkeypatch.setattr(backend, "triton_sampler", lambda *_: plain_choose_next)
     step = Step(Fused(generator.model), 1, 256)

@@ -115,12 +115,28 @@ PROMPTS_OF_CELLS = [
 
 @pytest.mark.parametrize(
     "name, delimiter, end",
-    [("p.csv", ",", "\r\n"), ("p.CSV", ";", "\n"), ("p.tsv", "\t", "\n"), ("p.csv", "\t", "\r\n")],
+    [
+        ("p.csv", ",", "\r\n"),
+        ("p.CSV", ";", "\n"),
+        ("p.tsv", "\t", "\n"),
+        ("p.csv", "\t", "\r\n"),
+        ("p.csv", "|", "\n"),
+    ],
 )
 def test_a_spreadsheet_of_prompts_is_read(tmp_path, name, delimiter, end):
     file = io.StringIO()
     csv.writer(file, delimiter=delimiter, lineterminator=end).writerows(CELLS)
     assert read_csv(tmp_path, "\ufeff" + file.getvalue(), name) == PROMPTS_OF_CELLS
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["prompt\na, b\n", '\n\nprompt,,\n"a, b",,\n', "sep=;\nid; prompt\n;a, b\n", "prompt\ra, b\r", 'prompt\n"a, b"'],
+)
+def test_a_csv_file_of_prompts_is_read_as_one_of_documents(tmp_path, text):
+    assert read_csv(tmp_path, text) == [Prompt(1, "a, b")]
+    long = "word " * 60_000
+    assert read_csv(tmp_path, f"prompt,topic\n{long},x\n") == [Prompt(1, long, {}, {"topic": "x"})]
 
 
 def test_rows_without_an_id_are_numbered_and_empty_lines_count_for_nothing(tmp_path):
@@ -133,18 +149,18 @@ def test_rows_without_an_id_are_numbered_and_empty_lines_count_for_nothing(tmp_p
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("text,id\na,b\n", "p.csv:1: no column is called 'prompt' (the columns: text, id); correct the first line"),
-        ("prompt,a,a\n1,2,3\n", "p.csv:1: two columns are called 'a' (the columns: prompt, a, a); correct"),
-        ("", "p.csv:1: no column is called 'prompt' (the columns: none); correct"),
+        ("text,id\na,b\n", "p.csv:1: no column is called 'prompt' (the columns: text, id); rename one"),
+        ("prompt,a,a\n1,2,3\n", "p.csv:1: two columns have one name: prompt, a, a; rename them"),
+        ("", "p.csv: no prompts"),
         ("prompt\n", "p.csv: no prompts"),
-        ("prompt,id\na\n", "p.csv:2: 1 cells, and 2 columns in the first line"),
-        ('prompt,id\na,b\nc,"d\n', "p.csv:3: unexpected end of data"),
+        ("prompt,id\na\n", "p.csv:2: 1 fields, the first line has 2"),
+        ('prompt,id\na,b\nc,"d\n', "p.csv:3: not CSV (unexpected end of data)"),
         ("prompt,id\na,x\nb,x\n", 'p.csv:3: id "x" is that of line 2 too'),
         ("prompt,top_k\na,1.5\n", "p.csv:2: top_k 1.5: must be int, not float"),
         ("prompt,top_k\na,many\n", 'p.csv:2: top_k "many": must be int, not str'),
         ("prompt,max_length\na,5\n", "p.csv:2: unknown setting max_length; here it is max_new_tokens"),
         (b"prompt\na\xff\n", "p.csv: invalid UTF-8 at byte 8"),
-        ("prompt\n" + "a" * 140_000, "p.csv:2: field larger than field limit"),
+        ('prompt,id\n"a" b,1\n', "p.csv:2: not CSV (text behind a closing quote); correct the quotes of this row"),
     ],
 )
 def test_fault_092_a_bad_spreadsheet_is_named_with_file_and_line(tmp_path, text, message):

@@ -59,6 +59,18 @@ def test_a_foreign_tokenizer_survives_storing_in_both_directions(name, folders, 
     assert AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == answers[name]["ids"]
 
 
+def test_tokens_that_no_file_gives_an_id_get_the_next_ones_in_transformers_order(tmp_path):
+    AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
+    wrapped(trained((EOT,)), eos_token=EOT).save_pretrained(tmp_path)
+    new = {"pad_token": "[PAD]", "mask_token": "[MASK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    edit(tmp_path, "tokenizer_config.json", lambda settings: settings.update(new))
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    assert {text: ours.special_tokens[text] for text in new.values()} == {
+        text: theirs.convert_tokens_to_ids(text) for text in new.values()
+    }
+    assert sorted(ours.special_tokens.values()) == [0, 300, 301, 302, 303]
+
+
 def test_special_tokens_in_a_text_are_ordinary_text_and_ordinary_tokens_are_not(folders):
     tokenizer = load_tokenizer(folders[0] / "added_both")
     ids = tokenizer.encode(MIXED)

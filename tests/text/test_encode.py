@@ -1,18 +1,21 @@
 """Text to ids: chunks against the whole, documents the tokenizer cannot split, and any number of workers."""
 
 import itertools
+import json
 import random
 import threading
+from dataclasses import replace
 
 import pytest
 import tiktoken
 from prepare_helpers import ALPHABET, checksums, ids_of, prepare_here, rows, write
 
 from gpt.errors import InputError
+from gpt.text.added_tokens import Additions
 from gpt.text.encode import UP_TO_CUT, Unit, encode_batches, units_of
 from gpt.text.huggingface import PATTERNS
 from gpt.text.split import Part
-from gpt.text.tokenizer import Tokenizer, load_tokenizer
+from gpt.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 # ---- chunks
 
@@ -39,6 +42,33 @@ def test_encoding_in_chunks_gives_the_ids_of_encoding_the_whole(pattern):
         assert [id for unit in units for id in tokenizer.encode(unit.text)] == tokenizer.encode(text), repr(text)
         chunks += len(units)
     assert chunks > 2500  # it does cut
+
+
+@pytest.mark.parametrize(
+    ("added", "cuts"),
+    [("b c", False), ("b ", False), ("x\n", False), (" c", True), ("  ", True), ("\n\n", True), ("bc", True)],
+)
+def test_a_cut_never_divides_an_added_token(added, cuts):
+    tokenizer = load_tokenizer("byte")
+    tokenizer = replace(tokenizer, additions=Additions(ordinary={added: 300}))
+    text = "b c  d\n\nx\nbc e " * 20
+    parts = [Part("train", 0, "x", text[at : at + 3]) for at in range(0, len(text), 3)]
+    units = list(units_of(parts, tokenizer.pattern, [added], size=4))
+    assert [id for unit in units for id in tokenizer.encode(unit.text)] == tokenizer.encode(text)
+    assert 300 in tokenizer.encode(text)
+    assert (len(units) > 1) == cuts
+
+
+def test_a_document_with_an_added_token_is_prepared_as_it_is_encoded(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_tokenizer(load_tokenizer("byte"), folder)
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    stored["added_tokens"].append({"id": 257, "content": "b c", "special": False, "normalized": True})
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    text = "x" + "b c " * 50_000  # a block ends between b and c
+    prepare_here(tmp_path / "out", write(tmp_path / "x.txt", text), tokenizer=str(folder), val_fraction=0)
+    assert ids_of(tmp_path / "out").tolist() == [256, ord("x"), *[257, 32] * 50_000]
 
 
 def test_a_cut_is_never_made_for_an_unknown_pattern():

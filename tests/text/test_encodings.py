@@ -7,6 +7,7 @@ import random
 import re
 import struct
 import sys
+import time
 
 import pytest
 
@@ -137,6 +138,15 @@ def test_one_short_line_among_many_is_guessed_with_them(line):
 def test_without_the_detector_the_file_counts_as_utf8(monkeypatch):
     monkeypatch.setitem(sys.modules, "chardet", None)
     assert guess(TEXTS["French"].encode("cp1252")) == "utf-8"
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r", "\r\n"])
+def test_the_time_for_long_lines_does_not_grow_with_their_square(ending):
+    lines = ["plain " * 10_000, "é", "naïve " * 10_000, "plain"]  # the first would take half a minute
+    began = time.process_time()
+    assert found(ending.join(lines).encode()) == "utf-8"
+    assert found(ending.join(lines).encode("cp1252")) == "cp1252"
+    assert time.process_time() - began < 10
 
 
 # ---- UTF-16

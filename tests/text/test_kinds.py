@@ -1,5 +1,8 @@
 """The kind of a file: by its first bytes and its name; what is refused, and what the user is told to do."""
 
+import bz2
+import gzip
+import lzma
 import random
 
 import numpy as np
@@ -90,6 +93,14 @@ def test_a_text_that_begins_like_a_signature_is_text(tmp_path, text):
     assert documents_of(tmp_path / "out") == [text]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("text", ["Привет, мир ", "Γειά σου ", "שלום עולם ", "Hello ", "春眠不觉晓 "])
+def test_text_in_utf16_is_not_taken_for_binary_data(encoding, text):
+    # The high bytes of Cyrillic, Greek and Hebrew letters in UTF-16 are 4, 3 and 5: control characters.
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    assert kind_of("x.txt", (mark + text * 500).encode(encoding)[:HEAD_BYTES], "utf-8") == "text"
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "cp1252", "shift_jis", "gb18030", "koi8-r", "cp037"])
 def test_text_in_other_encodings_is_not_taken_for_binary_data(encoding):
     text = {"cp1252": "“naïve” — café ", "koi8-r": "привет мир ", "cp037": "Hello "}.get(encoding, "春眠不觉晓 ") * 500
@@ -123,6 +134,16 @@ def test_the_kind_follows_the_content_and_then_the_name(name, data, kind):
 def test_a_text_with_the_name_of_another_format_is_refused(tmp_path, name):
     with pytest.raises(InputError, match=rf"{name}: not a {name[2:]} file, whatever its name says"):
         prepare_here(tmp_path / "out", write(tmp_path / name, "text"))
+    with pytest.raises(InputError, match=rf"{name}: empty; leave it out"):
+        prepare_here(tmp_path / "out", write(tmp_path / name, ""))
+
+
+@pytest.mark.parametrize("errors", ["strict", "replace", "skip"])
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_file_that_is_compressed_twice_is_refused_whatever_errors_says(tmp_path, compress, errors):
+    source = write(tmp_path / "x.txt.gz", gzip.compress(compress(b"text")))
+    with pytest.raises(InputError, match=r"x\.txt\.gz: compressed twice; decompress it once"):
+        prepare_here(tmp_path / "out", source, errors=errors)
 
 
 def test_an_encoding_that_is_named_reads_bytes_that_look_binary(tmp_path):

@@ -1,6 +1,7 @@
 """The text of HTML pages and Word documents."""
 
 import io
+import time
 import zipfile
 
 import pytest
@@ -30,10 +31,19 @@ W = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
         ("", ""),
         ("plain", "plain"),
         ("</p></div>a</pre>", "a"),
+        ("a</style>b</script></template>c", "abc"),
+        ("a<noscript><p>Please enable JavaScript.</p></noscript>b", "a\n\nb"),
     ],
 )
 def test_tags_are_removed_and_blocks_become_lines(page, text):
     assert text_of_html(page).rstrip("\n") == text
+
+
+def test_the_time_for_many_spaces_does_not_grow_with_their_square():
+    spaces = " " * 60_000  # would take a minute
+    began = time.process_time()
+    assert text_of_html(f"<pre>a{spaces}b{spaces}\nc{spaces}</pre>").rstrip("\n") == f"a{spaces}b\nc"
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize("name", ["x.html", "x.htm", "X.HTML"])

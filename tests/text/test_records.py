@@ -44,7 +44,7 @@ def test_rows_are_those_of_the_csv_module(options, size):
     table = [[random_cell(generator) for _ in range(3)] for _ in range(200)]
     text = csv_of(["joke", "score", "who"], *table, **options)
     found = [list(record.value.values()) for record in csv_records("x.csv", cut(text, size), is_tsv=False)]
-    assert found == [[cell.replace("\r\n", "\n") for cell in row] for row in table]
+    assert found == table
 
 
 def test_a_csv_file_gives_a_document_per_row_of_its_text_column(tmp_path, capsys):
@@ -61,6 +61,48 @@ def test_every_line_ending_ends_a_row(tmp_path, ending, end):
     text = ending.join(["n;text", "1;a", "2;b"]) + ending * end
     prepare_here(tmp_path / "out", write(tmp_path / "x.csv", text), val_fraction=0)
     assert documents_of(tmp_path / "out") == ["a", "b"]
+
+
+def test_keep_crlf_holds_for_the_fields_of_a_csv_file(tmp_path):
+    source = write(tmp_path / "x.csv", b'n,text\r\n1,"a\r\nb\rc\nd"\r\n2,e\r\n')
+    prepare_here(tmp_path / "out", source, keep_crlf=True, val_fraction=0)
+    assert documents_of(tmp_path / "out") == ["a\r\nb\rc\nd", "e"]
+    prepare_here(tmp_path / "out", source, val_fraction=0)
+    assert documents_of(tmp_path / "out") == ["a\nb\nc\nd", "e"]
+
+
+@pytest.mark.parametrize("before", ["", "\n", "\r\n \r\n", "\ufeff\n", "sep=;\n", '\ufeff"sep=;"\r\n', "\nsep=;\n"])
+@pytest.mark.parametrize("empty", ["", ";", ";;;", "; "])
+def test_blank_lines_excels_own_line_and_empty_columns_are_no_fields(tmp_path, before, empty):
+    text = f"{before}n; text{empty}\n1;a, b, c{empty}\n2;d{empty}\n"
+    prepare_here(tmp_path / "out", write(tmp_path / "x.csv", text), val_fraction=0)
+    assert documents_of(tmp_path / "out") == ["a, b, c", "d"]
+    line = text.count("\n")
+    with pytest.raises(InputError, match=rf"x\.csv:{line + 1}: 9 fields"):
+        prepare_here(tmp_path / "out2", write(tmp_path / "x.csv", text + ";" * 8 + "\n"))
+
+
+def test_the_line_of_excel_names_the_delimiter_whatever_the_columns_hold(tmp_path):
+    prepare_here(tmp_path / "out", write(tmp_path / "x.csv", "sep=|\na,b,c|text\n1,2,3|x, y\n"), val_fraction=0)
+    assert documents_of(tmp_path / "out") == ["x, y"]
+    prepare_here(tmp_path / "out", write(tmp_path / "x.csv", "sep=\t\ntext\n1, 2\n"), val_fraction=0)
+    assert documents_of(tmp_path / "out") == ["1, 2"]
+
+
+@pytest.mark.parametrize("bad", ['2,"He said "hi" there"', '2,"b"x', '2,"b" ', '"2" ,b', '2,"b\n2"x'])
+def test_skip_drops_a_row_with_text_behind_a_closing_quote(tmp_path, bad):
+    source = write(tmp_path / "x.csv", f'n,text\n1,a\n{bad}\n3,"c\nd"\n')
+    with pytest.raises(InputError, match=r"x\.csv:3: not CSV \(text behind a closing quote\); correct the quotes"):
+        prepare_here(tmp_path / "out", source)
+    manifest = prepare_here(tmp_path / "out", source, errors="skip", val_fraction=0)
+    assert documents_of(tmp_path / "out") == ["a", "c\nd"]
+    assert manifest["source"]["undecodable"] == 1
+
+
+def test_skip_does_not_drop_the_rows_behind_a_quote_that_never_closes(tmp_path):
+    source = write(tmp_path / "x.csv", 'n,text\n1,a\n2,"b\n3,c\n')
+    with pytest.raises(InputError, match=r"x\.csv:3: not CSV \(unexpected end of data\); correct the quotes"):
+        prepare_here(tmp_path / "out", source, errors="skip")
 
 
 def test_a_column_alone_may_hold_commas_without_quotes(tmp_path):
@@ -153,6 +195,13 @@ def test_an_array_gives_what_the_json_module_gives(size, indent):
     assert [record.value for record in json_records("x.json", cut(text, size))] == values
     text = "\n ".join(json.dumps(value, indent=indent, ensure_ascii=False) for value in values)
     assert [record.value for record in json_records("x.json", cut(text, size))] == values
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_numbers_are_read_whole_wherever_the_text_is_cut(size):
+    text = '[1.5e+3, "a", -12, 0.25, 7E2, 123456, {"n": 1e-3}, 5]'
+    assert [record.value for record in json_records("x", cut(text, size))] == json.loads(text)
+    assert [record.value for record in json_records("x", cut("12 -3.5e2\n7", size))] == [12, -350.0, 7]
 
 
 def test_lines_of_json_are_counted():
@@ -257,7 +306,7 @@ def test_memory_does_not_grow_with_the_file(make):
 def test_lines_keep_other_separators():
     text = "a\u2028b\x0bc\x85d\x1ee\r\nf\rg\n\nh"
     for size in (1, 2, 99):
-        assert list(lines_of("x", cut(text, size))) == ["a\u2028b\x0bc\x85d\x1ee\n", "f\n", "g\n", "\n", "h"]
+        assert list(lines_of("x", cut(text, size))) == ["a\u2028b\x0bc\x85d\x1ee\r\n", "f\r", "g\n", "\n", "h"]
 
 
 # ---- Parquet

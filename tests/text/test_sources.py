@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+import types
 
 import pytest
 from prepare_helpers import EOT, documents_of, ids_of, prepare_here, rows, write
@@ -78,7 +79,7 @@ def test_a_folder_tells_how_many_files_of_which_kinds_and_which_linked_folders_i
     assert documents_of(tmp_path / "out") == ["text", "text"]
     assert manifest["source"]["files_passed_over"] == 9
     [line] = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
-    kinds = "3 .pdf, 2 hidden, 1 .svg, 1 no regular file, 1 without suffix, linked folder sub/link;"
+    kinds = "3 .pdf, 2 hidden, 1 .svg, 1 link or device, 1 without suffix, linked folder sub/link;"
     assert sorted(line.split("left out ")[1].split(";")[0].split(", ")) == sorted(kinds.rstrip(";").split(", "))
     assert f"{folder}: left out" in line and "to read such files, name them" in line
 
@@ -268,11 +269,31 @@ def test_fault_005_marks_line_ends_nul_and_surrogates(tmp_path):
     assert documents_of(tmp_path / "out") == ["wide é"]
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "cp037"])
-def test_fault_005_jsonl_in_an_encoding_that_hides_its_line_breaks_is_refused(tmp_path, encoding):
-    lines = write(tmp_path / "x.jsonl", rows("\u0a0a"), encoding=encoding)
-    with pytest.raises(InputError, match=rf"x\.jsonl: lines cannot be told apart in {encoding}; convert it to UTF-8"):
-        prepare_here(tmp_path / "out", lines, encoding=encoding)
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp037"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("errors", ["strict", "skip", "replace"])
+def test_fault_005_jsonl_in_an_encoding_whose_characters_hold_bytes_of_line_breaks_is_read(
+    tmp_path, encoding, ending, errors
+):
+    texts = ["ab" * 40_000, "c", "d"] if encoding == "cp037" else ["\u0a0a\u0d0d\u2028" * 40_000, "日本", "d\ud800"]
+    data = ending.join(json.dumps({"text": text}, ensure_ascii="\ud800" in text) for text in texts)
+    lines = write(tmp_path / "x.jsonl", data + ending * 3, encoding=encoding)
+    manifest = prepare_here(tmp_path / "out", lines, encoding=encoding, errors=errors, val_fraction=0)
+    assert documents_of(tmp_path / "out") == [text.replace("\ud800", "\ufffd") for text in texts]
+    assert manifest["source"]["undecodable"] == 0
+
+
+def test_fault_004_a_bad_line_of_jsonl_in_utf16_is_named_or_skipped(tmp_path):
+    good = [json.dumps({"text": text}).encode("utf-16-le") for text in ("a", "b")]
+    bad = {"no JSON": "{".encode("utf-16-le"), "half a pair": '{"text": "\ud83d"}'.encode("utf-16-le", "surrogatepass")}
+    for line in bad.values():
+        data = b"\n\0".join([b"\xff\xfe" + good[0], line, good[1]])
+        source = write(tmp_path / "x.jsonl", data)
+        with pytest.raises(InputError, match=r"x\.jsonl(:2: expected an object|: invalid utf-16 at byte \d+)"):
+            prepare_here(tmp_path / "out", source)
+        manifest = prepare_here(tmp_path / "out", source, errors="skip", val_fraction=0)
+        assert documents_of(tmp_path / "out") == ["a", "b"]
+        assert manifest["source"]["undecodable"] == 1
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "latin-1", "shift_jis", "gb18030"])
@@ -360,14 +381,16 @@ def test_jsonl_in_another_encoding_is_read_too(tmp_path):
     line = json.dumps({"text": FRENCH}, ensure_ascii=False) + "\n"
     prepare_here(tmp_path / "out", write(tmp_path / "x.jsonl", line * 3, encoding="cp1252"), val_fraction=0)
     assert documents_of(tmp_path / "out") == [FRENCH] * 3
-    with pytest.raises(InputError, match="lines cannot be told apart in utf-16-le; convert it to UTF-8"):
-        prepare_here(tmp_path / "out", write(tmp_path / "x.jsonl", line, encoding="utf-16-le"))
+    for encoding in ("utf-16", "utf-16-le"):
+        prepare_here(tmp_path / "out", write(tmp_path / "x.jsonl", line * 3, encoding=encoding), val_fraction=0)
+        assert documents_of(tmp_path / "out") == [FRENCH] * 3
 
 
-def test_without_the_detector_a_message_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "chardet", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(InputError, match=r"invalid UTF-8 at byte 6 \(0xe9\); use --encoding.*or pip install chardet"):
+@pytest.mark.parametrize("installed", [None, types.ModuleType("chardet")])
+def test_without_the_detector_or_with_an_old_one_a_message_says_how_to_get_it(tmp_path, monkeypatch, installed):
+    monkeypatch.setitem(sys.modules, "chardet", installed)
+    message = r"invalid UTF-8 at byte 6 \(0xe9\); use --encoding.*or pip install 'chardet>=7'"
+    with pytest.raises(InputError, match=message):
         prepare_here(tmp_path / "out", write(tmp_path / "x.txt", FRENCH, encoding="cp1252"))
 
 
@@ -551,7 +574,8 @@ def test_a_note_tells_of_many_typed_ends_of_text(tmp_path, capsys, times, told):
 def test_a_note_tells_of_many_short_lines_without_a_border(tmp_path, capsys, text, told):
     source = write(tmp_path / "x.txt", text)
     prepare_here(tmp_path / "out", source, val_fraction=0)
-    assert ("1,000 short lines in one document; if each is a text, use --split_on lines" in
-            capsys.readouterr().out) == told  # fmt: skip
+    out = capsys.readouterr().out
+    assert ("1,000 short lines in one document; if each is a text, use --split_on lines" in out) == told
+    assert ("short lines" in out) == told
     prepare_here(tmp_path / "out", source, split_on="lines", val_fraction=0)
     assert "short lines" not in capsys.readouterr().out

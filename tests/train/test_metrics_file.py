@@ -116,6 +116,15 @@ def test_metrics_beyond_the_checkpoint_and_a_torn_line_are_cut(tmp_path):
     cut_metrics(tmp_path / "absent", 3)
 
 
+def test_a_file_system_whose_inodes_change_by_themselves_is_not_watched(tmp_path, monkeypatch):
+    monkeypatch.setattr("gpt.train.metrics_file.in_place", lambda path, descriptor: False)
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file.write(record_of(1))
+    file.sync()
+    file.close()
+    assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [1]
+
+
 @pytest.mark.parametrize("how", ["deleted", "replaced", "folder_moved"])
 def test_fault_120_a_metrics_file_that_is_gone_is_noticed_at_the_next_record_and_never_made_anew(tmp_path, how, capsys):
     folder = tmp_path / "run"

@@ -37,13 +37,15 @@ from gpt.loss import IGNORED
 from gpt.model import GPT
 from gpt.text.corpus import Corpus
 from gpt.text.shards import open_dataset
+from gpt.train import budget, setup, start
 from gpt.train import ranks as ranks_module
-from gpt.train import setup, start
+from gpt.train import slot as slot_module
 from gpt.train.budget import Progress
 from gpt.train.optim import LossScaler
 from gpt.train.ranks import Ranks, join, launched
 from gpt.train.runtime import MachineConfig, Runtime
 from gpt.train.saver import Saver
+from gpt.train.slot import Slot
 from gpt.train.state import State
 
 LENGTH = 50
@@ -340,6 +342,22 @@ def test_only_the_first_rank_writes_and_speaks(train_ranks, tmp_path, one):
     assert any(line.endswith("metrics.jsonl") for line in writes)
 
 
+def test_lines_of_text_by_the_clock_come_from_the_first_rank_and_change_nothing(train_ranks, tmp_path, one):
+    out = tmp_path / "out"
+    runs = train_ranks(out, "--sample_every", -1, disturbance="quick_lines")
+    assert codes(runs) == [0, 0]
+    steps = [line.split()[3].rstrip(",") for line in runs[0].stderr.splitlines() if line.startswith("sample at step")]
+    assert steps[0] == "0"
+    assert steps[1:] == [str(step) for step in range(10, LENGTH + 1, 10)]  # at evaluations, after the last by the clock
+    assert "sample" not in runs[1].stderr + runs[1].stdout
+    assert_same_run(out, one)
+
+
+def quick_lines(rank):
+    """The first line comes by the clock, the others at evaluations."""
+    budget.SAMPLE_SECONDS = (0,)
+
+
 def tell_writes(rank):
     """Say on stderr which files below a folder `out` are opened for writing, made or removed."""
 
@@ -413,6 +431,55 @@ def signal_rank_0(rank):
 
 def signal_rank_1(rank):
     at_step(26, lambda: rank == 1 and signal.raise_signal(signal.SIGTERM))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_slot_that_ends_first_stops_all_ranks_after_the_same_step_with_a_checkpoint(
+    train_ranks, tmp_path, one, rank
+):
+    out = tmp_path / "out"
+    flags = ("--stop_after_minutes", 60)
+    runs = train_ranks(out, *flags, disturbance=f"slot_of_rank_{rank}")
+    assert codes(runs) == [75, 75]
+    assert step_names(out)[-1] == "step-000000026"
+    assert [run.stderr.count("stopped: stop_after_minutes 60 at step 26: ") for run in runs] == [1, 0]
+    assert "stop_after_minutes 60 at step 26" in json.loads((out / "exit.json").read_text())["reason"]
+    assert codes(train_ranks(out, *flags)) == [0, 0]
+    assert_same_run(out, one)
+
+
+def slot_of_rank_0(rank):
+    """The slot of rank 0 alone ends before step 26."""
+    at_step(26, lambda: rank == 0 and setattr(Slot, "seconds_left", lambda self: -1.0))
+
+
+def slot_of_rank_1(rank):
+    at_step(26, lambda: rank == 1 and setattr(Slot, "seconds_left", lambda self: -1.0))
+
+
+def test_where_a_slot_alone_gives_the_length_all_ranks_have_the_learning_rate_of_the_first(train_ranks, tmp_path):
+    flags = ("--max_steps", 0, "--stop_after_minutes", 0.05, "--schedule", "linear", "--warmup_steps", 0)
+    flags += ("--eval_every", 0, "--save_every", 0)
+    runs = train_ranks(tmp_path / "out", *flags, disturbance="later_clock")
+    assert codes(runs) == [75, 75]
+    rates, others = ([line for line in run.stderr.splitlines() if line.startswith("lr ")] for run in runs)
+    assert rates == others
+    assert len(set(rates)) > 10  # the rate falls, to a part of the first
+    assert float(rates[-1].split()[1]) < 0.3 * float(rates[0].split()[1])
+
+
+def later_clock(rank):
+    """The command begins with the first step; on rank 1, 30 seconds are left for each that is left on rank 0. Says each
+    learning rate on stderr."""
+    slot_module.command_seconds, slot_module.SAVE_SECONDS = lambda: 0.0, 0.05
+    seconds_left, train_step = Slot.seconds_left, train.train_step
+    Slot.seconds_left = lambda self: seconds_left(self) * (30 if rank else 1)
+
+    def step(state, batch, lr, *others):
+        os.write(2, f"lr {lr}\n".encode())
+        return train_step(state, batch, lr, *others)
+
+    train.train_step = step
 
 
 def at_step(step, action):

@@ -359,6 +359,22 @@ def test_fault_120_a_save_into_a_folder_that_is_gone_is_a_warning_twice_and_make
     assert newest_checkpoint(out).step == 4
 
 
+def test_fault_120_the_best_of_a_moved_run_is_not_pointed_to_in_the_folder_of_another(tmp_path):
+    out = tmp_path / "run"
+    with locked_run_folder(str(out), {}, [], Ranks()) as (_, check_in_place):
+        saver = saver_of(out, tiny_model(n_layer=1))
+        saver.check_in_place = check_in_place
+        saves(saver, 1)
+        out.rename(tmp_path / "moved")
+        with locked_run_folder(str(out), {}, [], Ranks()):
+            saves(saver_of(out, tiny_model(n_layer=1)), 1)
+            (out / "best.txt").unlink()  # it has the step, but no best one
+            before = snapshot(out)
+            with pytest.raises(ResourceError, match="was deleted, moved or replaced while in use"):
+                saver.save()
+            assert snapshot(out) == before
+
+
 def test_fault_120_a_second_run_in_the_place_of_a_moved_folder_is_left_alone(tmp_path):
     out = tmp_path / "run"
     with locked_run_folder(str(out), {}, [], Ranks()) as (_, check_in_place):

@@ -17,6 +17,7 @@ from gpt.text.corpus import Corpus
 from gpt.text.shards import open_dataset
 from gpt.text.tokenizer import load_tokenizer, train_bpe
 from gpt.train import start
+from gpt.train.budget import LIMITS
 from gpt.train.start import load_base, tokenizer_source
 
 STORED = ("config", "generation_config", "tokenizer_config")  # files of a step folder
@@ -124,6 +125,7 @@ def test_fault_059_length_rhythm_and_hardware_may_change(run, again):
         (("--max_steps", "12"), "max_steps 8 -> 12"),
         (("--max_steps", "0", "--max_tokens", "4000"), "max_steps 8 -> 0, max_tokens 0 -> 4000"),
         (("--max_steps", "12", "--log_every", "2"), "max_steps 8 -> 12"),
+        (("--max_steps", "12", "--stop_after_minutes", "60"), "max_steps 8 -> 12"),
     ],
 )
 def test_another_length_on_resume_says_that_the_learning_rate_begins_a_new_schedule(run, again, flags, told):
@@ -132,9 +134,20 @@ def test_another_length_on_resume_says_that_the_learning_rate_begins_a_new_sched
     assert f"info: length changed on resume ({told}): the learning rate begins a new schedule\n" in done.stderr
 
 
-@pytest.mark.parametrize("flags", [(), ("--log_every", "2"), ("--patience", "9")])
+@pytest.mark.parametrize("flags", [(), ("--log_every", "2"), ("--patience", "9"), ("--stop_after_minutes", "60")])
 def test_the_same_length_on_resume_says_nothing_of_the_schedule(run, again, flags):
     assert "schedule" not in again(*flags).stderr
+
+
+def test_a_slot_alone_in_place_of_another_limit_is_another_length(capsys):
+    old = {"max_steps": 8, "stop_after_minutes": 5.0, "schedule": "cosine"}  # a checkpoint without the other limits
+    new = dict.fromkeys(LIMITS, 0) | old
+    start.tell_new_length(old, new | {"stop_after_minutes": 9.0})
+    assert capsys.readouterr().err == ""
+    start.tell_new_length(old, new | {"max_steps": 0})
+    assert "(max_steps 8 -> 0)" in capsys.readouterr().err
+    start.tell_new_length(old | {"max_steps": 0}, new | {"max_steps": 0, "stop_after_minutes": 9.0})
+    assert "(stop_after_minutes 5.0 -> 9.0)" in capsys.readouterr().err
 
 
 def test_fault_063_another_machine_setting_is_one_warning(run, again):
