@@ -55,7 +55,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         raise InputError(f"{path}: no prompts; write one a line")
     extra = sorted({name for prompt in prompts for name in prompt.extra})
     if extra:
-        note("info", f"{path}: no settings, so the answers repeat them: {', '.join(extra)}")
+        note("info", f"{path}: fields that are no settings stand in the answers too: {', '.join(extra)}")
     return prompts
 
 
@@ -100,7 +100,7 @@ def from_csv(text: str, path: str | Path) -> list[Prompt]:
         if problem:
             raise problem
         if "prompt" not in row:
-            raise InputError(f"{path}: columns {', '.join(row)}; name one of them prompt")
+            raise InputError(f"{path}: no column is called 'prompt' (the columns: {', '.join(row)}); name one so")
         where = f"{path}:{line}"
         values: dict[str, Any] = {name: cell for name, cell in row.items() if cell or name == "prompt"}
         values |= {name: value_of(name, cell.strip()) for name, cell in values.items() if name in SETTINGS}

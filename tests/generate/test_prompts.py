@@ -85,7 +85,7 @@ def test_other_fields_are_kept_for_the_answers_and_named(tmp_path, capsys):
     extra = {"topic": "sea", "source": {"page": [1, None]}, "score": 0.5, "é": "ü"}
     first, second = read(tmp_path, {"prompt": "a", "top_k": 3, **extra}, {"prompt": "b"})
     assert (first.settings, first.extra, second.extra) == ({"top_k": 3}, extra, {})
-    told = f"info: {tmp_path}/p.jsonl: no settings, so the answers repeat them: score, source, topic, é\n"
+    told = f"info: {tmp_path}/p.jsonl: fields that are no settings stand in the answers too: score, source, topic, é\n"
     assert capsys.readouterr().err == told
     read(tmp_path, {"prompt": "a", "id": 3, "seed": 1})
     assert capsys.readouterr().err == ""
@@ -155,7 +155,7 @@ def test_rows_without_an_id_are_numbered_and_empty_lines_count_for_nothing(tmp_p
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("text,id\na,b\n", "p.csv: columns text, id; name one of them prompt"),
+        ("text,id\na,b\n", "p.csv: no column is called 'prompt' (the columns: text, id); name one so"),
         ("prompt,a,a\n1,2,3\n", "p.csv:1: two columns have one name: prompt, a, a; rename them"),
         ("", "p.csv: no prompts"),
         ("prompt\n", "p.csv: no prompts"),
