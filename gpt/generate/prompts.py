@@ -127,7 +127,7 @@ def prompt_of(values: dict[str, Any], where: str, number: int) -> Prompt:
         raise InputError(f'{where}: field "id" must be a whole number or a string; correct the line')
     extra = {name: value for name, value in values.items() if name not in SETTINGS}
     settings, problems = checked({name: values[name] for name in values if name in SETTINGS}, SETTINGS)
-    problems = [problem for name in extra if (problem := misnamed(name))] + problems
+    problems = [problem for name in extra if (problem := misnamed(name) or not_json(name, extra[name]))] + problems
     if problems:
         raise InputError(f"{where}: {'; '.join(problems)}; correct the line")
     return Prompt(prompt_id, text, settings, extra)
@@ -142,6 +142,15 @@ def misnamed(name: str) -> str:
     others = [ours.split(" ")[0] for ours in OTHER_NAMES.get(name, "").split(" | ")]
     if set(others) & set(SETTINGS) or difflib.get_close_matches(name, SETTINGS, cutoff=SIMILAR):
         return f"unknown setting {name}; {suggestion(name, SETTINGS)}"
+    return ""
+
+
+def not_json(name: str, value: Any) -> str:
+    """Returns why the answers cannot repeat this value of a field, or "" if they can."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return f"field {name}: NaN and Infinity are not JSON; write null"
     return ""
 
 

@@ -91,6 +91,12 @@ def test_other_fields_are_kept_for_the_answers_and_named(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"page": [1, float("-inf")]}])
+def test_fault_092_a_field_that_no_line_of_json_can_repeat_is_named(tmp_path, value):
+    with pytest.raises(InputError, match=r"p\.jsonl:1: field score: NaN and Infinity are not JSON; write null"):
+        read(tmp_path, {"prompt": "a", "score": value})
+
+
 # ---- CSV
 
 
