@@ -55,6 +55,7 @@ def test_no_module_has_the_name_of_one_of_the_product_s():
     ("name", "words"),
     [
         ("decode_speed", "--device cpu"),
+        ("decode_steps", "--device cpu"),
         ("train_speed", "--device cpu"),
         ("many_prompts", ""),
         ("quality", "folder text"),
@@ -242,6 +243,74 @@ def test_a_check_ends_with_the_proof_that_started_it(tmp_path):
     proof.wait()
     with open(lock) as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # waits until the check has ended
+
+
+def test_the_steps_of_a_tiny_model_are_timed_and_its_greedy_text_is_checked(tmp_path):
+    out = tmp_path / "steps.json"
+    words = "--device cpu --model tiny --dtype fp32 --rows 1,3 --contexts 5,9 --new_tokens 8 --runs 1"
+    made = run_alone("decode_steps", words, "--json", out)
+    assert made.returncode == 0, made.stderr
+    record = json.loads(out.read_text())
+    found = [(result["rows"], result["prompt"], result["sampler"]) for result in record["results"]]
+    assert found == [(rows, prompt, name) for rows in (1, 3) for prompt in (5, 9) for name in ("greedy", "sampled")]
+    for result in record["results"]:
+        assert result["speed"] == pytest.approx(1000 * result["rows"] / result["step_ms"])
+        assert 0 < result["first_ms"] < 1000 * result["rows"] * 8 / result["whole_speed"]
+    assert record["greedy_gap"] < 1e-3
+    assert made.stdout.count("\n") == 2 + 8 + 1
+
+
+def test_steps_side_by_side_that_fail_or_hang_are_named_in_the_table(benchmarks, tmp_path, capsys):
+    steps, pids = benchmarks("steps"), tmp_path / "pids"
+    hang = f"import os, time; open({str(pids)!r}, 'w').write(str(os.getpid())); print(7, flush=True); time.sleep(600)"
+
+    def step(name, limit, code):
+        return steps.Step(name, limit, [sys.executable, "-c", code])
+
+    groups = [
+        [
+            step("hangs", 2, hang),
+            step("fails", 60, "print(5); raise SystemExit(3)"),
+            step("fine", 60, "print('| a | b |')"),
+        ],
+        [step("late", 60, "")],
+    ]
+    record, start = {"steps": []}, time.monotonic()
+    assert steps.run_steps(groups, 1, tmp_path, record) == 1
+    assert time.monotonic() - start < 30
+    lines = {name: (state, found) for name, state, _, found in record["steps"]}
+    assert lines.pop("hangs") == ("TIME", "not done after 2 s")
+    assert lines == {"fails": ("FAIL", "exit code 3, see above"), "fine": ("pass", "a b"), "late": ("pass", "")}
+    assert json.loads((tmp_path / "gpu_run.json").read_text()) == record
+    assert (tmp_path / "hangs.log").read_text() == "7\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pids.read_text()), 0)
+    *_, table = capsys.readouterr().out.split("\n\n")
+    assert [line.split()[1] for line in table.splitlines()[2:]] == [name for name, *_ in record["steps"]]
+
+    record = {"steps": []}
+    assert steps.run_steps(groups[1:], 0.1, tmp_path, record) == 0
+    assert record["steps"] == [["late", "skip", "0", "not begun: the minutes are over"]]
+
+
+def test_a_session_on_a_gpu_plans_the_most_important_steps_first(benchmarks, monkeypatch, tmp_path, capsys):
+    gpu_run = benchmarks("gpu_run")
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    config = gpu_run.parse(["--device", "cpu", "--nanogpt", "../nanoGPT"])
+    assert config.out == tmp_path / "out"
+    config.device = "cuda"
+    groups = [[step.name for step in group] for group in gpu_run.plan(config, tmp_path)]
+    assert groups[0][:2] == ["triton_attention", "triton_model"]
+    assert groups[1:3] == [["captured-bf16"], ["train"]]
+    assert groups[-1] == ["text"]
+    checks = ",".join(gpu_run.PROOFS["cuda"]).split(",")
+    assert sorted(checks) == sorted(benchmarks("prove_cuda").CHECKS.keys() - {"speed"})  # the step `text` is that
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+    assert [[step.name for step in group] for group in gpu_run.plan(config, tmp_path)] == groups[:-1]
+    with pytest.raises(SystemExit):
+        gpu_run.parse(["--device", "cpu", "--only", "train,nothing"])
+    assert "--only nothing: no such step" in capsys.readouterr().err
 
 
 def test_all_programs_train_on_the_same_tokens_in_the_same_order(benchmarks):
