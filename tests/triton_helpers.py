@@ -17,6 +17,7 @@ def run_with_triton(program: str) -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton: pip install triton (a CUDA build of torch brings it)")
     environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     if "InterpreterError" in done.stderr and MISMATCH in done.stderr:
         pytest.skip("this version of Triton cannot interpret its kernels with this version of NumPy")

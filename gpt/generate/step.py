@@ -229,7 +229,10 @@ class CapturedStep:
     def launch(self, count: int) -> Callable[[], Results]:
         """See Step.launch."""
         step = self.step
-        kind = (count, step.report, step.filters.kind, step.seen is None, step.narrow, step.repeats.kind)
+        filters = (
+            step.filters.kind if step.backend.draws_ahead else step.filters.penalizes
+        )  # the kernel reads all others
+        kind = (count, step.report, filters, step.seen is None, step.narrow, step.repeats.kind)
         with torch.cuda.device(step.device):  # streams and events belong to the current device
             if kind not in self.graphs:
                 self.graphs[kind] = self.capture(count)

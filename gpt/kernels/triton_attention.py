@@ -126,7 +126,7 @@ def decode_attention(
 
 def block_for(position_bytes: int) -> int:
     """Returns how many positions are read at once if the key of one takes `position_bytes`."""
-    return max(16, min(64, TILE_BYTES // position_bytes))
+    return max(1, min(64, TILE_BYTES // position_bytes))
 
 
 def new_counters(programs: int, device: torch.device) -> Tensor:

@@ -1,13 +1,6 @@
 """The Triton sampler against its plain twin: on a GPU, or by Triton's interpreter where it is installed without one."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-
-import pytest
-import torch
-from paths import ROOT
+from triton_helpers import run_with_triton
 
 SETUP = """
 import warnings
@@ -151,21 +144,27 @@ print("done")
 """
 
 
-def run(program):
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs Triton: pip install triton (a CUDA build of torch brings it)")
-    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", SETUP + program]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if "InterpreterError" in done.stderr and "only 0-dimensional arrays can be converted" in done.stderr:
-        pytest.skip("this version of Triton cannot interpret its kernels with this version of NumPy")
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+BOUNDS = """
+settings = [params(), params(top_k=5, top_p=0.9), params(top_p=0.5), params(min_p=0.1)]
+for vocabulary in (1, 257, 2049):  # at the size of a block that users get
+    for setting in settings:
+        scratch = new_scratch(2, vocabulary, device)
+        for tensor in scratch:
+            tensor.fill_(77)
+        keys, turns = keys_and_turns(1)
+        launch(random_logits(1, vocabulary, 1), filters_of(setting), keys, turns, scratch=scratch)
+        assert all((tensor[1] == 77).all() for tensor in scratch), (vocabulary, setting)
+print("done")
+"""
 
 
 def test_ids_are_those_of_the_plain_sampler_for_every_setting_size_and_type():
-    run(TWIN)
+    run_with_triton(SETUP + TWIN)
 
 
 def test_end_of_text_bans_damaged_logits_and_random_numbers_are_those_of_the_plain_sampler():
-    run(EDGES)
+    run_with_triton(SETUP + EDGES)
+
+
+def test_a_row_writes_nothing_beyond_its_own_scratch():
+    run_with_triton(SETUP + BOUNDS)
