@@ -336,11 +336,19 @@ def summarise(
         say(f"note: {data.survey.repeated:,} training documents are also validation documents")
     if data.count("bytes") < SMALL_BYTES and tokenizer.vocab_size > 50_000:
         say(
-            f"note: {size} is little text for {tokenizer.vocab_size:,} ids, but to fine-tune a model that has them; "
+            f"note: {size} is little text for {tokenizer.vocab_size:,} ids, except to fine-tune a model that has them; "
             "--tokenizer auto gives a better new model"
         )
     say(f"{out}: {size} of text in {seconds:.1f} s")
-    say(f"next: python train.py PRESET --data {printable(shlex.quote(config.out))}   (without PRESET it lists them)")
+    data_folder = printable(shlex.quote(config.out))
+    say(f"next: {train_command(sys.argv[0])} PRESET --data {data_folder}   (without PRESET it lists them)")
+
+
+def train_command(program: str) -> str:
+    """Returns the training command beside `program`, the path of this script or the name of an installed command."""
+    if not program.endswith(".py"):
+        return "gpt train"
+    return f"python {shlex.quote(os.path.normpath(os.path.join(os.path.dirname(program), '..', 'train.py')))}"
 
 
 def notes(data: GatheredInput) -> Iterator[str]:

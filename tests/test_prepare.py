@@ -285,6 +285,21 @@ def test_the_next_command_can_be_copied_whatever_the_folder_is_called(tmp_path, 
     assert shlex.split(line.partition("   (")[0])[-2:] == ["--data", str(tmp_path / name)]
 
 
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        ("data/prepare.py", "python train.py"),
+        ("prepare.py", "python ../train.py"),
+        ("../my clone/data/prepare.py", "python '../my clone/train.py'"),
+        ("gpt prepare", "gpt train"),
+    ],
+)
+def test_the_next_command_is_the_one_beside_this_one(tmp_path, capsys, monkeypatch, program, command):
+    monkeypatch.setattr(sys, "argv", [program])
+    prepare_here(tmp_path / "out", write(tmp_path / "x.txt", "word " * 100))
+    assert f"next: {command} PRESET --data {tmp_path / 'out'} " in capsys.readouterr().out
+
+
 def test_fault_036_the_dataset_is_made_though_nobody_reads_what_the_command_says(tmp_path):
     source = write(tmp_path / "x.txt", "some words")
     reader, writer = os.pipe()

@@ -88,7 +88,7 @@ def tell_findings(sources: list[TextSource], left_out: list[LeftOut], reading: R
     """Prints what was left out of folders and archives, and which fields were taken for the text. Raises InputError if
     `--field` has no meaning for any source."""
     for entry in left_out:
-        advice = "to read such files, name them or a glob (those in archives when they are unpacked)"
+        advice = "if they hold text, name them or a glob (those in archives when they are unpacked)"
         note("info", f"{entry.name}: left out {entry}; {advice}")
     records = [source for source in sources if source.kind in RECORDS]
     if reading.field and not records:

@@ -73,17 +73,18 @@ def gpu_peak(name: str) -> float:
     return next(peaks, 0.0)
 
 
-def measured_flops(device: torch.device, dtype: torch.dtype, too_long: float = 0.05) -> float:
+def measured_flops(device: torch.device, dtype: torch.dtype, too_long: float = 0.4) -> float:
     """Returns the FLOP/s of the fastest of a few square matrix products; takes about a tenth of a second. The matrices
-    grow until a product takes `too_long` seconds: a type that the CPU only emulates is a hundred times slower than
-    another."""
+    grow until the next product would take more than `too_long` seconds: a type that the CPU only emulates is a hundred
+    times slower than another. The smallest product is repeated, because another program may hold it up."""
     best = 0.0
-    for size in (128, 256, 512, 1024, 1024, 1024, 1024):
-        a = torch.ones(size, size, dtype=dtype, device=device)
-        start = time.perf_counter()
-        a @ a
-        seconds = time.perf_counter() - start
-        best = max(best, 2 * size**3 / seconds)
-        if seconds > too_long:
+    for size, times in ((128, 3), (256, 1), (512, 1), (1024, 4)):
+        flops = 2 * size**3
+        if best and flops / best > too_long:
             break
+        a = torch.ones(size, size, dtype=dtype, device=device)
+        for _ in range(times):
+            start = time.perf_counter()
+            a @ a
+            best = max(best, flops / (time.perf_counter() - start))
     return best

@@ -81,7 +81,7 @@ def test_a_folder_tells_how_many_files_of_which_kinds_and_which_linked_folders_i
     [line] = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     kinds = "3 .pdf, 2 hidden, 1 .svg, 1 link or device, 1 without suffix, linked folder sub/link;"
     assert sorted(line.split("left out ")[1].split(";")[0].split(", ")) == sorted(kinds.rstrip(";").split(", "))
-    assert f"{folder}: left out" in line and "to read such files, name them" in line
+    assert f"{folder}: left out" in line and "if they hold text, name them" in line
 
 
 def test_a_folder_that_leaves_nothing_out_says_nothing(tmp_path, capsys):
