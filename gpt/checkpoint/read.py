@@ -184,7 +184,7 @@ class FolderChanged(Exception):
 
 def first_of(folders: list[Path], use: Callable[[Path], T], watch: bool = True) -> T:
     """Returns what first_valid returns, for the list `folders`. With `watch`, raises FolderChanged if `use` failed for
-    a folder that was changed meanwhile."""
+    a folder that another program changed during the call."""
     for folder, following in zip_longest(folders, folders[1:]):
         before = version_of(folder)
         try:

@@ -109,7 +109,7 @@ class Step:
         return Chosen(ids, logprobs_of_ids, top_ids, logprobs.gather(1, top_ids))
 
     def choice_is_plain(self) -> bool:
-        """Returns whether the logits go, as they are, to a kernel that makes float32 of them by itself."""
+        """Returns whether the logits go unchanged to the sampler kernel, which converts them to float32 by itself."""
         changed = self.filters.penalizes or self.repeats.used or self.stops is not None
         return not (self.backend.draws_ahead or changed or self.report is not None)
 
@@ -229,9 +229,8 @@ class CapturedStep:
     def launch(self, count: int) -> Callable[[], Results]:
         """See Step.launch."""
         step = self.step
-        filters = (
-            step.filters.kind if step.backend.draws_ahead else step.filters.penalizes
-        )  # the kernel reads all others
+        # The sampler kernel reads all other settings from their tensors, so they need no graph of their own.
+        filters = step.filters.kind if step.backend.draws_ahead else step.filters.penalizes
         kind = (count, step.report, filters, step.seen is None, step.narrow, step.repeats.kind)
         with torch.cuda.device(step.device):  # streams and events belong to the current device
             if kind not in self.graphs:

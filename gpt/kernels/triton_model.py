@@ -69,7 +69,8 @@ def multiply(
     x, w, weight, n, row, gain, shift, R, N, K,
     EPS: tl.constexpr, NORM: tl.constexpr, RB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Returns (RB, BN), the product of the rows of x and the outputs n of the weight, of which w is the first tile."""
+    """Returns the product (RB, BN) of the rows of x and the outputs n of the weight. The tile w holds the first
+    inputs of the weight, which are loaded already."""
     if NORM:
         mean, deviation = moments(x, row, R, K, EPS, RB, BK, TILES)
     sums = tl.zeros((RB, BN, BK), tl.float32)
