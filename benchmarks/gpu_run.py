@@ -6,22 +6,21 @@
 
 Each step runs in a process group of its own, under a time limit. Timings run alone. Checks run side by side, because
 they need no quiet. When a step ends, the last lines of its output are printed. The folder --out gets each step's whole
-output, the figures as JSON, and gpu_run.json with the table. The table is printed last. The exit code is 1 if a step
-failed or exceeded its limit.
+output, the figures as JSON, and gpu_run.json with the table. The table is printed last, also after Ctrl-C or SIGTERM.
+The exit code is 1 if a step failed or exceeded its limit.
 
 The step `text` needs GPT-2's tokenizer: set TIKTOKEN_CACHE_DIR to a folder with its files, or the step is left out."""
 
 import argparse
-import json
 import os
-import signal
 import sys
 import tempfile
 from pathlib import Path
 
-from machine import default_device, describe_machine
+from machine import default_device, open_record
 from project import ROOT
-from steps import Step, run_steps
+from report import reporting
+from steps import Step, print_steps, run_steps
 from text_checks import SPEED
 
 PROOFS = {  # groups of prove_cuda.py's checks
@@ -37,12 +36,12 @@ TRAIN = {
 
 def main() -> int:
     config = parse(sys.argv[1:])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the steps first
-    record = {"machine": describe_machine(config.device), "steps": []}
-    print(json.dumps(record["machine"]), f"figures: {config.out}", sep="\n", flush=True)
     with tempfile.TemporaryDirectory(prefix="gpt-gpu-", ignore_cleanup_errors=True) as work:
+        record = open_record(config, config.device, steps=[])
+        print(f"figures: {config.out}", flush=True)
         groups = [[step for step in group if step.name in config.only] for group in plan(config, Path(work))]
-        return run_steps(groups, config.minutes, config.out, record)
+        with reporting(config, record, print_steps) as save:
+            return run_steps(groups, config.minutes, config.out, record, save)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -59,6 +58,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         parser.error("torch finds no GPU; --device cpu tries the program out")
     config.out = Path(config.out or os.environ.get("OUT") or tempfile.mkdtemp(prefix="gpt-gpu-run-"))
     config.out.mkdir(parents=True, exist_ok=True)
+    config.json = config.out / "gpu_run.json"
     names = [step.name for group in plan(config, Path()) for step in group]
     config.only = config.only.split(",") if config.only else names
     for name in config.only:
