@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_run.py --nanogpt ../nanoGPT
     python benchmarks/gpu_run.py --only triton_sampler,captured-bf16
+    python benchmarks/gpu_run.py --carried FOLDER
     python benchmarks/gpu_run.py --device cpu
 
 Each step runs in a process group of its own, under a time limit. Timings run alone. Checks run side by side, because
@@ -9,7 +10,10 @@ they need no quiet. When a step ends, the last lines of its output are printed. 
 output, the figures as JSON, and gpu_run.json with the table. The table is printed last, also after Ctrl-C or SIGTERM.
 The exit code is 1 if a step failed or exceeded its limit.
 
-The step `text` needs GPT-2's tokenizer: set TIKTOKEN_CACHE_DIR to a folder with its files, or the step is left out."""
+A machine without a network finds what it lacks in the folder --carried: wheels in FOLDER/wheels, those of dependencies
+too, and GPT-2's tokenizer in FOLDER/tiktoken_cache. To fill the folder elsewhere, see benchmarks/README.md. Packages
+that the machine has in any version stay as they are. Without the tokenizer's files, there or in TIKTOKEN_CACHE_DIR, the
+step `text` is left out."""
 
 import argparse
 import os
@@ -17,6 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from carried import CACHE, find_tokenizer, install_wheels, missing
 from machine import default_device, open_record
 from project import ROOT
 from report import reporting
@@ -37,8 +42,10 @@ TRAIN = {
 def main() -> int:
     config = parse(sys.argv[1:])
     with tempfile.TemporaryDirectory(prefix="gpt-gpu-", ignore_cleanup_errors=True) as work:
-        record = open_record(config, config.device, steps=[])
-        print(f"figures: {config.out}", flush=True)
+        if config.carried:
+            install_wheels(config.carried, Path(work, "site"))
+        record = open_record(config, config.device, missing=missing(), steps=[])
+        print(f"not found: {', '.join(record['missing']) or 'nothing'}; figures: {config.out}", flush=True)
         groups = [[step for step in group if step.name in config.only] for group in plan(config, Path(work))]
         with reporting(config, record, print_steps) as save:
             return run_steps(groups, config.minutes, config.out, record, save)
@@ -52,6 +59,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--out", type=Path, help="folder for outputs and figures (default: $OUT if set, else a new temporary one)")
     add("--only", help="steps, separated by commas (default: all)")
     add("--nanogpt", metavar="PATH", help="a checkout of nanoGPT to compare training with")
+    add("--carried", type=Path, metavar="FOLDER", help="where missing packages and tokenizer files are, see above")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the program out (default %(default)s)")
     config = parser.parse_args(words)
     if config.device == "cuda" and default_device() != "cuda":
@@ -59,6 +67,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     config.out = Path(config.out or os.environ.get("OUT") or tempfile.mkdtemp(prefix="gpt-gpu-run-"))
     config.out.mkdir(parents=True, exist_ok=True)
     config.json = config.out / "gpu_run.json"
+    find_tokenizer(config.carried)
     names = [step.name for group in plan(config, Path()) for step in group]
     config.only = config.only.split(",") if config.only else names
     for name in config.only:
@@ -93,7 +102,7 @@ def plan(config: argparse.Namespace, work: Path) -> list[list[Step]]:
     later = [("eager", "bf16", "1,64"), ("compiled", "bf16", "1,64"), ("captured", "fp16", "1,64")]
     groups = [tests(config.device), decode("captured", "bf16", "1,8,64"), [train], proofs]
     groups += [decode(*form) for form in [*later, ("captured", "fp32", "1,64")]]
-    return groups + [[text]] * (config.device == "cpu" or "TIKTOKEN_CACHE_DIR" in os.environ)
+    return groups + [[text]] * (config.device == "cpu" or CACHE in os.environ)
 
 
 def tests(device: str) -> list[Step]:

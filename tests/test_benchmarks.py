@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 from paths import ROOT
@@ -366,6 +367,32 @@ def test_steps_side_by_side_that_fail_or_hang_are_named_in_the_table(benchmarks,
     record = {"steps": []}
     assert steps.run_steps(groups[1:], 0.1, tmp_path, record, list) == 0
     assert record["steps"] == [["late", "skip", "0", "not begun: the minutes are over"]]
+
+
+def test_missing_packages_come_from_the_carried_wheels(benchmarks, monkeypatch, tmp_path):
+    carried, wheels, site = benchmarks("carried"), tmp_path / "wheels", tmp_path / "site"
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    wheels.mkdir()
+    for name in ("thing_one", "pytest"):
+        with zipfile.ZipFile(wheels / f"{name}-0.1-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}.py", "x = 1")
+            wheel.writestr(f"{name}-0.1.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
+            wheel.writestr(f"{name}-0.1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            wheel.writestr(f"{name}-0.1.dist-info/RECORD", "")
+    assert carried.missing(["thing_one", "pytest"]) == ["thing_one", "tokenizer files"]
+    carried.install_wheels(tmp_path, site)
+    assert carried.missing(["thing_one", "pytest"]) == ["tokenizer files"]
+    subprocess.run([sys.executable, "-c", "import thing_one"], check=True)
+    assert not list(site.glob("pytest*"))  # it is installed here, in another version
+
+    (tmp_path / "tiktoken_cache").mkdir()
+    carried.find_tokenizer(tmp_path)
+    assert "TIKTOKEN_CACHE_DIR" not in os.environ
+    (tmp_path / "tiktoken_cache/file").touch()
+    carried.find_tokenizer(tmp_path)
+    assert carried.missing(["pytest"]) == []
 
 
 def test_a_session_on_a_gpu_plans_the_most_important_steps_first(benchmarks, monkeypatch, tmp_path, capsys):
