@@ -7,6 +7,8 @@
 
 CHECKPOINT is a step folder, a run folder (its best, else its newest), any Hugging Face GPT-2 folder, or a hub name."""
 
+import gpt.kernels.waiting  # noqa: F401 (before torch)
+
 import functools
 import os
 import re

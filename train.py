@@ -7,6 +7,8 @@
 A run that was interrupted continues when the same command is given again. Under torchrun every process (rank) computes
 its share of each step, and rank 0 writes."""
 
+import gpt.kernels.waiting  # noqa: F401 (before torch)
+
 import contextlib
 import math
 import os
