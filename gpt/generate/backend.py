@@ -19,7 +19,7 @@ from gpt.kernels.select import gpu_decode, gpu_ops, native_is_faster, native_lib
 from gpt.model import GPT, REFERENCE, KVCache, Ops, count_parameters
 
 BUILD_PAYS = 4e10  # steps times parameters from which waiting some seconds for the kernels to be built saves time
-MOST_SHAPES = 64  # shapes for which a process compiles one function: numbers of rows, kinds of settings
+MOST_SHAPES = 64  # shapes, such as numbers of rows, for which a process compiles one function
 
 
 class Backend:
@@ -75,8 +75,9 @@ class Captured(Backend):
 
 
 class Compiled(Backend):
-    """Plain torch, compiled by torch.compile; on a GPU, steps are launched as CUDA graphs too. On a CPU sampling.choose
-    is not compiled, because it reads results to decide how much to sort."""
+    """Plain torch, compiled by torch.compile; on a GPU, steps are launched as CUDA graphs too. sampling.choose is not
+    compiled: on a CPU it reads results to decide how much to sort, and for a GPU torch before 2.13 cannot compile it
+    for several rows and a large vocabulary."""
 
     def __init__(self, model: GPT):
         on_gpu = model.device.type == "cuda"
@@ -84,7 +85,7 @@ class Compiled(Backend):
         self.captures = on_gpu
         self.decode = compile_static(self.decode)  # type: ignore[method-assign]
         if on_gpu:
-            self.choose_step, self.choose_ids = fused_choice(model), compile_static(choose)
+            self.choose_step = fused_choice(model)
             self.draws_ahead = self.choose_step is None
 
 
