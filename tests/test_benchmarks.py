@@ -9,10 +9,12 @@ import sys
 import time
 
 import pytest
+from graph_helpers import Recorded
 from paths import ROOT
 from training_helpers import make_data, tiny_model
 
 from gpt.generate.generator import TextGenerator
+from gpt.model import ModelConfig
 from gpt.text.tokenizer import load_tokenizer
 
 
@@ -195,6 +197,16 @@ def test_a_proof_trains_the_model_that_its_checks_need_and_ends_with_a_table(tmp
     *_, greedy, graph = made.stdout.splitlines()
     assert re.match(r"\| greedy +\| pass ", greedy)
     assert re.match(r"\| graph +\| skip ", graph)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_the_proof_times_captured_steps_and_those_launched_one_by_one(benchmarks, monkeypatch, one_thread, captured):
+    graphs, checks = [], benchmarks("training_checks")
+    monkeypatch.setattr("gpt.train.muon.host_asks", lambda device: False)  # as on a GPU
+    monkeypatch.setattr(checks, "CudaGraph", lambda device: graphs.append(Recorded()) or graphs[-1])
+    monkeypatch.setattr(checks, "milliseconds", lambda device, step, calls: [step() for _ in range(5)])
+    checks.step_milliseconds("cpu", ModelConfig(1, 1, 16, 16), 2, captured)
+    assert [bool(graph.operations) for graph in graphs] == [True] * captured
 
 
 def test_the_gap_of_a_text_is_that_of_every_token_by_itself_past_the_context_too(benchmarks):
