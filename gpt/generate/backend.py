@@ -12,7 +12,7 @@ import torch
 from gpt.attention import cached_attention
 from gpt.device import COMPILERS, can_compile
 from gpt.errors import InputError
-from gpt.generate.sampling import choose, penalize
+from gpt.generate.sampling import penalize
 from gpt.kernels.native_model import NativeModel
 from gpt.kernels.native_sampler import NativeSampler
 from gpt.kernels.select import gpu_decode, gpu_ops, native_is_faster, native_library, triton_sampler
@@ -27,20 +27,20 @@ class Backend:
 
     captures = False  # whether steps are launched as CUDA graphs
     choose_step: Callable[[torch.Tensor, Any], torch.Tensor] | None = None
-    """(logits, Step) -> ids, in place of Step.choose and `choose_ids`"""
+    """(logits, Step) -> ids, in place of sampling.choose"""
     draws_ahead = True
     """whether steps read random numbers from Step.draws; otherwise `choose_step` is the Triton sampler, which converts
     the logits to float32 and makes the random numbers from Step.streams"""
 
     def __init__(self, model: GPT, ops: Ops = REFERENCE):
-        self.model, self.ops, self.choose_ids = model, ops, choose
+        self.model, self.ops = model, ops
         # Whether `decode` reads values beyond a row's length, which it multiplies by 0.
         self.reads_beyond = ops.cached_attention is cached_attention
 
     @property
     def narrow(self) -> bool:
-        """Whether `choose_ids` looks at few candidates and may leave a row undecided: where steps cannot wait for the
-        result."""
+        """Whether sampling.choose looks at few candidates and may leave a row undecided: where steps cannot wait for
+        the result."""
         return self.captures and self.choose_step is None
 
     def slots(self, rows: int) -> int:

@@ -258,11 +258,16 @@ def test_without_the_triton_sampler_the_plain_sampler_is_used(generator, monkeyp
 
 
 @pytest.mark.parametrize("form", ["bf16", "int8"])
-def test_on_a_gpu_the_compiled_step_is_one_graph_of_the_model_alone(monkeypatch, form):
+@pytest.mark.parametrize("triton", [False, True])
+def test_on_a_gpu_the_compiled_step_is_one_graph_of_the_model_alone(monkeypatch, form, triton):
     graphs = []
     keep = functools.partial(torch.compile, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     monkeypatch.setattr(torch, "compile", keep)
-    monkeypatch.setattr(select, "triton_works", lambda _: False)
+    monkeypatch.setattr(select, "triton_works", lambda _: triton)
+    monkeypatch.setattr(backend, "triton_sampler", lambda *_: None)
+    if triton:
+        pytest.importorskip("triton", reason="needs Triton")
+        monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)  # as with a GPU
     gpu, model = FakeGpu(), random_model().bfloat16() if form == "bf16" else to_int8(random_model())
     step = Step(Backend(model), 3, 256)
     step.set_params(dict.fromkeys(range(3), generator_of(model).params(top_k=5)))
@@ -273,6 +278,8 @@ def test_on_a_gpu_the_compiled_step_is_one_graph_of_the_model_alone(monkeypatch,
         chosen = [step.choose_next().ids for _ in range(3)]
     assert len(graphs) == 1  # sampling.choose is not compiled: some versions of torch cannot
     assert {ids.device for ids in chosen} == {GPU}
+    kernels = [node for node in graphs[0].graph.nodes if "triton" in str(node.target)]
+    assert len(kernels) == (2 if triton else 0)  # one for each layer
 
 
 def test_more_shapes_than_are_compiled_are_an_error(monkeypatch):
