@@ -51,8 +51,8 @@ def random_logits(rows, vocabulary, seed, ties=False):
 def filters_of(*rows):
     """The Filters of these SamplingParams, one per row."""
     filters = Filters(len(rows))
-    for row, settings in enumerate(rows):
-        filters.set(row, settings)
+    filters.assign(dict(enumerate(rows)))
+    filters.upload()
     return filters
 
 

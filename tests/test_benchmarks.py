@@ -13,10 +13,13 @@ import time
 import zipfile
 
 import pytest
+import torch
+from graph_helpers import Recorded
 from paths import ROOT
 from training_helpers import make_data, tiny_model
 
 from gpt.generate.generator import TextGenerator
+from gpt.model import ModelConfig
 from gpt.text.tokenizer import load_tokenizer
 
 
@@ -219,8 +222,6 @@ print(subprocess.run([*compiler(), *flags], check=True, capture_output=True, tex
 
 
 def test_a_program_that_computes_another_model_does_not_agree(benchmarks, tiny):
-    import torch
-
     reference = benchmarks("reference").Reference(tiny, "cpu")
     prompts = benchmarks("weights").prompts_of(tiny, 2, 5)
     with torch.inference_mode():
@@ -272,9 +273,18 @@ def test_a_proof_trains_the_model_that_its_checks_need_and_ends_with_a_table(tmp
     assert re.match(r"\| graph +\| skip ", graph)
 
 
-def test_the_gap_of_a_text_is_that_of_every_token_by_itself_past_the_context_too(benchmarks):
-    import torch
+@pytest.mark.parametrize("captured", [True, False])
+def test_the_proof_times_captured_steps_and_those_launched_one_by_one(benchmarks, monkeypatch, one_thread, captured):
+    graphs, checks = [], benchmarks("training_checks")
+    monkeypatch.setattr("gpt.train.muon.host_asks", lambda device: False)  # as on a GPU
+    monkeypatch.setattr(checks, "CudaGraph", lambda device: graphs.append(Recorded()) or graphs[-1])
+    monkeypatch.setattr(checks, "milliseconds", lambda device, step, calls: [step() for _ in range(5)])
+    checks.step_milliseconds("cpu", ModelConfig(1, 1, 16, 16), 2, captured)
+    torch.use_deterministic_algorithms(False)
+    assert [bool(graph.operations) for graph in graphs] == [True] * captured
 
+
+def test_the_gap_of_a_text_is_that_of_every_token_by_itself_past_the_context_too(benchmarks):
     largest_gap = benchmarks("text_checks").largest_gap
     generator = TextGenerator(tiny_model().eval(), load_tokenizer("byte"))
     ids = torch.randint(256, (100,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -335,7 +345,7 @@ def test_the_steps_of_a_tiny_model_are_timed_and_its_greedy_text_is_checked(tmp_
     assert made.stdout.count("\n") == 3 + 8 + 1
 
 
-def test_steps_side_by_side_that_fail_or_hang_are_named_in_the_table(benchmarks, tmp_path, capsys):
+def test_steps_side_by_side_that_fail_or_hang_are_named_in_the_table(benchmarks, monkeypatch, tmp_path, capsys):
     steps, pids = benchmarks("steps"), tmp_path / "pids"
     hang = f"import os, time; open({str(pids)!r}, 'w').write(str(os.getpid())); print(7, flush=True); time.sleep(600)"
 
@@ -367,6 +377,11 @@ def test_steps_side_by_side_that_fail_or_hang_are_named_in_the_table(benchmarks,
     record = {"steps": []}
     assert steps.run_steps(groups[1:], 0.1, tmp_path, record, list) == 0
     assert record["steps"] == [["late", "skip", "0", "not begun: the minutes are over"]]
+
+    monkeypatch.setattr(steps, "TOO_SHORT", 0)
+    record = {"steps": []}
+    assert steps.run_steps([[step("hangs", 600, hang)]], 0.01, tmp_path, record) == 1  # ends with the session
+    assert record["steps"][0][1] == "TIME"
 
 
 def test_missing_packages_come_from_the_carried_wheels(benchmarks, monkeypatch, tmp_path):
@@ -472,8 +487,6 @@ def test_a_program_with_other_losses_is_not_timed(benchmarks):
 
 @pytest.mark.parametrize("length", [2, 8, 9, 30, 33])
 def test_the_scorer_reads_every_target_once_in_windows_that_do_not_overlap(benchmarks, length):
-    import torch
-
     seen = []
 
     def losses(ids, targets):

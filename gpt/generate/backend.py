@@ -12,14 +12,14 @@ import torch
 from gpt.attention import cached_attention
 from gpt.device import COMPILERS, can_compile
 from gpt.errors import InputError
-from gpt.generate.sampling import choose, penalize
+from gpt.generate.sampling import penalize
 from gpt.kernels.native_model import NativeModel
 from gpt.kernels.native_sampler import NativeSampler
 from gpt.kernels.select import gpu_decode, gpu_ops, native_is_faster, native_library, triton_sampler
 from gpt.model import GPT, REFERENCE, KVCache, Ops, count_parameters
 
 BUILD_PAYS = 4e10  # steps times parameters from which waiting some seconds for the kernels to be built saves time
-MOST_SHAPES = 64  # shapes for which a process compiles one function: numbers of rows, kinds of settings
+MOST_SHAPES = 64  # shapes, such as numbers of rows, for which a process compiles one function
 
 
 class Backend:
@@ -27,20 +27,20 @@ class Backend:
 
     captures = False  # whether steps are launched as CUDA graphs
     choose_step: Callable[[torch.Tensor, Any], torch.Tensor] | None = None
-    """(logits, Step) -> ids, in place of Step.choose and `choose_ids`"""
+    """(logits, Step) -> ids, in place of sampling.choose"""
     draws_ahead = True
     """whether steps read random numbers from Step.draws; otherwise `choose_step` is the Triton sampler, which converts
     the logits to float32 and makes the random numbers from Step.streams"""
 
     def __init__(self, model: GPT, ops: Ops = REFERENCE):
-        self.model, self.ops, self.choose_ids = model, ops, choose
+        self.model, self.ops = model, ops
         # Whether `decode` reads values beyond a row's length, which it multiplies by 0.
         self.reads_beyond = ops.cached_attention is cached_attention
 
     @property
     def narrow(self) -> bool:
-        """Whether `choose_ids` looks at few candidates and may leave a row undecided: where steps cannot wait for the
-        result."""
+        """Whether sampling.choose looks at few candidates and may leave a row undecided: where steps cannot wait for
+        the result."""
         return self.captures and self.choose_step is None
 
     def slots(self, rows: int) -> int:
@@ -75,8 +75,9 @@ class Captured(Backend):
 
 
 class Compiled(Backend):
-    """Plain torch, compiled by torch.compile; on a GPU, steps are launched as CUDA graphs too. On a CPU sampling.choose
-    is not compiled, because it reads results to decide how much to sort."""
+    """Plain torch, compiled by torch.compile; on a GPU, steps are launched as CUDA graphs too. sampling.choose is not
+    compiled: on a CPU it reads results to decide how much to sort, and for a GPU torch before 2.13 cannot compile it
+    for several rows and a large vocabulary."""
 
     def __init__(self, model: GPT):
         on_gpu = model.device.type == "cuda"
@@ -84,7 +85,7 @@ class Compiled(Backend):
         self.captures = on_gpu
         self.decode = compile_static(self.decode)  # type: ignore[method-assign]
         if on_gpu:
-            self.choose_step, self.choose_ids = fused_choice(model), compile_static(choose)
+            self.choose_step = fused_choice(model)
             self.draws_ahead = self.choose_step is None
 
 

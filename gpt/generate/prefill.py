@@ -24,7 +24,7 @@ from gpt.attention import LayerCache, split_heads
 from gpt.device import upload
 from gpt.generate.backend import Backend, no_cudnn_attention
 from gpt.kernels.cuda_graph import CudaGraph
-from gpt.model import KVCache, Ops
+from gpt.model import KVCache
 
 NARROWEST = 64  # tokens; each further width is four times the last
 PASS_TOKENS = 1024  # of all texts: more gain little, and a text that starts alone pays for all of them
@@ -35,8 +35,7 @@ class PaddedPrefill:
     """Fills rows of `cache`. `new_graph` returns a CudaGraph; there is one for each width."""
 
     def __init__(self, backend: Backend, cache: KVCache, new_graph: Callable[[], CudaGraph[None]]):
-        self.model, self.cache, self.new_graph = backend.model, cache, new_graph
-        self.ops = Ops(attention=backend.ops.attention)
+        self.model, self.ops, self.cache, self.new_graph = backend.model, backend.ops, cache, new_graph
         self.graphs: dict[int, CudaGraph[None]] = {}  # by width
         self.inputs: dict[int, torch.Tensor] = {}  # by width: what `passes` yields, on the device
 

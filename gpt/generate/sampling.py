@@ -11,7 +11,7 @@ random number 6 of 8 instead of 2^30:
     running sum   5   8   8  10     target = 10 * 6 // 8 = 7: the first running sum above 7 is that of token 1
 
 Shapes: B rows, V vocabulary, W candidates (W <= V), likeliest first. Every value that a choice depends on is a tensor,
-so that a step with `choose` in it can be compiled, or captured in a CUDA graph, and its settings changed afterwards."""
+so that a step with `choose` in it can be captured in a CUDA graph, and its settings changed afterwards."""
 
 import hashlib
 import math
@@ -74,7 +74,7 @@ class SamplingParams:
 
 
 class Filters:
-    """The SamplingParams of B rows as tensors (B,), so that a compiled or captured step sees every change of them.
+    """The SamplingParams of B rows as tensors (B,), so that a captured step sees every change of them.
 
     `kind` says which parts of `choose` these settings need. `choose` leaves out the others, so a step that was captured
     under one kind must not be replayed under another."""
@@ -91,10 +91,12 @@ class Filters:
         self.uploaded = {name: values.copy() for name, values in self.values.items()}
         self.update_kind()
 
-    def set(self, row: int, params: SamplingParams | None) -> None:
-        """Sets the SamplingParams of a row; None makes the row idle, which is greedy. Does not wait for the device."""
-        self.assign({row: params})
-        self.upload()
+    def assign(self, settings: dict[int, SamplingParams | None]) -> None:
+        """Sets the SamplingParams of rows, on the host, and `kind`; `upload` copies them to the device. None makes a
+        row idle, which is greedy."""
+        for row, params in settings.items():
+            self.assign_row(row, params)
+        self.update_kind()
 
     def upload(self) -> None:
         """Copies the values that `assign` has set to the device, one copy for each tensor that changes. Does not wait
@@ -103,12 +105,6 @@ class Filters:
             if not np.array_equal(values, self.uploaded[name]):
                 self.uploaded[name] = values.copy()
                 upload(getattr(self, name), values)
-
-    def assign(self, settings: dict[int, SamplingParams | None]) -> None:
-        """Sets the SamplingParams of rows, on the host, and `kind`; `upload` copies them to the device."""
-        for row, params in settings.items():
-            self.assign_row(row, params)
-        self.update_kind()
 
     def assign_row(self, row: int, params: SamplingParams | None) -> None:
         if params is None:
@@ -190,12 +186,17 @@ def kept_weights(logits: torch.Tensor, filters: Filters, narrow: bool = False) -
     if not filters.filtering:
         return weights, torch.ones_like(weights[:, 0], dtype=torch.bool)
     places = ranking(scaled)
-    # Reading a result to decide what to do next is free only on a CPU, and impossible in a compiled step.
-    can_read = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    can_read = host_can_read(logits.device)
     last, decided = last_kept(scaled, weights, places, filters, CANDIDATES if narrow or can_read else None)
     if not narrow and can_read and not decided.all():
         last, decided = last_kept(scaled, weights, places, filters)
     return weights * (places <= last), decided
+
+
+def host_can_read(device: torch.device) -> bool:
+    """Returns whether the host may read a result to decide what to do next. On a GPU it would wait for all earlier
+    work, and a step that is captured cannot hold a read."""
+    return device.type == "cpu"
 
 
 def ranking(values: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from gpt.errors import ResourceError
 from gpt.generate.backend import Backend
 from gpt.generate.prefill import WARM_UPS, PaddedPrefill
 from gpt.generate.repeats import Repeats
-from gpt.generate.sampling import Filters, draws_of_streams, likeliest, stream
+from gpt.generate.sampling import Filters, choose, draws_of_streams, likeliest, stream
 from gpt.generate.sequence import GenerationParams
 from gpt.kernels.cuda_graph import CudaGraph
 from gpt.model import GPT, KVCache
@@ -124,7 +124,7 @@ class Step:
         # Not -inf, which would look like damaged weights.
         logits[:, self.eot].masked_fill_(self.ignores_eot, torch.finfo(torch.float32).min)
         draws = self.draws.gather(1, self.turns[:, None] % self.draws.shape[1])[:, 0]
-        ids = self.backend.choose_ids(logits, self.filters, draws, self.seen, self.banned, self.narrow)
+        ids = choose(logits, self.filters, draws, self.seen, self.banned, self.narrow)
         self.turns += 1
         self.next.copy_(ids.clamp(min=0))
         return ids

@@ -1,6 +1,7 @@
 """What a training step needs in memory, estimated before it runs, and the micro-batch that fits."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -13,7 +14,9 @@ from gpt.train.budget import Progress
 MIB = 1024**2
 MUON_BYTES = 18  # of working memory of Muon's step, per weight between embedding and head
 USABLE = 0.6  # share of the free memory that a chosen micro-batch may fill
-MOST_CPU_TOKENS = 4096  # per micro-batch on a CPU: more gains nothing
+# Tokens of a chosen micro-batch, by kind of device: more gain nothing. On CUDA twice as many would have more than 2^31
+# logits of GPT-2's vocabulary, which kernels then address with 64-bit integers.
+MOST_TOKENS = {"cpu": 4096, "cuda": 32_768}
 
 
 def estimate(
@@ -89,11 +92,11 @@ def choose_micro_batch(
     optimizer: str = "adamw",
 ) -> int:
     """Returns the largest divisor of `batch_size` with which a step fits into USABLE of the free memory, which
-    `sharers` processes share; 1 if none does. On a CPU a micro-batch has at most MOST_CPU_TOKENS tokens."""
+    `sharers` processes share; 1 if none does. A micro-batch of several sequences has at most MOST_TOKENS tokens."""
     room = USABLE * free_memory(device) / sharers
     divisors = [n for n in range(batch_size, 0, -1) if batch_size % n == 0]
     for size in divisors:
-        too_many = device.type == "cpu" and size * model_config.block_size > MOST_CPU_TOKENS
+        too_many = size * model_config.block_size > MOST_TOKENS.get(device.type, math.inf)
         if not too_many and sum(estimate(model_config, vocab_size, size, dtype, device, optimizer).values()) <= room:
             return size
     return 1

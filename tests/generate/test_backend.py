@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_gpu_helpers import GPU, FakeGpu
 from generation_helpers import PROMPTS, check_greedy, generator_of, greedy, random_model
-from torch._inductor.utils import run_and_get_code
 
 from gpt.errors import InputError
 from gpt.generate import backend
-from gpt.generate.backend import BACKENDS, Backend, compile_static, fused_choice, pick_backend
+from gpt.generate.backend import BACKENDS, Backend, Compiled, compile_static, fused_choice, pick_backend
 from gpt.generate.sampling import NOT_FINITE, WORD, SamplingParams, choose, philox
 from gpt.generate.step import Step, Window
 from gpt.kernels import select
@@ -152,17 +152,35 @@ def test_fault_083_compiled_greedy_text_is_that_of_the_uncached_rule(dtype):
         check_greedy(model, prompts, found, 1e-4 if dtype == torch.float32 else 0.5)
 
 
-@pytest.mark.slow
-def test_a_compiled_step_copies_no_layer_of_the_cache():
-    model = random_model(ModelConfig(n_layer=3, n_head=2, n_embd=32, block_size=64))
+def test_a_compiled_step_copies_no_layer_of_the_cache(monkeypatch):
+    model = random_model(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64))
     cache = KVCache(model.config, 4)
-    with torch.inference_mode():
-        cache.is_empty = False
-        compiled = torch.compile(Backend(model).decode, dynamic=False, fullgraph=True)
-        _, sources = run_and_get_code(compiled, torch.tensor([1, 2, 3, 4]), cache)
-    allocated = re.findall(r"empty_strided_\w+\(\(([\d, ]+)\)", "".join(sources))
+    cache.is_empty = False
+    compiled = torch.compile(Backend(model).decode, dynamic=False, fullgraph=True)
+    source = generated_source(monkeypatch, lambda: compiled(torch.tensor([1, 2, 3, 4]), cache))
+    allocated = re.findall(r"empty_strided_\w+\(\(([\d, ]+)\)", source)
     assert allocated
     assert not [shape for shape in allocated if math.prod(map(int, shape.split(", "))) >= cache.keys[0].numel()]
+
+
+def generated_source(monkeypatch, run):
+    """Returns the source that torch's compiler generates in run(), without compiling it."""
+    from torch._inductor import config
+    from torch._inductor.graph import GraphLowering
+
+    def stop(graph):
+        raise Generated(graph.codegen()[0].value)
+
+    monkeypatch.setattr(GraphLowering, "compile_to_module", stop)
+    failure = pytest.raises(torch._dynamo.exc.BackendCompilerFailed)
+    with torch.inference_mode(), config.patch({"cpp.simdlen": 1, "force_disable_caches": True}), failure as failed:
+        run()
+    assert isinstance(failed.value.inner_exception, Generated)
+    return str(failed.value.inner_exception)
+
+
+class Generated(Exception):
+    """Ends a compilation."""
 
 
 # ---- int8
@@ -237,6 +255,31 @@ def test_the_penalty_before_the_fused_sampler_hides_no_infinite_logit(generator,
 def test_without_the_triton_sampler_the_plain_sampler_is_used(generator, monkeypatch):
     monkeypatch.setattr(backend, "triton_sampler", lambda *_: None)
     assert fused_choice(generator.model) is None
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+@pytest.mark.parametrize("triton", [False, True])
+def test_on_a_gpu_the_compiled_step_is_one_graph_of_the_model_alone(monkeypatch, form, triton):
+    graphs = []
+    keep = functools.partial(torch.compile, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    monkeypatch.setattr(torch, "compile", keep)
+    monkeypatch.setattr(select, "triton_works", lambda _: triton)
+    monkeypatch.setattr(backend, "triton_sampler", lambda *_: None)
+    if triton:
+        pytest.importorskip("triton", reason="needs Triton")
+        monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)  # as with a GPU
+    gpu, model = FakeGpu(), random_model().bfloat16() if form == "bf16" else to_int8(random_model())
+    step = Step(Backend(model), 3, 256)
+    step.set_params(dict.fromkeys(range(3), generator_of(model).params(top_k=5)))
+    step.set_windows([Window(row, [5, 6], 0) for row in range(3)])
+    gpu.move(step)
+    step.backend, step.narrow = Compiled(step.backend.model), True
+    with gpu.without_checks(), torch.inference_mode():
+        chosen = [step.choose_next().ids for _ in range(3)]
+    assert len(graphs) == 1  # sampling.choose is not compiled: some versions of torch cannot
+    assert {ids.device for ids in chosen} == {GPU}
+    kernels = [node for node in graphs[0].graph.nodes if "triton" in str(node.target)]
+    assert len(kernels) == (2 if triton else 0)  # one for each layer
 
 
 def test_more_shapes_than_are_compiled_are_an_error(monkeypatch):

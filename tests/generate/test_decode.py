@@ -9,13 +9,14 @@ import pytest
 import torch
 from generation_helpers import CONFIG, EOT, PROMPTS, generator_of, greedy, random_model, window_logits
 from graph_helpers import capture_on_cpu, row_of
+from sampling_helpers import filters_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.errors import NonFiniteError
 from gpt.generate import step
 from gpt.generate.backend import Backend
 from gpt.generate.decode import Decoder
-from gpt.generate.sampling import Filters, SamplingParams, choose, random_draws
+from gpt.generate.sampling import SamplingParams, choose, random_draws
 from gpt.generate.sequence import GenerationParams, Sequence
 from gpt.generate.step import DRAWS_AHEAD
 from gpt.model import ModelConfig
@@ -279,8 +280,7 @@ def test_texts_are_the_same_however_many_steps_a_launch_has_and_however_late_its
 def test_every_token_is_that_of_its_own_positions_draw_over_three_blocks_of_draws(generator):
     settings = {"max_new_tokens": 2 * step.DRAWS_AHEAD + 20, "seed": 1, "temperature": 5.0, "top_p": 1.0}
     (completion,) = launching(generator, 7, 1).generate("a", ignore_eot=True, **settings)[0]
-    filters = Filters(1)
-    filters.set(0, SamplingParams(temperature=5.0, top_p=1.0))
+    filters = filters_of(SamplingParams(temperature=5.0, top_p=1.0))
     logits = window_logits(generator.model, b"a", completion.ids)
     banned = torch.tensor([EOT])
     expected = [

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from fake_gpu_helpers import GPU, FakeGpu, RunAtOnce
 from generation_helpers import check_greedy, random_model, window_logits
 from graph_helpers import Recorded, capture_on_cpu, captured_generator, row_of
 
@@ -110,6 +111,24 @@ def test_what_damaged_weights_left_in_the_cache_does_not_reach_a_later_text(mode
     filled(model, texts, 3, cache)
     for row, ids in texts.items():
         assert torch.equal(row_of(cache, row, len(ids)), row_of(expected, row, len(ids)))
+
+
+def test_on_a_gpu_a_pass_reads_nothing_on_the_host_and_cudnn_plans_no_attention(model, monkeypatch):
+    attend, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def recorded(*given, **settings):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*given, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    gpu, model = FakeGpu(), random_model(model.config).bfloat16()
+    padded = gpu.move(PaddedPrefill(Backend(model), KVCache(model.config, 3, model.dtype), RunAtOnce))
+    with gpu, torch.inference_mode():
+        for width in (SHORT, LONG):
+            padded.inputs[width] = torch.empty(3, 2 * width + 1, dtype=torch.int64, device=GPU)
+            padded.capture(width)
+    assert seen and not any(seen)
+    assert gpu.product_types() == {torch.bfloat16}
 
 
 # ---- passes

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from generation_helpers import EOT, PROMPTS, generator_of, random_model, window_logits
+from graph_helpers import read_nothing
 from sampling_helpers import discouraged, params, random_logits
 
 from gpt.generate.decode import Decoder
@@ -191,7 +192,7 @@ def test_undecided_rows_go_back_to_the_text_they_had(generator, monkeypatch):
     expected = generator.generate(PROMPTS, **settings)
     repeated, repeat, reset = [], Decoder.repeat, Step.reset
     monkeypatch.setattr("gpt.generate.sampling.CANDIDATES", 20)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # so that nothing is read on the host
+    read_nothing(monkeypatch)
     monkeypatch.setattr(Step, "reset", lambda step, report: (reset(step, report), setattr(step, "narrow", True)))
     monkeypatch.setattr(Decoder, "repeat", lambda *words: repeated.append(1) or repeat(*words))
     assert generator_of(generator.model).generate(PROMPTS, **settings) == expected

@@ -222,23 +222,20 @@ def test_rows_of_different_settings_get_what_each_gets_alone(narrow):
 def test_an_idle_row_counts_for_nothing():
     filters = filters_of(params(top_k=3, repetition_penalty=1.1), params(temperature=0.0), params())
     assert filters.kind == (False, True, True)
-    filters.set(0, None)
+    filters.assign({0: None})
     assert filters.kind == (False, True, False)  # greedy leaves tokens out
-    filters.set(1, None)
+    filters.assign({1: None})
     assert filters.kind == (False, False, False)
-    filters.set(2, None)
+    filters.assign({2: None})
     assert filters.kind == Filters(3).kind == (True, False, False)
 
 
-def test_choosing_compiles_without_a_break_and_keeps_its_results():
-    logits, draws = random_logits(4, 3000, seed=4), random_draws(2, 1, 0, 0, 4)
-    compiled = torch.compile(choose, fullgraph=True, backend="aot_eager")
-    for narrow in (True, False):
-        filters = filters_of(*MIXED[:4])
-        for settings in MIXED[4:8]:  # the tensors change under the compiled function
-            expected = choose(logits, filters, draws, logits > 2, narrow=narrow)
-            assert torch.equal(compiled(logits, filters, draws, logits > 2, narrow=narrow), expected)
-            filters.set(1, settings)
+@pytest.mark.parametrize("narrow", [True, False])
+def test_choosing_without_a_look_at_results_gives_the_same_ids(monkeypatch, narrow):
+    logits, draws, filters = random_logits(12, 3000, seed=4), random_draws(2, 1, 0, 0, 12), filters_of(*MIXED)
+    expected = choose(logits, filters, draws, logits > 2, narrow=narrow)
+    monkeypatch.setattr(sampling, "host_can_read", lambda _: False)
+    assert torch.equal(choose(logits, filters, draws, logits > 2, narrow=narrow), expected)
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -1,9 +1,10 @@
-"""The step for all rows: what it reports, what a warm-up leaves, and memory."""
+"""The step for all rows: what it reports, what a warm-up leaves, steps as CUDA graphs, and memory."""
 
 import itertools
 
 import pytest
 import torch
+from fake_gpu_helpers import GPU, FakeGpu, RunAtOnce
 from generation_helpers import CONFIG, EOT, PROMPTS, generator_of, random_model, window_logits
 from graph_helpers import capture_on_cpu, captured_generator
 
@@ -11,8 +12,9 @@ from gpt.errors import ResourceError
 from gpt.generate import step
 from gpt.generate.backend import Backend
 from gpt.generate.sequence import in_order
-from gpt.generate.step import Step, unchanged
+from gpt.generate.step import CapturedStep, Step, Window, unchanged
 from gpt.model import KVCache
+from gpt.quantize import to_int8
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -124,6 +126,40 @@ def test_rows_of_captured_steps_may_change_from_greedy_to_sampled_and_get_a_pena
         texts.append([sequence.completion for sequence, _ in events if sequence.finish_reason])
     assert_same_texts(*texts)
     assert len(generator.idle_decoder.launcher.graphs) >= 3
+
+
+FORMS = {"bf16": lambda model: model.bfloat16(), "fp16": lambda model: model.half(), "int8": to_int8}
+
+
+def step_of(form, settings):
+    """Returns a Step whose three rows have a text with these settings."""
+    generator = generator_of(FORMS[form](random_model()))
+    params, backend = generator.params(ignore_eot=True, **settings), Backend(generator.model)
+    backend.captures = True
+    made = Step(backend, 3, EOT, banned=[3, 4], stops=[7])
+    made.reset(params.top_logprobs if params.logprobs else None)
+    for row in range(3):
+        made.set_text(row, params, [1, 2, 3], [])
+    made.set_params(dict.fromkeys(range(3), params))
+    made.set_windows([Window(row, [1, 2, 3], 0) for row in range(3)])
+    return made
+
+
+@pytest.mark.parametrize("settings", ONE_BY_ONE, ids=str)
+@pytest.mark.parametrize(("form", "narrow"), [("bf16", True), ("bf16", False), ("fp16", True), ("int8", True)])
+def test_on_a_gpu_the_host_reads_nothing_in_a_captured_step(monkeypatch, form, settings, narrow):
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
+    gpu = FakeGpu()
+    launcher = CapturedStep(gpu.move(step_of(form, settings)))
+    launcher.new_graph, launcher.step.narrow = RunAtOnce, narrow
+    with gpu, torch.inference_mode():
+        chosen = launcher.capture(2).result
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}[form]
+    assert gpu.product_types() == {dtype}
+    assert {buffer.dtype for buffer in (*launcher.step.cache.keys, *launcher.step.cache.values)} == {dtype}
+    assert (chosen.ids.shape, chosen.ids.dtype, chosen.ids.device) == ((2, 3), torch.int64, GPU)
+    assert chosen.logprobs is None or chosen.logprobs.dtype == torch.float32
 
 
 # ---- memory

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from fake_gpu_helpers import GPU, FakeGpu, RunAtOnce
 from graph_helpers import Recorded
 from training_helpers import fingerprint, make_data, tiny_model, train_here
 
 import train
+from gpt.device import DTYPES
 from gpt.model import ModelConfig, flops_per_token
 from gpt.train import setup
 from gpt.train.budget import LengthConfig, Progress
@@ -79,6 +81,21 @@ def test_captured_steps_are_those_taken_one_by_one(cpu, monkeypatch, optimizer, 
     assert all(torch.equal(a, b) for a, b in zip(changing(state), changing(plain), strict=True))
     assert all(parameter.grad is None for parameter in state.model.parameters())
     assert (not wanted[WARM_UPS:, 2].all()) == (scale > 1)  # the gate closes in replays too
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_on_a_gpu_the_host_reads_nothing_in_a_step(cpu, optimizer, dtype):
+    gpu, run, state = FakeGpu(), cpu("fp32"), new_state(optimizer, 2.0 if dtype == "fp16" else 1.0, dropout=0.1)
+    run.dtype = DTYPES[dtype]
+    step = GraphedStep(stepper_of(gpu.move(state), gpu.move(run)), RunAtOnce(), state.optimizer.zero_grad)
+    with gpu:
+        batch = torch.empty(4, 33, dtype=torch.int64, device=GPU)
+        numbers = [step(batch, 1e-3) for _ in range(WARM_UPS + 1)]
+    assert step.captured
+    assert {(each.shape, each.dtype, each.device) for each in numbers} == {((3,), torch.float32, GPU)}
+    assert gpu.product_types() == {run.dtype}
+    assert {tensor.dtype for tensor in changing(state)} == {torch.float32}
 
 
 def test_a_step_that_cannot_be_captured_goes_on_with_one_note(cpu, capsys):

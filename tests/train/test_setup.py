@@ -1,11 +1,13 @@
-"""What is made ready before the first step: the micro-batch size, the profile, what is said about memory."""
+"""What is made ready before the first step: the micro-batch size, the profile, the compiled model, and what is said."""
 
+import functools
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from training_helpers import EIGHT_STEPS, train_here
+from fake_gpu_helpers import GPU, FakeGpu
+from training_helpers import EIGHT_STEPS, metrics, tiny_model, train_here
 
 from gpt.model import GPT
 from gpt.train import memory, setup
@@ -60,3 +62,30 @@ def test_fault_132_a_compiler_that_fails_is_one_line_and_exit_2(made, tmp_path, 
         2,
         "error: compile on: the compiler failed (C++ compile error); use --compile off",
     )
+
+
+def test_a_compiled_model_is_one_graph_in_training_and_one_in_evaluation(made, tmp_path, monkeypatch):
+    graphs = []
+    keep = functools.partial(torch.compile, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    monkeypatch.setattr(torch, "compile", functools.partial(keep, fullgraph=True))
+    words = ("tiny", "--data", made / "data", *EIGHT_STEPS, "--dropout", "0.1", "--eval_tokens", "128")
+    losses = []
+    for compiled in ("off", "on"):
+        out = tmp_path / compiled
+        done = train_here(*words, "--out", out, "--compile", compiled)
+        assert done.code == 0, done.stderr
+        losses.append([record["val_loss"] for record in metrics(out) if "val_loss" in record])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu_a_compiled_model_is_one_graph(dtype):
+    graphs, gpu, model = [], FakeGpu(), tiny_model(vocab_size=1000)
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
+    gpu.move(model)
+    with gpu.without_checks(), torch.autocast("cuda", dtype):
+        ids = torch.empty(3, 32, dtype=torch.int64, device=GPU)
+        losses = compiled(ids, ids)
+    assert (losses.shape, losses.dtype, losses.device) == ((3, 32), torch.float32, GPU)
+    assert len(graphs) == 1
