@@ -16,7 +16,7 @@ import programs
 from gauges import Clock, peak_memory, release, reset_peak
 
 FORMS = {"fp32", "bf16", "compile", "eager", "adamw", "muon", "by1"}
-UNDONE = {"no-attention", "no-casts", "no-determinism", "no-drop", "no-fused", "no-graph"}
+UNDONE = {"no-casts", "no-determinism", "no-drop", "no-fused", "no-graph", "no-kernels"}
 UNDONE |= {"no-loss", "no-padding", "no-pages"}
 WORDS = FORMS | UNDONE  # what may follow a program's name
 LR, WARMUP_STEPS = 6e-4, 10

@@ -23,8 +23,8 @@ def loss() -> None:
     replace(model, "cross_entropy", cross_entropy)
 
 
-def attention() -> None:
-    """Uses torch's fused attention in place of the C++ kernel."""
+def kernels() -> None:
+    """Uses torch's attention and GELU in place of the C++."""
     replace(runtime.Runtime, "ops", lambda *_: REFERENCE)
 
 

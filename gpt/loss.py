@@ -19,6 +19,7 @@ from torch import Tensor
 
 IGNORED = -1  # a target without loss
 CPU_ROWS, GPU_ROWS = 64, 512  # rows at a time in float32: on a CPU they stay in its cache
+CPU_LOGITS = 2**19  # at least so many logits at a time on a CPU: each operation on fewer costs more than it computes
 
 
 def losses_of_logits(logits: Tensor, targets: Tensor, vocab_size: int, gradient: bool = False) -> Tensor:
@@ -26,18 +27,22 @@ def losses_of_logits(logits: Tensor, targets: Tensor, vocab_size: int, gradient:
     `vocab_size` columns. If `gradient`, overwrites the logits with the gradient of each row's loss."""
     if torch.compiler.is_compiling():
         return compiled_losses_of_logits(logits, targets, vocab_size, gradient)
-    rows = CPU_ROWS if logits.device.type == "cpu" else GPU_ROWS
-    buffer = torch.empty(min(rows, len(logits)), vocab_size, device=logits.device)
+    rows = max(CPU_ROWS, CPU_LOGITS // vocab_size) if logits.device.type == "cpu" else GPU_ROWS
+    in_place = gradient and logits.dtype == torch.float32
+    buffer = torch.empty(0 if in_place else min(rows, len(logits)), vocab_size, device=logits.device)
     losses = torch.empty(len(logits), device=logits.device)
     chunks = zip(logits.split(rows), targets[:, None].split(rows), losses.split(rows), strict=True)
     for logits_chunk, target, loss in chunks:
-        values = buffer[: len(logits_chunk)].copy_(logits_chunk[:, :vocab_size])
+        values = logits_chunk[:, :vocab_size]
+        if not in_place:
+            values = buffer[: len(values)].copy_(values)
         largest, at_target = values.amax(-1, keepdim=True), values.gather(1, target)
         sums = values.sub_(largest).exp_().sum(-1, keepdim=True)
         loss.copy_((largest - at_target + sums.log())[:, 0])
         if gradient:
-            minus_one = values.new_full(target.shape, -1.0)
-            logits_chunk[:, :vocab_size] = values.div_(sums).scatter_add_(1, target, minus_one)
+            values.div_(sums).scatter_add_(1, target, values.new_full(target.shape, -1.0))
+            if not in_place:
+                logits_chunk[:, :vocab_size] = values
             logits_chunk[:, vocab_size:] = 0
     return losses
 

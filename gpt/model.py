@@ -44,6 +44,11 @@ class ModelConfig:
         return problems
 
 
+def gelu(x: Tensor) -> Tensor:
+    """Returns GELU of x in its tanh form."""
+    return F.gelu(x, approximate="tanh")
+
+
 @dataclass(frozen=True)
 class Ops:
     """The operations of a forward pass that have faster kernels. The defaults are the reference implementations in
@@ -54,6 +59,7 @@ class Ops:
     cached_attention: Callable[[Tensor, int, LayerCache], Tensor] = cached_attention
     """attention of new tokens to all positions of their rows: qkv (B, T, 3 C), number of heads, cache of the layer ->
     (B, T, C); appends the new keys and values to the cache"""
+    gelu: Callable[[Tensor], Tensor] = gelu
 
 
 REFERENCE = Ops()
@@ -138,8 +144,8 @@ class MLP(nn.Module):
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        return self.drop(self.proj(F.gelu(self.fc(x), approximate="tanh")))
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:  # (B, T, C) -> (B, T, C)
+        return self.drop(self.proj(ops.gelu(self.fc(x))))
 
 
 class Block(nn.Module):
@@ -152,7 +158,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, ops: Ops, layer: LayerCache | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
         x = x + self.attn(self.ln_1(x), ops, layer)
-        return x + self.mlp(self.ln_2(x))
+        return x + self.mlp(self.ln_2(x), ops)
 
 
 class Embedding(nn.Embedding):

@@ -1,13 +1,14 @@
-// Causal attention over whole sequences of bf16, and its gradient, as in FlashAttention (Dao et al. 2022,
+// Causal attention over whole sequences in bf16 or fp32, and its gradient, as in FlashAttention (Dao et al. 2022,
 // arXiv:2205.14135) on a CPU. One thread computes a head of a batch row alone, so the number of threads changes no bit.
 //
-// Shapes: B batch rows, T positions, H heads, D width of a head, even. For one head Q, K, V, O and their gradients are
-// (T, D); S = Q K^T * scale, the weights P = softmax(S), dP and dS are (T, T) and exist for a few queries at a time.
+// Shapes: B batch rows, T positions, H heads, D width of a head, even in bf16. For one head Q, K, V, O and their
+// gradients are (T, D); S = Q K^T * scale, the weights P = softmax(S), dP and dS are (T, T) and exist for a few
+// queries at a time.
 //
 // Forward, for each tile of 4 queries and all keys up to the last of them:
 //     S = Q K^T * scale, -inf after the query's own position
 //     log_sum = row max of S + log(row sum of exp(S - row max))      kept for the backward pass
-//     P = exp(S - row max) / row sum                                 rounded to bf16
+//     P = exp(S - row max) / row sum                                 rounded to the type of Q
 //     O = P V
 // Backward, for each block of 64 queries. P is computed again from log_sum: to keep it would take T^2 numbers for each
 // head, and reading them would take longer.
@@ -19,8 +20,8 @@
 //     for each tile of 4 keys:
 //         dK += dS^T Q,  dV += P^T dO
 //
-// Products are sums of pairs, as vdpbf16ps computes them: an int32 holds two bf16 that follow each other along the
-// dimension that is summed over, the first in its lower half.
+// In bf16, products are sums of pairs, as vdpbf16ps computes them: an int32 holds two bf16 that follow each other along
+// the dimension that is summed over, the first in its lower half. In fp32 a unit is one float in place of such a pair.
 //     Q K^T, dO V^T  sum over D:          pairs (q[d], q[d + 1]): Q as it lies in memory; K^T as (D / 2, T) pairs
 //     P V, dS K      sum over positions:  pairs (p[j], p[j + 1]): P as it lies in memory; V as (T / 2, D) pairs of rows
 //     dS^T Q, P^T dO sum over queries:    dS and P as (queries / 2, T) pairs of rows, read as transposed
@@ -39,90 +40,122 @@ constexpr int ROWS = 4, VECTORS = REGISTERS / 8;  // a tile of a product: its su
 constexpr size_t BLOCK = 64;                  // queries
 
 struct Attention {  // as native_attention.py declares it
-    int64_t rows, positions, heads, width, threads;
-    const uint16_t *qkv;    // (B, T, 3, H, D)
-    uint16_t *out;          // (B, T, H, D)
-    float *log_sums;        // (B, H, T)
-    const uint16_t *d_out;  // gradients; null in the forward pass
-    uint16_t *d_qkv;
+    int64_t rows, positions, heads, width, threads, is_bf16;
+    const void *qkv;    // (B, T, 3, H, D)
+    void *out;          // (B, T, H, D)
+    float *log_sums;    // (B, H, T)
+    const void *d_out;  // gradients; null in the forward pass
+    void *d_qkv;
 };
 
-// ---- products of matrices of pairs
+// ---- kinds of numbers: an Element in memory; PER of them are a Unit, which a product takes at a time
 
-inline void multiply_pairs(Floats &sum, Ints a, Ints b) {
+struct Bf16 {
+    using Element = uint16_t;
+    using Unit = int32_t;
+    using Units = Ints;
+    static constexpr size_t PER = 2;
+    static void multiply(Floats &sum, Ints a, Ints b) {
 #ifdef __AVX512BF16__
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+        asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 #else
-    sum = multiply_add((Floats)(a << 16), (Floats)(b << 16), sum);
-    sum = multiply_add((Floats)(a & -65536), (Floats)(b & -65536), sum);
+        sum = multiply_add((Floats)(a << 16), (Floats)(b << 16), sum);
+        sum = multiply_add((Floats)(a & -65536), (Floats)(b & -65536), sum);
 #endif
-}
+    }
+};
 
-struct Left {  // element (row, pair) at row * stride + pair * step
-    const int32_t *data;
+struct Fp32 {
+    using Element = float;
+    using Unit = float;
+    using Units = Floats;
+    static constexpr size_t PER = 1;
+    static void multiply(Floats &sum, Floats a, Floats b) { sum = multiply_add(a, b, sum); }
+};
+
+// ---- products of matrices of units
+
+template <class Kind> struct Left {  // element (row, unit) at row * stride + unit * step
+    const typename Kind::Unit *data;
     size_t stride, step;
 };
-struct Right {  // element (pair, column) at pair * stride + column
-    const int32_t *data;
+template <class Kind> struct Right {  // element (unit, column) at unit * stride + column
+    const typename Kind::Unit *data;
     size_t stride;
 };
 
-template <int COUNT, size_t... I>  // COUNT vectors of columns. I: the numbers of the sums, constants as in products.h
-void tile(Left a, Right b, int pairs, bool adds, float *c, size_t stride, std::index_sequence<I...>) {
+// Keeps x in a register: GCC 12 would read it from memory again for each product with it.
+template <class Vector> inline Vector in_register(Vector x) {
+#ifdef __AVX__
+    asm("" : "+v"(x));
+#endif
+    return x;
+}
+
+template <int COUNT, class Kind, size_t... I>  // COUNT vectors of columns. I: the numbers of the sums
+void tile(Left<Kind> a, Right<Kind> b, int units, bool adds, float *c, size_t stride, std::index_sequence<I...>) {
+    using Units = typename Kind::Units;
     Floats sums[sizeof...(I)] = {};
-    for (int pair = 0; pair < pairs; pair++) {
-        Ints left[ROWS], right[COUNT];
-        for (int row = 0; row < ROWS; row++) left[row] = Ints{} + a.data[row * a.stride + pair * a.step];
-        for (int v = 0; v < COUNT; v++) right[v] = read<Ints>(b.data + pair * b.stride + v * LANES);
-        (multiply_pairs(sums[I], left[I / COUNT], right[I % COUNT]), ...);
+    for (int unit = 0; unit < units; unit++) {
+        Units left, right[COUNT];
+        for (int v = 0; v < COUNT; v++) right[v] = in_register(read<Units>(b.data + unit * b.stride + v * LANES));
+        auto multiply = [&](Floats &sum, int row, int v) {
+            if (v == 0) left = in_register(a.data[row * a.stride + unit * a.step] - Units{});
+            Kind::multiply(sum, left, right[v]);
+        };
+        (multiply(sums[I], I / COUNT, I % COUNT), ...);
     }
     auto put = [&](float *to, Floats sum) { store(to, adds ? load(to) + sum : sum); };
     (put(c + I / COUNT * stride + I % COUNT * LANES, sums[I]), ...);
 }
-template <int COUNT> void tile(Left a, Right b, int pairs, bool adds, float *c, size_t stride) {
-    tile<COUNT>(a, b, pairs, adds, c, stride, std::make_index_sequence<ROWS * COUNT>{});
-}
 
-// Computes a (ROWS, pairs) @ b (pairs, columns) into c (ROWS, stride), or adds it; columns are a multiple of LANES.
-template <int COUNT = VECTORS>
-void product(Left a, Right b, int pairs, int columns, bool adds, float *c, size_t stride) {
+// Computes a (ROWS, units) @ b (units, columns) into c (ROWS, stride), or adds it; columns are a multiple of LANES.
+template <class Kind, int COUNT = VECTORS>
+void product(Left<Kind> a, Right<Kind> b, int units, int columns, bool adds, float *c, size_t stride) {
     constexpr int WIDTH = COUNT * LANES;
-    for (; columns >= WIDTH; columns -= WIDTH, b.data += WIDTH, c += WIDTH) tile<COUNT>(a, b, pairs, adds, c, stride);
-    if constexpr (COUNT > 1) product<COUNT - 1>(a, b, pairs, columns, adds, c, stride);
+    for (; columns >= WIDTH; columns -= WIDTH, b.data += WIDTH, c += WIDTH)
+        tile<COUNT>(a, b, units, adds, c, stride, std::make_index_sequence<ROWS * COUNT>{});
+    if constexpr (COUNT > 1) product<Kind, COUNT - 1>(a, b, units, columns, adds, c, stride);
 }
 
 // ---- the layouts of a head's queries, keys, values and gradients
 
-struct Positions {  // `count` positions of D bf16 each; those after the last are read as 0
-    const uint16_t *data;
+template <class Kind> struct Positions {  // `count` positions of D elements each; those after the last are read as 0
+    using Element = typename Kind::Element;
+    using Unit = typename Kind::Unit;
+    static constexpr size_t PER = Kind::PER;
+    const Element *data;
     size_t stride, count, D;
 
     Positions from(size_t start) const { return {data + start * stride, stride, count - std::min(start, count), D}; }
-    void copy(size_t rows, int32_t *to) const {  // -> (rows, D / 2)
-        for (size_t i = 0; i < rows; i++, to += D / 2)
-            i < count ? memcpy(to, data + i * stride, 2 * D) : memset(to, 0, 2 * D);
+    void copy(size_t rows, Unit *to) const {  // -> (rows, D / PER)
+        for (size_t i = 0; i < rows; i++, to += D / PER)
+            i < count ? memcpy(to, data + i * stride, D * sizeof(Element)) : memset(to, 0, D * sizeof(Element));
     }
-    void transpose(size_t rows, int32_t *to, size_t line) const {  // -> (D / 2, rows), pairs along D
+    void transpose(size_t rows, Unit *to, size_t line) const {  // -> (D / PER, rows), units along D
         for (size_t start = 0; start < rows; start += LANES)
-            for (size_t d = 0; d < D / 2; d++)
+            for (size_t d = 0; d < D / PER; d++)
                 for (size_t i = start; i < start + LANES; i++)
-                    to[d * line + i] = i < count ? read<int32_t>(data + i * stride + 2 * d) : 0;
+                    to[d * line + i] = i < count ? read<Unit>(data + i * stride + PER * d) : 0;
     }
-    void pair_rows(size_t rows, int32_t *to, size_t line) const {  // -> (rows / 2, D), pairs along the positions
-        for (size_t i = 0; i < rows; i += 2, to += line)
-            for (size_t d = 0; d < D; d += LANES) {
-                Ints pairs = lanes(i, d) | lanes(i + 1, d) << 16;
-                memcpy(to + d, &pairs, sizeof pairs);
-            }
+    void unite_rows(size_t rows, Unit *to, size_t line) const {  // -> (rows / PER, D), units along the positions
+        for (size_t i = 0; i < rows; i += PER, to += line)
+            for (size_t d = 0; d < D; d += LANES)
+                if constexpr (PER == 2) {
+                    Ints pairs = lanes(i, d) | lanes(i + 1, d) << 16;
+                    memcpy(to + d, &pairs, sizeof pairs);
+                } else
+                    store(to + d, i < count ? load(data + i * stride + d, D - d) : Floats{});
     }
     Ints lanes(size_t position, size_t d) const {
         if (position >= count) return Ints{};
-        const uint16_t *bf16 = data + position * stride + d;
-        return __builtin_convertvector(D - d >= LANES ? read<Halves>(bf16) : read<Halves>(bf16, 2 * (D - d)), Ints);
+        const Element *at = data + position * stride + d;
+        return __builtin_convertvector(D - d >= LANES ? read<Halves>(at) : read<Halves>(at, 2 * (D - d)), Ints);
     }
 };
 
-void write(const float *from, size_t line, size_t rows, size_t D, uint16_t *to, size_t stride) {
+template <class Element>
+void write(const float *from, size_t line, size_t rows, size_t D, Element *to, size_t stride) {
     for (size_t i = 0; i < rows; i++)
         for (size_t d = 0; d < D; d += LANES) store(to + i * stride + d, load(from + i * line + d), D - d);
 }
@@ -141,55 +174,60 @@ template <class T> struct Scratch {  // uninitialised memory
     operator T *() const { return memory.get(); }
 };
 
-struct Head {
+template <class Kind> struct Head {
+    using Element = typename Kind::Element;
+    using Unit = typename Kind::Unit;
+    static constexpr size_t PER = Kind::PER;
     const Attention &call;
     size_t D = call.width, T = call.positions, C = call.heads * D, stride = 3 * C;
     size_t columns = round_up(D, LANES);
     size_t keys = round_up(T, LANES) + LANES;  // the length of a line; not a power of two: lines would share cache sets
     size_t both = call.d_out ? 1 : 0;          // what only the backward pass needs is empty in the forward pass
+    size_t pairs = both * (PER - 1);           // and what only pairs need
     float scale = 1 / std::sqrt(float(D));
     Scratch<float> S{ROWS * keys}, dP{both * ROWS * keys}, sums{ROWS * columns};
     Scratch<float> dK{both * keys * columns}, dV{both * keys * columns};
-    Scratch<uint16_t> P{BLOCK * keys}, dS{both * BLOCK * keys};
-    Scratch<int32_t> Q{BLOCK * D / 2}, dO{both * BLOCK * D / 2};
-    Scratch<int32_t> K_transposed{D / 2 * keys}, V_transposed{both * D / 2 * keys};
-    Scratch<int32_t> paired_rows{keys / 2 * columns};  // V in the forward pass, K in the backward pass
-    Scratch<int32_t> Q_paired{both * BLOCK / 2 * columns}, dO_paired{both * BLOCK / 2 * columns};
-    Scratch<int32_t> P_paired{both * BLOCK / 2 * keys}, dS_paired{both * BLOCK / 2 * keys};
-    Positions q, k, v, o, d_o;
-    uint16_t *out, *d_q;
+    Scratch<Element> P{BLOCK * keys}, dS{both * BLOCK * keys};
+    Scratch<Unit> Q{BLOCK * D / PER}, dO{both * BLOCK * D / PER};
+    Scratch<Unit> K_transposed{D / PER * keys}, V_transposed{both * D / PER * keys};
+    Scratch<Unit> united_rows{keys / PER * columns};  // V in the forward pass, K in the backward pass
+    Scratch<Unit> Q_united{both * BLOCK / PER * columns}, dO_united{both * BLOCK / PER * columns};
+    Scratch<Unit> P_united{pairs * BLOCK / PER * keys}, dS_united{pairs * BLOCK / PER * keys};
+    Positions<Kind> q, k, v, o, d_o;
+    Element *out, *d_q;
     float *log_sums;
 
     explicit Head(const Attention &call) : call(call) {}
 
     void run(size_t row, size_t head) {
         size_t start = row * T * C + head * D, qkv_start = row * T * stride + head * D;
-        q = {call.qkv + qkv_start, stride, T, D}, k = q, v = q;
+        q = {(const Element *)call.qkv + qkv_start, stride, T, D}, k = q, v = q;
         k.data += C, v.data += 2 * C;
-        out = call.out + start, o = {out, C, T, D}, log_sums = call.log_sums + (row * call.heads + head) * T;
+        out = (Element *)call.out + start, o = {out, C, T, D}, log_sums = call.log_sums + (row * call.heads + head) * T;
         if (!call.d_out) return forward();
-        d_o = {call.d_out + start, C, T, D}, d_q = call.d_qkv + qkv_start;
+        d_o = {(const Element *)call.d_out + start, C, T, D}, d_q = (Element *)call.d_qkv + qkv_start;
         backward();
     }
 
     void forward() {
         k.transpose(round_up(T, LANES), K_transposed, keys);
-        v.pair_rows(round_up(T, LANES), paired_rows, columns);
+        v.unite_rows(round_up(T, LANES), united_rows, columns);
         for (size_t first = 0; first < T; first += ROWS) {
             size_t end = round_up(std::min(first + ROWS, T), LANES), count = std::min<size_t>(ROWS, T - first);
             q.from(first).copy(ROWS, Q);
-            product({Q, D / 2, 1}, {K_transposed, keys}, D / 2, end, false, S, keys);
+            product<Kind>({Q, D / PER, 1}, {K_transposed, keys}, D / PER, end, false, S, keys);
             for (size_t i = 0; i < ROWS; i++) {
                 float log_sum = softmax(S + i * keys, first + i + 1, end, P + i * keys);
                 if (i < count) log_sums[first + i] = log_sum;
             }
-            product({(int32_t *)+P, keys / 2, 1}, {paired_rows, columns}, end / 2, columns, false, sums, columns);
+            product<Kind>({(const Unit *)+P, keys / PER, 1}, {united_rows, columns}, end / PER, columns, false, sums,
+                          columns);
             write(sums, columns, count, D, out + first * C, C);
         }
     }
 
     // Writes the weights of the first `seen` of `end` scores, and 0 for the others. Returns the scores' log-sum-exp.
-    float softmax(float *scores, int seen, int end, uint16_t *weights) const {
+    float softmax(float *scores, int seen, int end, Element *weights) const {
         Floats most = Floats{} - INFINITY, sum = {};
         for (int j = 0; j < end; j += LANES) {
             Floats x = first_lanes(load(scores + j) * scale, seen - j, -INFINITY);
@@ -212,40 +250,46 @@ struct Head {
         memset(dV, 0, keys * columns * sizeof(float));
         k.transpose(round_up(T, LANES), K_transposed, keys);
         v.transpose(round_up(T, LANES), V_transposed, keys);
-        k.pair_rows(round_up(T, LANES), paired_rows, columns);
+        k.unite_rows(round_up(T, LANES), united_rows, columns);
         for (size_t start = 0; start < T; start += BLOCK) {
             size_t count = round_up(std::min(BLOCK, T - start), ROWS);
             size_t last = round_up(std::min(start + BLOCK, T), LANES);
-            q.from(start).copy(count, Q), q.from(start).pair_rows(count, Q_paired, columns);
-            d_o.from(start).copy(count, dO), d_o.from(start).pair_rows(count, dO_paired, columns);
+            q.from(start).copy(count, Q), q.from(start).unite_rows(count, Q_united, columns);
+            d_o.from(start).copy(count, dO), d_o.from(start).unite_rows(count, dO_united, columns);
             for (size_t first = 0; first < count; first += ROWS) queries_backward(start, first, last);
-            Positions{P, keys, count, last}.pair_rows(count, P_paired, keys);
-            Positions{dS, keys, count, last}.pair_rows(count, dS_paired, keys);
-            for (size_t j = 0; j < last; j += ROWS) keys_backward(start, j, count / 2);
+            const Unit *p = united(P, P_united, count, last), *ds = united(dS, dS_united, count, last);
+            for (size_t j = 0; j < last; j += ROWS) keys_backward(p, ds, start, j, count / PER);
         }
         write(dK, columns, T, D, d_q + C, stride);
         write(dV, columns, T, D, d_q + 2 * C, stride);
+    }
+
+    // Returns a block of P or dS as (queries / PER, keys) units along the queries.
+    const Unit *united(const Element *block, Unit *to, size_t count, size_t last) const {
+        if constexpr (PER == 1) return block;
+        Positions<Kind>{block, keys, count, last}.unite_rows(count, to, keys);
+        return to;
     }
 
     // Computes P, dS and dQ of the ROWS queries from `first` on of the block that begins at `start`. P and dS become 0
     // from the first key after these queries to `last`.
     void queries_backward(size_t start, size_t first, size_t last) {
         size_t position = start + first, end = round_up(std::min(position + ROWS, T), LANES);
-        product({Q + first * D / 2, D / 2, 1}, {K_transposed, keys}, D / 2, end, false, S, keys);
-        product({dO + first * D / 2, D / 2, 1}, {V_transposed, keys}, D / 2, end, false, dP, keys);
+        product<Kind>({Q + first * D / PER, D / PER, 1}, {K_transposed, keys}, D / PER, end, false, S, keys);
+        product<Kind>({dO + first * D / PER, D / PER, 1}, {V_transposed, keys}, D / PER, end, false, dP, keys);
         for (size_t i = 0; i < ROWS; i++) {
-            uint16_t *p = P + (first + i) * keys, *ds = dS + (first + i) * keys;
+            Element *p = P + (first + i) * keys, *ds = dS + (first + i) * keys;
             query_backward(position + i, S + i * keys, dP + i * keys, p, ds, end);
             memset(p + end, 0, (last - end) * sizeof *p);
             memset(ds + end, 0, (last - end) * sizeof *ds);
         }
-        product({(int32_t *)(dS + first * keys), keys / 2, 1}, {paired_rows, columns}, end / 2, columns, false, sums,
-                columns);
+        const Unit *ds = (const Unit *)(dS + first * keys);
+        product<Kind>({ds, keys / PER, 1}, {united_rows, columns}, end / PER, columns, false, sums, columns);
         write(sums, columns, std::min<size_t>(ROWS, T - position), D, d_q + position * stride, stride);
     }
 
     // Computes the first `end` elements of a row of P and of dS.
-    void query_backward(size_t position, const float *s, const float *dp, uint16_t *p, uint16_t *ds, int end) const {
+    void query_backward(size_t position, const float *s, const float *dp, Element *p, Element *ds, int end) const {
         float log_sum = 0, mean = 0;  // mean: the row sum of dO * O, which is that of P * dP
         int seen = 0;
         if (position < T) {
@@ -261,24 +305,28 @@ struct Head {
         }
     }
 
-    // Adds to dK and dV of the ROWS keys from j on what the `pairs` pairs of queries of a block give.
-    void keys_backward(size_t start, size_t j, int pairs) {
-        int before = j > start ? (j - start) / 2 : 0;  // pairs of queries that stand before these keys
+    // Adds to dK and dV of the ROWS keys from j on what the `units` units of queries of a block give.
+    void keys_backward(const Unit *p, const Unit *ds, size_t start, size_t j, int units) {
+        int before = j > start ? (j - start) / PER : 0;  // units of queries that stand before these keys
         size_t at = before * keys + j, row = before * columns, to = j * columns;
-        product({dS_paired + at, 1, keys}, {Q_paired + row, columns}, pairs - before, columns, true, dK + to, columns);
-        product({P_paired + at, 1, keys}, {dO_paired + row, columns}, pairs - before, columns, true, dV + to, columns);
+        product<Kind>({ds + at, 1, keys}, {Q_united + row, columns}, units - before, columns, true, dK + to, columns);
+        product<Kind>({p + at, 1, keys}, {dO_united + row, columns}, units - before, columns, true, dV + to, columns);
     }
 };
+
+template <class Kind> void run(const Attention &call) {
+    std::vector<Head<Kind>> heads;
+    for (int64_t thread = 0; thread < call.threads; thread++) heads.emplace_back(call);
+    threads::share(call.threads, call.rows * call.heads, 1, [&](int thread, int begin, int end) {
+        for (int i = begin; i < end; i++) heads[thread].run(i / call.heads, i % call.heads);
+    });
+}
 
 }  // namespace
 
 // Computes the forward pass, or the backward pass if there are gradients. Returns 0, or -1 if memory runs out.
 extern "C" int64_t gpt_causal_attention(const Attention *call) try {
-    std::vector<Head> heads;
-    for (int64_t thread = 0; thread < call->threads; thread++) heads.emplace_back(*call);
-    threads::share(call->threads, call->rows * call->heads, 1, [&](int thread, int begin, int end) {
-        for (int i = begin; i < end; i++) heads[thread].run(i / call->heads, i % call->heads);
-    });
+    call->is_bf16 ? run<Bf16>(*call) : run<Fp32>(*call);
     return 0;
 } catch (const std::bad_alloc &) {
     return -1;

@@ -28,7 +28,7 @@ from gpt.kernels.measure import cpu_identity, torch_version
 
 FOLDER = Path(__file__).parent
 GENERATION, TRAINING = "generation", "training"  # the purpose of a library
-SOURCES = {GENERATION: ["model.cpp", "sampler.cpp"], TRAINING: ["attention.cpp"]}
+SOURCES = {GENERATION: ["model.cpp", "sampler.cpp"], TRAINING: ["attention.cpp", "gelu.cpp"]}
 HEADERS = ["products.h", "team.h", "vectors.h", "weights.h"]
 COMMON = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-Wno-psabi"]
 FLAGS = [[*COMMON, cpu] for cpu in ("-march=native", "-mcpu=native")]  # in order of preference

@@ -1,4 +1,4 @@
-"""Causal attention of a training step in bf16 on a CPU, by the native library (attention.cpp).
+"""Causal attention of a training step in fp32 or bf16 on a CPU, by the native library (attention.cpp).
 
 Shapes: B batch rows, T positions, H heads, C = H times the width of a head."""
 
@@ -13,21 +13,25 @@ from gpt.kernels.structures import Number, address, numbers, pointers
 
 
 class Attention(ctypes.Structure):
-    _fields_ = numbers("rows positions heads width threads") + pointers("qkv out log_sums d_out d_qkv")
+    _fields_ = numbers("rows positions heads width threads is_bf16") + pointers("qkv out log_sums d_out d_qkv")
+
+
+def takes(dtype: torch.dtype, width: int, dropout: float) -> bool:
+    """Returns whether the C++ computes attention in `dtype` with heads of this width: in fp32, and in bf16 if the width
+    is even; without dropout."""
+    return not dropout and (dtype == torch.float32 or (dtype == torch.bfloat16 and width % 2 == 0))
 
 
 class NativeAttention:
-    """Computes in C++ what attention.causal_attention computes. Calls causal_attention for other types than bf16, for
-    dropout and for heads of an odd width."""
+    """Computes in C++ what attention.causal_attention computes. Calls causal_attention where `takes` is false."""
 
     def __init__(self, library: ctypes.CDLL):
-        self.library, self.function = library, library.gpt_causal_attention
+        self.function = library.gpt_causal_attention
         self.function.restype = Number
 
     def __call__(self, qkv: torch.Tensor, heads: int, dropout: float = 0.0) -> torch.Tensor:
         """Returns the attention (B, T, C) of qkv (B, T, 3 C): see attention.causal_attention."""
-        width = qkv.shape[-1] // (3 * heads)
-        if qkv.dtype != torch.bfloat16 or dropout or width % 2:
+        if not takes(qkv.dtype, qkv.shape[-1] // (3 * heads), dropout):
             return causal_attention(qkv, heads, dropout)
         return AttentionFunction.apply(qkv.contiguous(), heads, self.run)
 
@@ -45,7 +49,7 @@ class NativeAttention:
         of these. Raises MemoryError if memory does not suffice."""
         rows, positions, width = out.shape
         sizes = rows, positions, heads, width // heads, torch.get_num_threads()
-        call = Attention(*sizes, *map(address, (qkv, out, log_sums, d_out, d_qkv)))
+        call = Attention(*sizes, qkv.dtype == torch.bfloat16, *map(address, (qkv, out, log_sums, d_out, d_qkv)))
         if self.function(ctypes.byref(call)) < 0:
             raise MemoryError(f"attention of {positions} positions")
 

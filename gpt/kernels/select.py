@@ -14,12 +14,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from gpt.attention import LayerCache, causal_attention
+from gpt.attention import LayerCache
 from gpt.device import DTYPES
 from gpt.errors import note
 from gpt.kernels import build
 from gpt.kernels.measure import Way, faster
-from gpt.kernels.native_attention import NativeAttention
+from gpt.kernels.native_attention import NativeAttention, takes
+from gpt.kernels.native_gelu import NativeGelu
 from gpt.kernels.native_model import NativeModel, supports
 from gpt.model import GPT, REFERENCE, KVCache, ModelConfig, Ops
 from gpt.quantize import to_int8
@@ -95,28 +96,39 @@ def can_build() -> bool:
     return build.compiler() is not None
 
 
-def native_attention(wait: bool) -> NativeAttention | None:
-    """Returns the C++ attention for training, or None if it is not built: see `load_or_build`."""
+def native_ops(wait: bool) -> Ops | None:
+    """Returns the C++ attention and GELU for training, or None if they are not built: see `load_or_build`."""
     library = load_or_build(build.TRAINING, wait)
-    return None if library is None else NativeAttention(library)
+    return None if library is None else Ops(attention=NativeAttention(library), gelu=NativeGelu(library))
 
 
-def attention_is_faster(attention: NativeAttention, config: ModelConfig, dtype: torch.dtype) -> bool:
-    """Returns whether forward and backward pass of the C++ attention are faster than torch's attention, measured with
-    this model's heads, width and block_size."""
+def native_ops_take(config: ModelConfig, dtype: torch.dtype) -> bool:
+    """Returns whether the C++ for training computes anything in a model of this shape: GELU in fp32, and attention as
+    native_attention.takes says."""
+    return dtype == torch.float32 or takes(dtype, config.n_embd // config.n_head, config.dropout)
+
+
+def native_ops_are_faster(ops: Ops, config: ModelConfig, dtype: torch.dtype) -> bool:
+    """Returns whether forward and backward pass of the C++ in `ops` are faster than torch's, measured with this model's
+    heads, width, block_size and dropout. In bf16 GELU is torch's and is left out."""
     heads, positions, width = config.n_head, config.block_size, config.n_embd
 
     def contest() -> tuple[Way, Way]:
         qkv = torch.randn(2, positions, 3 * width).to(dtype).requires_grad_()
-        upstream = torch.ones(2, positions, width, dtype=dtype)
+        hidden = torch.randn(2, positions, 4 * width).requires_grad_()
 
-        def passes(function: Callable) -> None:
-            torch.autograd.grad(function(qkv, heads, 0.0), qkv, upstream)
+        def passes(ops: Ops) -> None:
+            out = ops.attention(qkv, heads, config.dropout)
+            torch.autograd.grad(out, qkv, torch.ones_like(out))
+            if dtype == torch.float32:
+                torch.autograd.grad(ops.gelu(hidden), hidden, torch.ones_like(hidden))
 
-        return lambda: passes(causal_attention), lambda: passes(attention)
+        return lambda: passes(REFERENCE), lambda: passes(ops)
 
-    shape = f"{heads} heads of {width // heads}, {positions} positions, {torch.get_num_threads()} threads"
-    return faster(f"causal attention by {version(attention.library)}, {dtype}, {shape}", contest)
+    path = build.library_path(build.TRAINING)  # depends on the sources: another version must be measured anew
+    shape = f"{heads} heads of {width // heads}, {positions} positions, dropout {config.dropout}"
+    question = f"training by {path and path.stem}, {dtype}, {shape}, {torch.get_num_threads()} threads"
+    return faster(question, contest)
 
 
 # ---- generation on a CPU

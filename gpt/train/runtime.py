@@ -26,7 +26,7 @@ from gpt.device import (
     to_device,
 )
 from gpt.errors import InputError, ResourceError, note, tell
-from gpt.kernels.select import attention_is_faster, can_build, native_attention, pick_dtype
+from gpt.kernels.select import can_build, native_ops, native_ops_are_faster, native_ops_take, pick_dtype
 from gpt.model import REFERENCE, ModelConfig, Ops
 from gpt.text.windows import mix
 from gpt.train.cost import KERNELS_PAY, compiling_pays, launches_matter
@@ -46,9 +46,9 @@ class MachineConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto is on for CUDA runs long enough to pay for it, off elsewhere"""
     kernels: Literal["auto", "on", "off"] = "auto"
-    """C++ for attention in bf16 on a CPU, built once by the system's compiler; auto uses it where a measurement finds
-    it faster and it is built, or the run is long enough to wait a second or two for it. It rounds otherwise than torch,
-    so a run that is continued goes on as it began"""
+    """C++ for attention and, in fp32, GELU on a CPU, built once by the system's compiler; auto uses it where a
+    measurement finds it faster and it is built, or the run is long enough to wait some seconds for it. It rounds
+    otherwise than torch, so a run that is continued goes on as it began"""
     deterministic: bool = False
     """bit-exact repetition on CUDA too, slower there (on CPU it always holds, with the same kernels)"""
     threads: int = 0
@@ -79,9 +79,9 @@ class Runtime:
         same_device = self.ranks.first(record.get("device") == device_name(self.device))  # rank 0 wrote the record
         self.before = record if same_device else None
         self.dtype = self.agreed_dtype(config.dtype)
-        kernels_can_run = self.device.type == "cpu" and self.dtype == torch.bfloat16 and can_build()
+        kernels_can_run = self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16) and can_build()
         if config.kernels == "on" and not kernels_can_run:
-            raise InputError("kernels on: the C++ attention needs a CPU, bf16 and a C++ compiler; use auto")
+            raise InputError("kernels on: the C++ needs a CPU, fp32 or bf16, and a C++ compiler; use auto")
         if config.compile == "on" and not can_compile(self.device):
             language = COMPILERS[self.device.type]
             raise InputError(f"compile on: no {language} compiler found; install one or use --compile off")
@@ -139,21 +139,20 @@ class Runtime:
         return bool(self.ranks.first(pays))
 
     def ops(self, setting: str, config: ModelConfig, compiled: bool, flops: float) -> Ops:
-        """Returns the Ops of a run of `flops` FLOPs; all ranks agree. With `setting` "on" they use the C++ attention;
-        with "auto" they use it if it is faster, and is built or the run is long enough to wait for the build. Raises
-        ResourceError if `setting` is "on" and the C++ attention cannot be used."""
-        width = config.n_embd // config.n_head
-        takes = self.device.type == "cpu" and self.dtype == torch.bfloat16 and not config.dropout and width % 2 == 0
+        """Returns the Ops of a run of `flops` FLOPs; all ranks agree. With `setting` "on" they use the C++; with "auto"
+        they use it if it is faster, and is built or the run is long enough to wait for the build. Raises ResourceError
+        if `setting` is "on" and the C++ cannot be used."""
+        takes = self.device.type == "cpu" and native_ops_take(config, self.dtype)
         wanted = takes and not compiled and setting != "off"
         if setting == "auto" and self.before:
             wanted = wanted and self.before["kernels"]
         waits = setting == "on" or self.before is not None or flops >= KERNELS_PAY
-        attention = native_attention(waits) if wanted else None
+        ops = native_ops(waits) if wanted else None
         if setting == "auto" and not self.before:
-            faster = self.ranks.leads and attention and attention_is_faster(attention, config, self.dtype)
-            attention = attention if self.ranks.first(bool(faster)) else None
-        if self.ranks.least(int(attention is not None)) and attention:
-            return Ops(attention=attention)
+            faster = self.ranks.leads and ops and native_ops_are_faster(ops, config, self.dtype)
+            ops = ops if self.ranks.first(bool(faster)) else None
+        if self.ranks.least(int(ops is not None)) and ops:
+            return ops
         if setting == "on":
             raise ResourceError("kernels on: the library could not be built, or the run is compiled; use auto")
         return REFERENCE

@@ -1,4 +1,4 @@
-"""Prepares a run for its loop: puts model and optimizer on the device, compiles the model or uses C++ attention if that
+"""Prepares a run for its loop: puts model and optimizer on the device, compiles the model or uses C++ kernels if that
 saves time, locks the run folder, and opens log and checkpoints."""
 
 import contextlib
@@ -200,7 +200,7 @@ def muon_dtype(dtype: torch.dtype) -> torch.dtype:
 def tell_sizes(config: Any, state: State, machine: Runtime, record: dict[str, Any]) -> None:
     """Prints the size of the model, the machine, and the memory that a step needs."""
     model, size = state.model, state.progress.micro_batch_size
-    kernels = ", C++ attention" if record["kernels"] else ""
+    kernels = ", C++ kernels" if record["kernels"] else ""
     note("info", f"{model.num_parameters():,} parameters on {record['device']}, {record['precision']}{kernels}")
     kind = config.optim.optimizer
     needs = memory.estimate(config.model, model.vocab_size, size, machine.dtype, machine.device, kind)

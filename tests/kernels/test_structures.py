@@ -5,12 +5,13 @@ import re
 import pytest
 import torch
 
-from gpt.kernels import native_attention, native_model, native_sampler
+from gpt.kernels import native_attention, native_gelu, native_model, native_sampler
 from gpt.kernels.build import FOLDER
 from gpt.kernels.structures import address
 
 MIRRORS = [
     ("attention.cpp", native_attention.Attention),
+    ("gelu.cpp", native_gelu.Gelu),
     ("sampler.cpp", native_sampler.Choice),
     ("products.h", native_model.Matrix),
     *(("model.cpp", getattr(native_model, name)) for name in ("Layer", "Model", "Cache", "Batch")),

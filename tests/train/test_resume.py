@@ -62,7 +62,7 @@ def test_fault_055_a_killed_run_with_kernels_goes_on_with_them_to_the_bit(proces
     last = processes.run("train.py", *settings, "--out", killed, env=here)  # auto: as the run began
     reference = processes.run("train.py", *settings, "--out", whole, "--kernels", "on", env=here)
     assert (first.code, last.code, reference.code) == (-9, 0, 0), last.stderr
-    assert "C++ attention" in last.stderr
+    assert "C++ kernels" in last.stderr
     assert "warning" not in last.stderr
     assert state_of(killed, 12)["runtime"]["kernels"]
     assert fingerprint(killed, 12) == fingerprint(whole, 12)

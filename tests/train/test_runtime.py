@@ -101,7 +101,7 @@ def test_a_run_on_a_gpu_is_compiled_if_it_is_long_enough_to_save_the_minute_that
 @pytest.fixture
 def builds(monkeypatch):
     """Where kernels are not built yet: what was done about it, "built" or "begun"."""
-    done, library = [], SimpleNamespace(gpt_causal_attention=SimpleNamespace())
+    done, library = [], SimpleNamespace(gpt_causal_attention=SimpleNamespace(), gpt_gelu=SimpleNamespace())
     monkeypatch.setattr(build, "load_library", lambda purpose: library if "built" in done else None)
     monkeypatch.setattr(build, "build_now", lambda purpose: done.append("built") or library)
     monkeypatch.setattr(build, "start_background_build", lambda purpose: done.append("begun") or True)
@@ -126,7 +126,7 @@ def continued(record, config=None):
 def kernels_win(monkeypatch):
     """The measurement says that the C++ is faster; a list to which its questions are added."""
     asked = []
-    monkeypatch.setattr(runtime, "attention_is_faster", lambda *question: asked.append(question) or True)
+    monkeypatch.setattr(runtime, "native_ops_are_faster", lambda *question: asked.append(question) or True)
     return asked
 
 
@@ -143,7 +143,9 @@ def test_a_long_run_waits_for_its_kernels_and_a_short_one_has_them_built_for_the
     assert builds == ["begun", "built"]
 
 
-def test_kernels_are_for_uncompiled_runs_in_bf16_without_dropout_on_a_cpu(settings_back, builds, kernels_win):
+def test_kernels_are_for_uncompiled_runs_on_a_cpu_in_bf16_without_dropout_or_in_fp32(
+    settings_back, builds, kernels_win
+):
     run = bf16_runtime()
     assert run.ops("auto", SHAPE, True, 1e21) is REFERENCE
     assert run.ops("off", SHAPE, False, 1e21) is REFERENCE
@@ -151,9 +153,11 @@ def test_kernels_are_for_uncompiled_runs_in_bf16_without_dropout_on_a_cpu(settin
     assert run.ops("auto", replace(SHAPE, n_embd=30), False, 1e21) is REFERENCE  # heads of an odd width
     run.device = torch.device("cuda")
     assert run.ops("auto", SHAPE, False, 1e21) is REFERENCE
-    fp32 = Runtime(MachineConfig(device="cpu", dtype="fp32"))
-    assert fp32.ops("auto", SHAPE, False, 1e21) is REFERENCE
     assert builds == []
+    fp32 = Runtime(MachineConfig(device="cpu", dtype="fp32"))
+    assert fp32.ops("auto", SHAPE, True, 1e21) is REFERENCE
+    for shape in (SHAPE, replace(SHAPE, dropout=0.1), replace(SHAPE, n_embd=30)):  # with dropout, GELU alone gains
+        assert fp32.ops("auto", shape, False, 1e21) is not REFERENCE
     with pytest.raises(InputError, match="exclude each other"):
         refuse(MachineConfig(kernels="on", compile="on").problems())
 
@@ -161,7 +165,7 @@ def test_kernels_are_for_uncompiled_runs_in_bf16_without_dropout_on_a_cpu(settin
 def test_auto_uses_kernels_only_where_a_measurement_finds_them_faster(settings_back, builds, monkeypatch):
     run = bf16_runtime()
     for faster in (True, False):
-        monkeypatch.setattr(runtime, "attention_is_faster", lambda *_, faster=faster: faster)
+        monkeypatch.setattr(runtime, "native_ops_are_faster", lambda *_, faster=faster: faster)
         assert (run.ops("auto", SHAPE, False, 1e21) is not REFERENCE) == faster
         assert run.ops("on", SHAPE, False, 1) is not REFERENCE
 
@@ -247,10 +251,10 @@ def test_where_kernels_cannot_be_had_auto_goes_without_and_on_is_an_error(settin
     assert run.ops("auto", SHAPE, False, 1e21) is REFERENCE
     with pytest.raises(ResourceError, match="kernels on: the library could not be built"):
         run.ops("on", SHAPE, False, 1e21)
-    with pytest.raises(InputError, match=r"kernels on: .* needs a CPU, bf16 and a C\+\+ compiler"):
-        Runtime(MachineConfig(device="cpu", dtype="fp32", kernels="on"))
+    with pytest.raises(InputError, match=r"kernels on: .* needs a CPU, fp32 or bf16, and a C\+\+ compiler"):
+        Runtime(MachineConfig(device="cpu", dtype="fp16", kernels="on"))
     monkeypatch.setattr(build, "compiler", lambda: None)
-    with pytest.raises(InputError, match=r"kernels on: .* needs a CPU, bf16 and a C\+\+ compiler"):
+    with pytest.raises(InputError, match=r"kernels on: .* needs a CPU, fp32 or bf16, and a C\+\+ compiler"):
         bf16_runtime(kernels="on")
 
 
