@@ -369,3 +369,28 @@ def test_fault_119_other_flags_get_a_library_of_their_own(compiler, monkeypatch)
     assert build.library_path() not in (path, None)
     monkeypatch.setenv("CXX", f"{compiler.path} -g")
     assert build.library_path() not in (path, None)
+
+
+# ---- other CPUs
+
+
+@pytest.mark.parametrize("cpu", ["aarch64 -mcpu=neoverse-n1", "aarch64 -march=armv8-a", "riscv64"])
+@pytest.mark.parametrize("purpose", build.SOURCES)
+def test_the_sources_compile_for_other_cpus_without_a_warning(tmp_path, purpose, cpu):
+    machine, *flags = cpu.split()
+    compiler = shutil.which(f"{machine}-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip(f"needs a cross compiler: apt-get install g++-{machine}-linux-gnu")
+    sources = [str(build.FOLDER / name) for name in build.SOURCES[purpose]]
+    command = [
+        compiler,
+        *build.COMMON,
+        *flags,
+        "-fopenmp",
+        "-Wall",
+        "-Werror",
+        *sources,
+        "-o",
+        f"{tmp_path}/library.so",
+    ]
+    subprocess.run(command, check=True)
