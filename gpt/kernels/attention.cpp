@@ -24,18 +24,18 @@
 //     Q K^T, dO V^T  sum over D:          pairs (q[d], q[d + 1]): Q as it lies in memory; K^T as (D / 2, T) pairs
 //     P V, dS K      sum over positions:  pairs (p[j], p[j + 1]): P as it lies in memory; V as (T / 2, D) pairs of rows
 //     dS^T Q, P^T dO sum over queries:    dS and P as (queries / 2, T) pairs of rows, read as transposed
-#include <atomic>
 #include <cmath>
 #include <memory>
 #include <new>
 #include <utility>
 #include <vector>
 
+#include "team.h"
 #include "vectors.h"
 
 namespace {
 
-constexpr int ROWS = 4, COLUMNS = 4 * LANES;  // a tile of a product: its sums fill 16 registers
+constexpr int ROWS = 4, VECTORS = REGISTERS / 8;  // a tile of a product: its sums fill half of the registers
 constexpr size_t BLOCK = 64;                  // queries
 
 struct Attention {  // as native_attention.py declares it
@@ -67,29 +67,28 @@ struct Right {  // element (pair, column) at pair * stride + column
     size_t stride;
 };
 
-template <int VECTORS, size_t... I>  // I: the numbers of the sums, constants as in products.h
+template <int COUNT, size_t... I>  // COUNT vectors of columns. I: the numbers of the sums, constants as in products.h
 void tile(Left a, Right b, int pairs, bool adds, float *c, size_t stride, std::index_sequence<I...>) {
     Floats sums[sizeof...(I)] = {};
     for (int pair = 0; pair < pairs; pair++) {
-        Ints left[ROWS], right[VECTORS];
+        Ints left[ROWS], right[COUNT];
         for (int row = 0; row < ROWS; row++) left[row] = Ints{} + a.data[row * a.stride + pair * a.step];
-        for (int v = 0; v < VECTORS; v++) right[v] = read<Ints>(b.data + pair * b.stride + v * LANES);
-        (multiply_pairs(sums[I], left[I / VECTORS], right[I % VECTORS]), ...);
+        for (int v = 0; v < COUNT; v++) right[v] = read<Ints>(b.data + pair * b.stride + v * LANES);
+        (multiply_pairs(sums[I], left[I / COUNT], right[I % COUNT]), ...);
     }
     auto put = [&](float *to, Floats sum) { store(to, adds ? load(to) + sum : sum); };
-    (put(c + I / VECTORS * stride + I % VECTORS * LANES, sums[I]), ...);
+    (put(c + I / COUNT * stride + I % COUNT * LANES, sums[I]), ...);
 }
-template <int VECTORS> void tile(Left a, Right b, int pairs, bool adds, float *c, size_t stride) {
-    tile<VECTORS>(a, b, pairs, adds, c, stride, std::make_index_sequence<ROWS * VECTORS>{});
+template <int COUNT> void tile(Left a, Right b, int pairs, bool adds, float *c, size_t stride) {
+    tile<COUNT>(a, b, pairs, adds, c, stride, std::make_index_sequence<ROWS * COUNT>{});
 }
 
 // Computes a (ROWS, pairs) @ b (pairs, columns) into c (ROWS, stride), or adds it; columns are a multiple of LANES.
+template <int COUNT = VECTORS>
 void product(Left a, Right b, int pairs, int columns, bool adds, float *c, size_t stride) {
-    for (; columns >= COLUMNS; columns -= COLUMNS, b.data += COLUMNS, c += COLUMNS)
-        tile<4>(a, b, pairs, adds, c, stride);
-    if (columns == 3 * LANES) tile<3>(a, b, pairs, adds, c, stride);
-    if (columns == 2 * LANES) tile<2>(a, b, pairs, adds, c, stride);
-    if (columns == LANES) tile<1>(a, b, pairs, adds, c, stride);
+    constexpr int WIDTH = COUNT * LANES;
+    for (; columns >= WIDTH; columns -= WIDTH, b.data += WIDTH, c += WIDTH) tile<COUNT>(a, b, pairs, adds, c, stride);
+    if constexpr (COUNT > 1) product<COUNT - 1>(a, b, pairs, columns, adds, c, stride);
 }
 
 // ---- the layouts of a head's queries, keys, values and gradients
@@ -113,7 +112,7 @@ struct Positions {  // `count` positions of D bf16 each; those after the last ar
         for (size_t i = 0; i < rows; i += 2, to += line)
             for (size_t d = 0; d < D; d += LANES) {
                 Ints pairs = lanes(i, d) | lanes(i + 1, d) << 16;
-                memcpy(to + d, &pairs, 64);
+                memcpy(to + d, &pairs, sizeof pairs);
             }
     }
     Ints lanes(size_t position, size_t d) const {
@@ -128,8 +127,9 @@ void write(const float *from, size_t line, size_t rows, size_t D, uint16_t *to, 
         for (size_t d = 0; d < D; d += LANES) store(to + i * stride + d, load(from + i * line + d), D - d);
 }
 
+template <size_t... I> constexpr Ints numbered(std::index_sequence<I...>) { return Ints{int32_t(I)...}; }
 inline Floats first_lanes(Floats x, int count, float others) {
-    constexpr Ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    constexpr Ints LANE = numbered(Lanes{});
     return LANE < count ? x : Floats{} + others;
 }
 
@@ -276,10 +276,9 @@ struct Head {
 extern "C" int64_t gpt_causal_attention(const Attention *call) try {
     std::vector<Head> heads;
     for (int64_t thread = 0; thread < call->threads; thread++) heads.emplace_back(*call);
-    std::atomic<int64_t> next{0};
-#pragma omp parallel for num_threads(call->threads) schedule(static, 1)
-    for (int64_t thread = 0; thread < call->threads; thread++)
-        for (int64_t i; (i = next++) < call->rows * call->heads;) heads[thread].run(i / call->heads, i % call->heads);
+    threads::share(call->threads, call->rows * call->heads, 1, [&](int thread, int begin, int end) {
+        for (int i = begin; i < end; i++) heads[thread].run(i / call->heads, i % call->heads);
+    });
     return 0;
 } catch (const std::bad_alloc &) {
     return -1;

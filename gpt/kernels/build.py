@@ -29,10 +29,9 @@ from gpt.kernels.measure import cpu_identity, torch_version
 FOLDER = Path(__file__).parent
 GENERATION, TRAINING = "generation", "training"  # the purpose of a library
 SOURCES = {GENERATION: ["model.cpp", "sampler.cpp"], TRAINING: ["attention.cpp"]}
+HEADERS = ["products.h", "team.h", "vectors.h", "weights.h"]
 COMMON = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-Wno-psabi"]
-FLAGS = [  # in order of preference; without OpenMP a library uses one thread
-    [*COMMON, cpu, *threads] for cpu in ("-march=native", "-mcpu=native") for threads in (["-fopenmp"], [])
-]
+FLAGS = [[*COMMON, cpu] for cpu in ("-march=native", "-mcpu=native")]  # in order of preference
 BACKGROUND_NICENESS = 10  # with 19, a build on a busy machine may never end
 HEAD_START = 2  # seconds in which a background build leaves the machine to the program that started it
 BUILD_SECONDS = 600  # limit for a build
@@ -92,7 +91,7 @@ def library_path(purpose: str = GENERATION) -> Path | None:
     if command is None or folder is None:
         return None
     key = hashlib.sha256(repr((command, FLAGS, cpu_identity(), torch_version())).encode())
-    for name in [*SOURCES[purpose], "products.h", "vectors.h"]:
+    for name in [*SOURCES[purpose], *HEADERS]:
         key.update(name.encode() + (FOLDER / name).read_bytes())
     return folder / f"{purpose}-{key.hexdigest()[:32]}.so"
 

@@ -1,6 +1,6 @@
 // GPT-2 on a CPU: one call runs the model over N tokens, each at a position of a row of a KV cache.
 //
-// A call, with the work that each line shares among the threads; they wait for each other after every line:
+// A call, with the work that each line shares among the threads:
 //     x = token[id] + position[its position]                         tokens
 //     for each layer:
 //         wide = norm_1(x)                                           tokens
@@ -15,7 +15,7 @@
 //     logits = norm(x) @ token.T                                     tokens, then outputs
 //
 // The bits of a token's results depend on nothing but its own row: neither on the other tokens of the call nor on the
-// number of threads. One thread computes a whole sum, as 16 running sums in the order of the inputs, one for each lane,
+// number of threads. One thread computes a whole sum, as running sums in the order of the inputs, one for each lane,
 // that are then added up in a fixed order (vectors.h). How many tokens share a tile changes none of that.
 //
 // Shapes: N tokens, C width, F = 4 C, H heads, D = C / H, S positions of the cache, V vocabulary. Weights are (outputs,
@@ -23,15 +23,14 @@
 #include <cmath>
 #include <memory>
 #include <new>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include <vector>
 
 #include "products.h"
 
 namespace {
 
 constexpr int GROUP = 4;     // tokens at consecutive positions of a row that share the reading of the cache
+constexpr int COLUMNS = REGISTERS / 8;  // vectors of an output, of a group of tokens, that are summed at once
 constexpr int PADDING = 64;  // floats; every row of activations is padded to a multiple of it
 constexpr float EPSILON = 1e-5f;
 
@@ -131,22 +130,28 @@ void normalise(const float *x, const float *scale, const float *shift, int C, fl
         store(out + c, (load(x + c, C - c) - mean) * inverse * load(scale + c, C - c) + load(shift + c, C - c), C - c);
 }
 
-// One call. Kind: the kind of weights, see products.h. T: the type of the cache. Every thread of the team calls run().
+// One call. Kind: the kind of weights, see weights.h. T: the type of the cache.
 template <class Kind, class T> struct Call {
     const Model &model;
     const Cache &cache;
     const Batch &batch;
-    const int N = batch.tokens, C = model.width, F = 4 * C, H = model.heads, D = C / H, S = cache.capacity;
+    const int threads = batch.threads, N = batch.tokens, C = model.width, F = 4 * C, H = model.heads, D = C / H;
+    const int S = cache.capacity;
     const size_t WIDE = round_up(F, PADDING), SCORES = round_up(S, PADDING);
     const std::unique_ptr<Floats[]> memory{new Floats[(3 * N * WIDE + batch.threads * GROUP * SCORES) / LANES]};
     float *const mixed = (float *)memory.get(), *const wide = mixed + N * WIDE;  // (N, WIDE) each
     float *const x = wide + N * WIDE, *const scores = x + N * WIDE;              // (N, C), (threads, GROUP, SCORES)
     const std::unique_ptr<Floats[]> prepared{new Floats[N * Kind::bytes(WIDE) / sizeof(Floats)]};
     const Inputs inputs{(uint8_t *)prepared.get(), Kind::bytes(WIDE)};
+    const std::vector<std::pair<int, int>> grouped = groups();
 
-    template <class Work> void each(const Team &team, int count, Work work) const {
-        for (int i = team.thread; i < count; i += team.threads) work(i);
-        team.wait();
+    template <class Work> void each(int count, Work work) const {
+        threads::share(threads, count, 1, [&](int, int begin, int end) {
+            for (int i = begin; i < end; i++) work(i);
+        });
+    }
+    void multiply(const Matrix &matrix, int rows, int width, int tokens, Output out) const {
+        product<Kind>(threads, matrix, rows, width, inputs, tokens, out);
     }
     void prepare(int token, int width) const {  // the padding becomes 0: what lies there may be nan
         float *row = wide + token * WIDE;
@@ -174,78 +179,70 @@ template <class Kind, class T> struct Call {
         return token < N && batch.rows[token] == batch.rows[first] &&
                batch.positions[token] == batch.positions[first] + token - first;
     }
-    void attention(const Team &team, int layer) const {
-        float *own_scores = scores + team.thread * GROUP * SCORES;
-        int number = 0;
+    std::vector<std::pair<int, int>> groups() const {  // (first token, number of tokens), GROUP or 1 each
+        std::vector<std::pair<int, int>> result;
         for (int token = 0, size; token < N; token += size) {
             for (size = 1; size < GROUP && follows(token + size, token);) size++;
-            if (size < GROUP) size = 1;
-            for (int head = 0; head < H; head++) {
-                if (number++ % team.threads != team.thread) continue;
-                T *keys = cached(cache.keys[layer], batch.rows[token], head, 0);
-                T *values = cached(cache.values[layer], batch.rows[token], head, 0);
-                auto *function = D % PADDING ? (size == 1 ? attend<T, 1, 1> : attend<T, GROUP, 1>)
-                                             : (size == 1 ? attend<T, 1, 4> : attend<T, GROUP, 4>);
-                size_t at = token * WIDE + head * D;
-                function(mixed + at, WIDE, keys, values, batch.positions[token], D, own_scores, SCORES, wide + at);
-            }
+            result.emplace_back(token, size = size < GROUP ? 1 : size);
         }
-        team.wait();
+        return result;
     }
-    void block(const Team &team, int number) const {
+    void attention(int layer) const {
+        threads::share(threads, grouped.size() * H, 1, [&](int thread, int begin, int end) {
+            for (int i = begin; i < end; i++) {
+                auto [token, size] = grouped[i / H];
+                attend_group(layer, thread, token, size, i % H);
+            }
+        });
+    }
+    void attend_group(int layer, int thread, int token, int size, int head) const {
+        const T *keys = cached(cache.keys[layer], batch.rows[token], head, 0);
+        const T *values = cached(cache.values[layer], batch.rows[token], head, 0);
+        auto *function = D % PADDING ? (size == 1 ? attend<T, 1, 1> : attend<T, GROUP, 1>)
+                                     : (size == 1 ? attend<T, 1, 4> : attend<T, GROUP, COLUMNS>);
+        size_t at = token * WIDE + head * D;
+        float *own_scores = scores + thread * GROUP * SCORES;
+        function(mixed + at, WIDE, keys, values, batch.positions[token], D, own_scores, SCORES, wide + at);
+    }
+    void normalised(const float *scale, const float *shift) const {
+        each(N, [&](int token) {
+            normalise(x + token * C, scale, shift, C, wide + token * WIDE);
+            prepare(token, C);
+        });
+    }
+    void block(int number) const {
         const Layer &layer = model.layer[number];
-        auto normalised = [&](const float *scale, const float *shift) {
-            each(team, N, [&](int token) {
-                normalise(x + token * C, scale, shift, C, wide + token * WIDE);
-                prepare(token, C);
-            });
-        };
         normalised(layer.norm_1, layer.shift_1);
-        product<Kind>(team, layer.qkv, 3 * C, C, inputs, N, {mixed, WIDE, false});
-        team.wait();
-        each(team, N, [&](int token) {
+        multiply(layer.qkv, 3 * C, C, N, {mixed, WIDE, false});
+        each(N, [&](int token) {
             append(token, cache.keys[number], mixed + token * WIDE + C);
             append(token, cache.values[number], mixed + token * WIDE + 2 * C);
         });
-        attention(team, number);
-        each(team, N, [&](int token) { prepare(token, C); });
-        product<Kind>(team, layer.proj, C, C, inputs, N, {x, size_t(C), true});
-        team.wait();
+        attention(number);
+        each(N, [&](int token) { prepare(token, C); });
+        multiply(layer.proj, C, C, N, {x, size_t(C), true});
         normalised(layer.norm_2, layer.shift_2);
-        product<Kind>(team, layer.fc, F, C, inputs, N, {wide, WIDE, false});
-        team.wait();
-        each(team, N, [&](int token) {
+        multiply(layer.fc, F, C, N, {wide, WIDE, false});
+        each(N, [&](int token) {
             float *row = wide + token * WIDE;
             for (int f = 0; f < F; f += LANES) store(row + f, gelu(load(row + f, F - f)), F - f);
             prepare(token, F);
         });
-        product<Kind>(team, layer.out, C, F, inputs, N, {x, size_t(C), true});
-        team.wait();
+        multiply(layer.out, C, F, N, {x, size_t(C), true});
     }
-    void run(const Team &team) const {
-        each(team, N, [&](int token) { embed(token); });
-        for (int layer = 0; layer < model.layers; layer++) block(team, layer);
-        each(team, batch.outputs, [&](int output) {
+    void run() const {
+        each(N, [&](int token) { embed(token); });
+        for (int layer = 0; layer < model.layers; layer++) block(layer);
+        each(batch.outputs, [&](int output) {
             normalise(x + batch.wanted[output] * C, model.norm, model.shift, C, wide + output * WIDE);
             prepare(output, C);
         });
-        product<Kind>(team, model.token, model.vocabulary, C, inputs, batch.outputs,
-                      {batch.logits, size_t(model.vocabulary), false});
+        multiply(model.token, model.vocabulary, C, batch.outputs, {batch.logits, size_t(model.vocabulary), false});
     }
 };
 
 template <class Kind, class T> void run(const Model &model, const Cache &cache, const Batch &batch) {
-    Call<Kind, T> call{model, cache, batch};
-    std::atomic<int> arrived{0}, round{0};
-#pragma omp parallel num_threads(batch.threads)
-    {
-        Team team{0, 1, &arrived, &round};
-#ifdef _OPENMP
-        team.thread = omp_get_thread_num();
-        team.threads = omp_get_num_threads();
-#endif
-        call.run(team);
-    }
+    Call<Kind, T>{model, cache, batch}.run();
 }
 
 }  // namespace

@@ -23,6 +23,7 @@
 #include <limits>
 #include <vector>
 
+#include "team.h"
 #include "vectors.h"
 
 namespace {
@@ -38,9 +39,9 @@ constexpr float LARGEST = std::numeric_limits<float>::max();
 constexpr float FEW = 256;  // tokens that are quickly sorted
 constexpr int HALVINGS = 12;  // of a band, at most: it may hold more than FEW tokens of one value
 
-typedef float Eight __attribute__((vector_size(32)));
-typedef double Doubles __attribute__((vector_size(64)));
-typedef uint64_t Wholes __attribute__((vector_size(64)));
+typedef float HalfFloats __attribute__((vector_size(2 * LANES)));  // as many as Doubles has lanes
+typedef double Doubles __attribute__((vector_size(4 * LANES)));
+typedef uint64_t Wholes __attribute__((vector_size(4 * LANES)));
 
 struct Choice {  // as native_sampler.py declares it. R rows, V vocabulary
     int64_t rows, vocabulary, stride, banned_count, draws_ahead, eot, threads;  // stride: floats from row to row
@@ -140,10 +141,10 @@ struct Row {  // one row's tokens, in blocks of BLOCK; those after the last have
         float kept[BLOCK];
         for (int i = 0; i < BLOCK; i++) kept[i] = place_of(start + i) <= last ? powers[start + i] : 0;
         Wholes sums = {};
-        for (int i = 0; i < BLOCK; i += 8)
-            sums += (Wholes)(__builtin_convertvector(read<Eight>(kept + i), Doubles) * scale + NO_FRACTION);
+        for (int i = 0; i < BLOCK; i += LANES / 2)
+            sums += (Wholes)(__builtin_convertvector(read<HalfFloats>(kept + i), Doubles) * scale + NO_FRACTION);
         uint64_t total = -BLOCK * NO_FRACTION_BITS;
-        for (int i = 0; i < 8; i++) total += sums[i];
+        for (int i = 0; i < LANES / 2; i++) total += sums[i];
         return total;
     }
 
@@ -243,18 +244,21 @@ struct Row {  // one row's tokens, in blocks of BLOCK; those after the last have
     }
 };
 
+void choose(const Choice &choice, int64_t row) {
+    static thread_local Row tokens;
+    float *logits = choice.logits + row * choice.stride;
+    if (choice.ignores_eot && choice.ignores_eot[row]) logits[choice.eot] = -LARGEST;
+    int64_t turn = choice.turns ? choice.turns[row]++ % choice.draws_ahead : 0;
+    choice.ids[row] = tokens.choose(logits, choice, row, choice.draws[row * choice.draws_ahead + turn]);
+    if (choice.next) choice.next[row] = std::max<int64_t>(choice.ids[row], 0);
+}
+
 }  // namespace
 
 // Chooses an id for each row.
 extern "C" void gpt_choose(const Choice *call) {
     const Choice &choice = *call;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(choice.threads) if (choice.rows > 1 && choice.threads > 1)
-    for (int64_t row = 0; row < choice.rows; row++) {
-        static thread_local Row tokens;
-        float *logits = choice.logits + row * choice.stride;
-        if (choice.ignores_eot && choice.ignores_eot[row]) logits[choice.eot] = -LARGEST;
-        int64_t turn = choice.turns ? choice.turns[row]++ % choice.draws_ahead : 0;
-        choice.ids[row] = tokens.choose(logits, choice, row, choice.draws[row * choice.draws_ahead + turn]);
-        if (choice.next) choice.next[row] = std::max<int64_t>(choice.ids[row], 0);
-    }
+    threads::share(choice.threads, choice.rows, 1, [&](int, int begin, int end) {
+        for (int row = begin; row < end; row++) choose(choice, row);
+    });
 }

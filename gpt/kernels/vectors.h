@@ -1,21 +1,33 @@
-// Vectors of 16 floats: reading, writing, bf16, fused multiply-add, sums in a fixed order, exp and GELU.
-// The vector types are extensions of GCC and clang, which translate them into the instructions of the CPU.
+// Vectors of floats as wide as the CPU's registers: reading, writing, bf16, fused multiply-add, sums in a fixed order,
+// exp and GELU. The vector types are extensions of GCC and clang, which translate them into the CPU's instructions.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #ifdef __SSE2__
 #include <immintrin.h>
+#endif
+#ifdef __ARM_NEON
+#include <arm_neon.h>
 #endif
 
 namespace {
 
-typedef float Floats __attribute__((vector_size(64)));  // takes several registers where these are narrower
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));  // 16 bf16; a bf16 is the upper half of a float
-typedef int8_t Bytes __attribute__((vector_size(16)));
-
-constexpr int LANES = 16;
+// Wider vectors than the CPU's become slow code, with GCC 12 even scalar code.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, REGISTERS = 32;
+#elif defined(__AVX__)
+constexpr int LANES = 8, REGISTERS = 16;
+#elif defined(__SSE2__)
+constexpr int LANES = 4, REGISTERS = 16;
+#else
+constexpr int LANES = 4, REGISTERS = 32;  // as NEON
+#endif
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));  // bf16; a bf16 is the upper half of a float
+using Lanes = std::make_index_sequence<LANES>;
 
 inline size_t round_up(size_t count, size_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
@@ -48,11 +60,11 @@ inline Floats load(const uint16_t *from, int count = LANES) {
     return widen(count >= LANES ? read<Halves>(from) : read<Halves>(from, 2 * count));
 }
 inline void store(float *to, Floats x, int count = LANES) {
-    count >= LANES ? memcpy(to, &x, 64) : memcpy(to, &x, 4 * count);
+    count >= LANES ? memcpy(to, &x, sizeof x) : memcpy(to, &x, 4 * count);
 }
 inline void store(uint16_t *to, Floats x, int count = LANES) {
     Halves half = narrow(x);
-    count >= LANES ? memcpy(to, &half, 32) : memcpy(to, &half, 2 * count);
+    count >= LANES ? memcpy(to, &half, sizeof half) : memcpy(to, &half, 2 * count);
 }
 
 // ---- arithmetic
@@ -63,10 +75,9 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
-    struct Parts { __m256 low, high; };
-    Parts x = read<Parts>(&a), y = read<Parts>(&b), z = read<Parts>(&c);
-    Parts sums = {_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)};
-    return read<Floats>(&sums);
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     return a * b + c;
 #endif
@@ -77,26 +88,20 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #else
 #define PICK(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
 #endif
-// Adds to each lane its neighbour 8, 4, 2 or 1 lanes (stage 0 to 3) further on. Returns the sums of a, then those of b.
-template <int STAGE> inline Floats add_neighbours(Floats a, Floats b) {
-    if (STAGE == 0)
-        return PICK(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-               PICK(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    if (STAGE == 1)
-        return PICK(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-               PICK(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    if (STAGE == 2)
-        return PICK(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
-               PICK(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
-    return PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+// Returns the lane of (a, b), seen as 2 * LANES lanes, that lane `i` of the result of add_neighbours begins with.
+template <int STEP> constexpr int neighbour(int i) {
+    return i % (LANES / 2) / STEP * 2 * STEP + i % STEP + (i < LANES / 2 ? 0 : LANES);
 }
-// Returns the sum of the lanes of x[i] in lane i, for COUNT vectors (a power of two); overwrites x. The order of the
-// additions is always the same.
-template <int COUNT, int STAGE = 0> inline Floats totals(Floats *x) {
+// Adds to each lane its neighbour STEP lanes further on. Returns the sums of a, then those of b.
+template <int STEP, size_t... I> inline Floats add_neighbours(Floats a, Floats b, std::index_sequence<I...>) {
+    return PICK(a, b, neighbour<STEP>(I)...) + PICK(a, b, (neighbour<STEP>(I) + STEP)...);
+}
+// Returns the sum of the lanes of x[i] in lane i, for COUNT vectors (a power of two, at most LANES); overwrites x. The
+// order of the additions is always the same.
+template <int COUNT, int STEP = LANES / 2> inline Floats totals(Floats *x) {
     constexpr int LEFT = COUNT > 1 ? COUNT / 2 : 1;
-    for (int i = 0; i < LEFT; i++) x[i] = add_neighbours<STAGE>(x[2 * i], COUNT > 1 ? x[2 * i + 1] : x[2 * i]);
-    if constexpr (STAGE < 3) return totals<LEFT, STAGE + 1>(x);
+    for (int i = 0; i < LEFT; i++) x[i] = add_neighbours<STEP>(x[2 * i], x[COUNT > 1 ? 2 * i + 1 : 0], Lanes{});
+    if constexpr (STEP > 1) return totals<LEFT, STEP / 2>(x);
     return x[0];
 }
 inline float total(Floats x) { return totals<1>(&x)[0]; }
