@@ -16,6 +16,7 @@ from paths import ROOT
 
 from gpt.files import lock_file, make_private
 from gpt.kernels import build
+from gpt.kernels.measure import cpu_identity
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="nothing is built on Windows")
 WORKS = 'cp "$LIBRARY" "$TARGET"'
@@ -96,6 +97,7 @@ def test_fault_117_the_cache_folder_is_private_and_holds_nothing_but_the_library
 START_FIFTY = """
 import os
 from gpt.kernels import build
+from gpt.kernels.measure import cpu_identity
 children = []
 for _ in range(50):
     child = os.fork()
@@ -373,6 +375,14 @@ def test_fault_119_other_flags_get_a_library_of_their_own(compiler, monkeypatch)
 
 # ---- other CPUs
 
+KERNEL_TESTS = [f"tests/kernels/test_native_{name}.py" for name in ("attention", "model", "sampler")]
+X86 = {
+    "x86-64": "sse2",
+    "x86-64-v2": "sse4_2",
+    "x86-64-v3": "avx2",
+    "x86-64-v4": "avx512bw",
+}  # level -> a flag of it
+
 
 @pytest.mark.parametrize("cpu", ["aarch64 -mcpu=neoverse-n1", "aarch64 -march=armv8-a", "riscv64"])
 @pytest.mark.parametrize("purpose", build.SOURCES)
@@ -382,15 +392,20 @@ def test_the_sources_compile_for_other_cpus_without_a_warning(tmp_path, purpose,
     if compiler is None:
         pytest.skip(f"needs a cross compiler: apt-get install g++-{machine}-linux-gnu")
     sources = [str(build.FOLDER / name) for name in build.SOURCES[purpose]]
-    command = [
-        compiler,
-        *build.COMMON,
-        *flags,
-        "-fopenmp",
-        "-Wall",
-        "-Werror",
-        *sources,
-        "-o",
-        f"{tmp_path}/library.so",
-    ]
-    subprocess.run(command, check=True)
+    library = tmp_path / "library.so"
+    subprocess.run([compiler, *build.COMMON, *flags, "-Wall", "-Werror", *sources, "-o", str(library)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [*(f"c++ -march={level}" for level in X86), "clang++ -march=native"])
+def test_code_of_other_compilers_and_for_other_cpus_passes_the_tests_of_the_kernels(tmp_path, command):
+    program, flag = command.split()
+    level = flag.removeprefix("-march=")
+    if not shutil.which(program) or (level in X86 and X86[level] not in str(cpu_identity())):
+        pytest.skip(f"needs {program} and a CPU with the instructions of {level}")
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/bash\nexec {program} "${{@/-march=native/{flag}}}"\n')
+    compiler.chmod(0o755)
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *KERNEL_TESTS]
+    run = subprocess.run(tests, cwd=ROOT, env=os.environ | {"CXX": str(compiler)}, capture_output=True, text=True)
+    assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout
