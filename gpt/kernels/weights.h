@@ -90,7 +90,7 @@ inline void add_products(Ints &sum, Int8Weights weight, Ints input) {
 #ifdef __AVX512F__
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(input));
 #else
-    asm("{vex} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(weight), "x"(input));
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(weight), "x"(input));
 #endif
 }
 #elif defined(__AVX2__) && !defined(__AVX512F__)

@@ -376,24 +376,29 @@ def test_fault_119_other_flags_get_a_library_of_their_own(compiler, monkeypatch)
 # ---- other CPUs
 
 KERNEL_TESTS = [f"tests/kernels/test_native_{name}.py" for name in ("attention", "model", "sampler")]
-X86 = {
-    "x86-64": "sse2",
-    "x86-64-v2": "sse4_2",
-    "x86-64-v3": "avx2",
-    "x86-64-v4": "avx512bw",
-}  # level -> a flag of it
+X86 = {"x86-64": "sse2", "x86-64-v2": "sse4_2", "x86-64-v3": "avx2", "x86-64-v4": "avx512bw"}  # level, one of its flags
+OTHERS = [  # machine and flag of its compiler, instruction of each int8 product
+    ("aarch64 -mcpu=neoverse-n1", "sdot"),
+    ("aarch64 -march=armv8-a", "sadalp"),
+    pytest.param("x86_64 -march=alderlake", "{vex} vpdpbusd", marks=pytest.mark.slow),
+    pytest.param("x86_64 -march=sapphirerapids", "vpdpbusd", marks=pytest.mark.slow),
+    pytest.param("riscv64 -march=rv64gc", "mulw", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("cpu", ["aarch64 -mcpu=neoverse-n1", "aarch64 -march=armv8-a", "riscv64"])
-@pytest.mark.parametrize("purpose", build.SOURCES)
-def test_the_sources_compile_for_other_cpus_without_a_warning(tmp_path, purpose, cpu):
-    machine, *flags = cpu.split()
-    compiler = shutil.which(f"{machine}-linux-gnu-g++")
-    if compiler is None:
-        pytest.skip(f"needs a cross compiler: apt-get install g++-{machine}-linux-gnu")
-    sources = [str(build.FOLDER / name) for name in build.SOURCES[purpose]]
-    library = tmp_path / "library.so"
-    subprocess.run([compiler, *build.COMMON, *flags, "-Wall", "-Werror", *sources, "-o", str(library)], check=True)
+@pytest.mark.parametrize(("target", "instruction"), OTHERS)
+def test_the_code_for_other_cpus_gives_no_warning_and_multiplies_bytes_as_they_do(tmp_path, target, instruction):
+    machine, flag = target.split()
+    compiler, disassembler = f"{machine}-linux-gnu-g++", f"{machine}-linux-gnu-objdump"
+    if not shutil.which(compiler):
+        pytest.skip(f"needs a compiler for another CPU: apt-get install g++-{machine.replace('_', '-')}-linux-gnu")
+    sources = [str(build.FOLDER / name) for names in build.SOURCES.values() for name in names]
+    library = str(tmp_path / "library.so")
+    warnings = ["-Wall", "-Werror", "-Wno-maybe-uninitialized"]  # the last is false in GCC 12's own <immintrin.h>
+    subprocess.run([compiler, *build.COMMON, flag, *warnings, *sources, "-o", library], check=True)
+    code = subprocess.run([disassembler, "--disassemble", "--demangle", library], capture_output=True, text=True)
+    products = [function for function in code.stdout.split("\n\n") if re.match(r".* <.*\btile<.*\bInt8,", function)]
+    assert products and all(instruction in product for product in products)
 
 
 @pytest.mark.slow
