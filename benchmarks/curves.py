@@ -1,7 +1,6 @@
 """Scores the snapshots of learning_curve.py on the whole validation split; its figures, table and plot."""
 
 import contextlib
-import json
 import math
 import statistics
 from collections.abc import Callable
@@ -76,12 +75,17 @@ def mean_loss(losses: Callable, ids, window: int) -> float:
 # ---- figures
 
 
+def summaries(runs: list[dict], programs: list[str], target: float) -> dict:
+    """Returns the `summary` of each program that has run."""
+    return {name: summary(runs, name, target) for name in programs if any(run["program"] == name for run in runs)}
+
+
 def summary(runs: list[dict], program: str, target: float) -> dict:
-    """Returns a program's medians over the seeds; None for a loss that most runs do not reach. Ratios are to nanoGPT's
-    run with the same seed."""
+    """Returns a program's medians over the seeds so far; None for a loss that most runs do not reach. Ratios are to
+    nanoGPT's run with the same seed."""
     peers = {run["seed"]: run for run in runs if run["program"] == NANOGPT}
     by_seed = [figures_of(run, peers.get(run["seed"]), target) for run in runs if run["program"] == program]
-    medians = {name: statistics.median(figures[name] for figures in by_seed) for name in by_seed[0]}
+    medians = {name: statistics.median(each[name] for each in by_seed if name in each) for name in by_seed[0]}
     return {name: value if math.isfinite(value) else None for name, value in medians.items()}
 
 
@@ -122,12 +126,11 @@ def print_summary(record: dict) -> None:
         "at_peer_wall": "loss at nanoGPT's wall",
         "kept_seconds": "s keeping weights",
     }
-    print(f"\nmedian of {record['settings']['seeds']}; nats per byte of the whole validation split\n")
+    print(f"\nmedians of {len(record['runs'])} runs; nats per byte of the whole validation split\n")
     lines = [["program", *columns.values()]]
     for program, figures in record["summary"].items():
         lines.append([program, *(cell(name, figures) for name in columns)])
     print_columns(lines)
-    print(json.dumps(record["machine"]))
 
 
 def cell(name: str, figures: dict) -> str:

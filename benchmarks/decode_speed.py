@@ -5,20 +5,20 @@
     python benchmarks/decode_speed.py --ablation
 
 Each program runs in a process of its own, which is stopped while another program runs. First the greedy text of each
-program is checked; then every program generates once in each round, and each round begins with another program. On a
-GPU, the default is our own back ends on four sizes and batch 1, 8, 64."""
+program is checked; then every program generates once in each round, and each round begins with another program. The
+file --json is written whenever a program has generated, and the table after every round. On a GPU, the default is our
+own back ends on four sizes and batch 1, 8, 64."""
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
 
 import weights
-from machine import default_device, default_threads, describe_machine, warn_of_load
+from machine import default_device, default_threads, hold_to_avx2, open_record
 from reference import Reference
-from report import print_tables, rates, tell
+from report import print_table, print_tables, rates, reporting, show_so_far, tell
 from workers import Absent, Worker, guarded, in_turn
 
 PEERS = (
@@ -41,10 +41,16 @@ EXACT = {"fp32", "f32"}  # options that mean fp32 throughout
 
 def main() -> None:
     config = parse(sys.argv[1:])
-    record = {"machine": describe_machine(config.device), "settings": vars(config) | {"work": str(config.work)}}
-    record |= {"absent": {}, "bandwidth": {}, "results": []}
+    if config.isa == "avx2":
+        hold_to_avx2(config.work)
+    record = open_record(config, config.device, absent={}, bandwidth={}, results=[])
+    with reporting(config, record, print_tables) as save:
+        measure_all(config, record, save)
+
+
+def measure_all(config, record, save):
+    """Measures every model at every batch until the minutes are over; adds the figures to the record."""
     deadline = time.monotonic() + 60 * config.minutes if config.minutes else float("inf")
-    warn_of_load(record["machine"])
     for model in config.model:
         if time.monotonic() > deadline:
             break
@@ -53,13 +59,10 @@ def main() -> None:
         try:
             start_all(config, folder, record, programs, deadline)
             for batch in config.batch:
-                measure(config, folder, batch, programs, record, deadline)
-                write(config, record)
+                measure(config, folder, batch, programs, record, deadline, save)
         finally:
             for program in programs:
                 program.close()
-    write(config, record)
-    print_tables(record)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -83,6 +86,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--minutes", type=float, default=0, help="wait for nothing after this time; 0 = no limit")
     add("--threads", type=int, default=default_threads(), help="CPU threads (default %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if a GPU is found")
+    add("--isa", choices=("avx2",), help="let every program use AVX2 at most; llama.cpp must be built so")
     add("--work", type=Path, default=Path("out/benchmarks"), help="folder for weights and logs (default %(default)s)")
     add("--optimum_cli", default="optimum-cli", help="the program that converts for OpenVINO (default %(default)s)")
     add("--json", help="file for all figures")
@@ -112,9 +116,11 @@ def start_all(config, folder, record, programs, deadline):
         guarded(record, programs[-1], lambda program: program.wait_loaded())
 
 
-def measure(config, folder, batch, programs, record, deadline):
-    """Checks every program at this batch, then runs the rounds; adds the figures to the record."""
+def measure(config, folder, batch, programs, record, deadline, save):
+    """Checks every program at this batch, then runs the rounds; adds the figures to the record and saves it whenever a
+    program has generated."""
     results = checked(config, folder, batch, programs, record)
+    record["results"] += results.values()
     for number in range(config.pairs):
         if time.monotonic() > deadline:
             break
@@ -124,9 +130,10 @@ def measure(config, folder, batch, programs, record, deadline):
                 guarded(record, program, read_memory, MEGABYTES[config.device], record["bandwidth"])
             elif program.name in results:
                 guarded(record, program, one_round, folder, batch, config, results[program.name]["rounds"])
-    for result in results.values():
-        result |= rates(result, config, record, folder)
-    record["results"] += results.values()
+            for result in results.values():
+                result |= rates(result, config, record, folder)
+            save()
+        show_so_far(print_table, f"{folder.name}, batch {batch}", results.values())
 
 
 def checked(config, folder, batch, programs, record):
@@ -168,12 +175,6 @@ def one_round(program, folder, batch, config, rounds):
     if lengths != {config.new_tokens}:
         raise Absent(f"texts of {lengths} tokens instead of {config.new_tokens}")
     rounds.append({"first": first, "whole": whole})
-
-
-def write(config, record: dict) -> None:
-    """Writes all figures so far to the file --json."""
-    if config.json:
-        Path(config.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def read_memory(program, sizes, bandwidth):

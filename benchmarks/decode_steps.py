@@ -6,18 +6,19 @@
 
 For each number of rows, context and sampler it prints a line: a step, tokens/s of all rows in the steps alone, the time
 to the first tokens, tokens/s with the prompts, and the seconds of the first call, which compiles and captures. Each is
-the best of several runs. Then a greedy text is compared with the choices of the same model without a cache; the exit
-code is 1 if they differ by more than rounding."""
+the best of several runs, and the file --json is written after it. Then a greedy text is compared with the choices of
+the same model without a cache; the exit code is 1 if they differ by more than rounding."""
 
 import argparse
 import math
 import sys
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
-from decode_speed import write
-from machine import default_device, describe_machine, warn_of_load
+from machine import default_device, open_record
+from report import reporting
 from text_checks import NAMES, largest_gap
 from weights import SIZES, VOCABULARY, enliven
 
@@ -37,29 +38,37 @@ KERNELS = 16  # that --profile shows
 
 def main() -> int:
     config = parse(sys.argv[1:])
-    record = {"machine": describe_machine(config.device), "settings": vars(config), "results": []}
-    warn_of_load(record["machine"])
+    record = open_record(config, config.device, results=[])
+    with reporting(config, record, print_end) as save:
+        return measure_all(config, record, save)
+
+
+def measure_all(config: argparse.Namespace, record: dict, save: Callable[[], None]) -> int:
+    """Adds the figures of every number of rows, context and sampler to the record. Returns the exit code."""
     torch.manual_seed(0)
     layers, heads, width = SIZES[config.model]
     model = GPT(ModelConfig(n_layer=layers, n_head=heads, n_embd=width), VOCABULARY)
     enliven(model)
     backend = BACKENDS[config.backend](model.to(config.device, DTYPES[config.dtype]).eval())
-    print(f"{config.model}, {config.backend}, {config.dtype}, {record['machine']['device']}")
-    print(HEADS, flush=True)
+    print(f"{config.model}, {config.backend}, {config.dtype}", HEADS, sep="\n", flush=True)
     for rows in config.rows:
         decoder = Decoder(backend, rows, EOT)
         for prompt in config.contexts:
             for name in SAMPLERS:
                 record["results"].append(measure(decoder, rows, prompt, name, config))
-                write(config, record)
+                save()
         if config.profile:
             profile_steps(decoder, rows, config)
     gap, bound = greedy_gap(backend, config), 1e-3 if config.dtype == "fp32" else 0.5  # the logits' deviation is 2
-    record["greedy_gap"] = gap
-    write(config, record)
-    greedy = ", ".join(f"{r['speed']:,.0f} ({r['rows']})" for r in record["results"] if r["sampler"] == "greedy")
-    print(f"greedy against uncached: gap {gap:.1e}, {'pass' if gap < bound else 'FAIL'}; tok/s (rows) {greedy}")
+    record |= {"greedy_gap": gap, "greedy": "pass" if gap < bound else "FAIL"}
     return int(not gap < bound)
+
+
+def print_end(record: dict) -> None:
+    """Prints the last line: the greedy text's gap, unless the program was stopped, and the speeds of greedy texts."""
+    gap = f"gap {record['greedy_gap']:.1e}, {record['greedy']}" if "greedy" in record else "not compared"
+    speeds = ", ".join(f"{r['speed']:,.0f} ({r['rows']})" for r in record["results"] if r["sampler"] == "greedy")
+    print(f"greedy against uncached: {gap}; tok/s (rows) {speeds}")
 
 
 def parse(words: list[str]) -> argparse.Namespace:

@@ -2,26 +2,30 @@
 
     python benchmarks/gpu_run.py --nanogpt ../nanoGPT
     python benchmarks/gpu_run.py --only triton_sampler,captured-bf16
+    python benchmarks/gpu_run.py --carried FOLDER
     python benchmarks/gpu_run.py --device cpu
 
 Each step runs in a process group of its own, under a time limit. Timings run alone. Checks run side by side, because
 they need no quiet. When a step ends, the last lines of its output are printed. The folder --out gets each step's whole
-output, the figures as JSON, and gpu_run.json with the table. The table is printed last. The exit code is 1 if a step
-failed or exceeded its limit.
+output, the figures as JSON, and gpu_run.json with the table. The table is printed last, also after Ctrl-C or SIGTERM.
+The exit code is 1 if a step failed or exceeded its limit.
 
-The step `text` needs GPT-2's tokenizer: set TIKTOKEN_CACHE_DIR to a folder with its files, or the step is left out."""
+A machine without a network finds what it lacks in the folder --carried: wheels in FOLDER/wheels, those of dependencies
+too, and GPT-2's tokenizer in FOLDER/tiktoken_cache. To fill the folder elsewhere, see benchmarks/README.md. Packages
+that the machine has in any version stay as they are. Without the tokenizer's files, there or in TIKTOKEN_CACHE_DIR, the
+step `text` is left out."""
 
 import argparse
-import json
 import os
-import signal
 import sys
 import tempfile
 from pathlib import Path
 
-from machine import default_device, describe_machine
+from carried import CACHE, find_tokenizer, install_wheels, missing
+from machine import default_device, open_record
 from project import ROOT
-from steps import Step, run_steps
+from report import reporting
+from steps import Step, print_steps, run_steps
 from text_checks import SPEED
 
 PROOFS = {  # groups of prove_cuda.py's checks
@@ -37,12 +41,14 @@ TRAIN = {
 
 def main() -> int:
     config = parse(sys.argv[1:])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the steps first
-    record = {"machine": describe_machine(config.device), "steps": []}
-    print(json.dumps(record["machine"]), f"figures: {config.out}", sep="\n", flush=True)
     with tempfile.TemporaryDirectory(prefix="gpt-gpu-", ignore_cleanup_errors=True) as work:
+        if config.carried:
+            install_wheels(config.carried, Path(work, "site"))
+        record = open_record(config, config.device, missing=missing(), steps=[])
+        print(f"not found: {', '.join(record['missing']) or 'nothing'}; figures: {config.out}", flush=True)
         groups = [[step for step in group if step.name in config.only] for group in plan(config, Path(work))]
-        return run_steps(groups, config.minutes, config.out, record)
+        with reporting(config, record, print_steps) as save:
+            return run_steps(groups, config.minutes, config.out, record, save)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -53,12 +59,15 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--out", type=Path, help="folder for outputs and figures (default: $OUT if set, else a new temporary one)")
     add("--only", help="steps, separated by commas (default: all)")
     add("--nanogpt", metavar="PATH", help="a checkout of nanoGPT to compare training with")
+    add("--carried", type=Path, metavar="FOLDER", help="where missing packages and tokenizer files are, see above")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the program out (default %(default)s)")
     config = parser.parse_args(words)
     if config.device == "cuda" and default_device() != "cuda":
         parser.error("torch finds no GPU; --device cpu tries the program out")
     config.out = Path(config.out or os.environ.get("OUT") or tempfile.mkdtemp(prefix="gpt-gpu-run-"))
     config.out.mkdir(parents=True, exist_ok=True)
+    config.json = config.out / "gpu_run.json"
+    find_tokenizer(config.carried)
     names = [step.name for group in plan(config, Path()) for step in group]
     config.only = config.only.split(",") if config.only else names
     for name in config.only:
@@ -93,7 +102,7 @@ def plan(config: argparse.Namespace, work: Path) -> list[list[Step]]:
     later = [("eager", "bf16", "1,64"), ("compiled", "bf16", "1,64"), ("captured", "fp16", "1,64")]
     groups = [tests(config.device), decode("captured", "bf16", "1,8,64"), [train], proofs]
     groups += [decode(*form) for form in [*later, ("captured", "fp32", "1,64")]]
-    return groups + [[text]] * (config.device == "cpu" or "TIKTOKEN_CACHE_DIR" in os.environ)
+    return groups + [[text]] * (config.device == "cpu" or CACHE in os.environ)
 
 
 def tests(device: str) -> list[Step]:

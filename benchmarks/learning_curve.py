@@ -5,9 +5,10 @@
 
 The text is read as bytes; its last tenth is for validation. Runs follow each other on the same cores, each in a process
 of its own. The time of a run is that of the whole command, with start-up, evaluations and checkpoints, without
-preparing the data. On the way, weights are kept. Afterwards one scorer reads the whole validation split with each of
-them, in windows of 64 bytes that do not overlap, or of the model's context if that is shorter. A loss counts as
-reached at the first kept weights with this loss or a lower one; nothing is interpolated.
+preparing the data. On the way, weights are kept. After each run one scorer reads the whole validation split with each
+of them, in windows of 64 bytes that do not overlap, or of the model's context if that is shorter. A loss counts as
+reached at the first kept weights with this loss or a lower one; nothing is interpolated. The file --json is written,
+and the table shown, after every run.
 
 nanoGPT runs from a copy of its files, with the command line of its README and the vocabulary that its own prepare.py
 would make of the text. Two things are changed: its seed is increased by the number of the run, and the weights that it
@@ -24,10 +25,10 @@ import sys
 import time
 from pathlib import Path
 
-from curves import NANOGPT, ids_of, plot, print_summary, score, summary
-from machine import default_threads, describe_machine
+from curves import NANOGPT, ids_of, plot, print_summary, score, summaries
+from machine import default_threads, open_record
 from project import ROOT
-from report import tell
+from report import reporting, show_so_far, tell
 from workers import in_turn
 
 RECIPE = (  # nanoGPT's README, "I only have a macbook"
@@ -47,20 +48,18 @@ def main() -> None:
     text = config.text.read_bytes()
     prepare_ours(config)
     vocabulary = prepare_nanogpt(config, text) if config.nanogpt else None
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(config).items()}
-    record = {"machine": describe_machine("cpu"), "settings": settings, "runs": []}
+    record = open_record(config, "cpu", runs=[], summary={})
     programs = [*config.presets, *([NANOGPT] if config.nanogpt else [])]
-    for seed in range(config.seeds):
-        for program in in_turn(programs, seed):
-            record["runs"].append(run_once(config, program, seed))
-    stream = text[split_at(text) :]
-    for number, run in enumerate(record["runs"], 1):
-        tell(f"scoring run {number} of {len(record['runs'])}")
-        score(config, run, stream, vocabulary)
-    record["summary"] = {program: summary(record["runs"], program, config.target) for program in programs}
-    if config.json:
-        Path(config.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print_summary(record)
+    with reporting(config, record, print_summary) as save:
+        for seed in range(config.seeds):
+            for program in in_turn(programs, seed):
+                run = run_once(config, program, seed)
+                tell("  scoring")
+                score(config, run, text[split_at(text) :], vocabulary)
+                record["runs"].append(run)
+                record["summary"] = summaries(record["runs"], programs, config.target)
+                save()
+                show_so_far(print_summary, record)
     plot(config, record)
 
 

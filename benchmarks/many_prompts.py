@@ -9,19 +9,19 @@ and most programs run batches so. "unpadded" saves that work, as the refilled ro
 that refilling gains over it comes from rows that do not wait.
 
 On the native back end all ways must give the same texts. On others padding changes the shape of products and so their
-rounding; the share of equal texts is reported."""
+rounding; the share of equal texts is reported. The file --json is written whenever a way is done."""
 
 import argparse
 import contextlib
-import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import weights
-from machine import default_threads
-from report import tell
+from machine import default_threads, open_record
+from report import reporting, show_so_far, tell
 from workers import in_turn
 
 PROMPT_TOKENS, NEW_TOKENS = (5, 400), (10, 200)  # least, most
@@ -29,6 +29,7 @@ PROMPT_TOKENS, NEW_TOKENS = (5, 400), (10, 200)  # least, most
 
 def main() -> None:
     config = parse(sys.argv[1:])
+    record = open_record(config, config.device, rounds=[], equal=[], ratios={})
     folder = weights.make_weights(config.work, config.model)
     generator = load(config, folder)
     prompts, lengths, params = task(generator, folder, config)
@@ -38,13 +39,11 @@ def main() -> None:
         "unpadded": lambda: fixed(generator, prompts, lengths, params, padded=False),
     }
     refilled(generator, prompts[: config.rows], params[: config.rows])  # warm up
-    record = {"settings": vars(config) | {"work": str(config.work)}, "backend": generator.backend}
-    record |= {"tokens": sum(each.max_new_tokens for each in params), "rounds": [], "equal": []}
-    for number in range(config.rounds):
-        seconds, equal = one_round(ways, number, params, exact=generator.backend == "native")
-        record["rounds"].append(seconds)
-        record["equal"].append(equal)
-    report(config, record)
+    record |= {"backend": generator.backend, "tokens": sum(each.max_new_tokens for each in params)}
+    with reporting(config, record, report) as save:
+        for number in range(config.rounds):
+            one_round(ways, number, params, record, save)
+            show_so_far(report, record)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -92,22 +91,28 @@ def task(generator, folder: Path, config) -> tuple[list[str], list[int], list]:
     return texts, encoded, [generator.params(max_new_tokens=int(limit), **settings) for limit in limits]
 
 
-def one_round(ways: dict, number: int, params: list, exact: bool) -> tuple[dict, dict]:
-    """Runs each way once. Returns by way the seconds, and the share of texts that equal those of the refilled rows. All
-    texts must have the length asked for; if `exact`, all must be equal."""
+def one_round(ways: dict, number: int, params: list, record: dict, save: Callable) -> None:
+    """Runs each way once. Adds to the record the seconds by way; and for each way but refilling, the ratio and the
+    share of texts that equal those of the refilled rows. All texts must have the length asked for; on the native back
+    end all must be equal."""
     seconds, texts_of = {}, {}
+    record["rounds"].append(seconds)
     for name in in_turn(list(ways), number):
         tell(f"round {number + 1}: {name}")
         start = time.perf_counter()
         texts_of[name] = ways[name]()
         seconds[name] = time.perf_counter() - start
-    expected, equal = texts_of["refilled"], {}
-    for name, texts in texts_of.items():
-        lengths = [len(texts[prompt_id]) for prompt_id in range(1, len(params) + 1)]
+        lengths = [len(texts_of[name][prompt_id]) for prompt_id in range(1, len(params) + 1)]
         assert lengths == [each.max_new_tokens for each in params], f"{name}: texts of other lengths than asked for"
+        save()
+    expected, equal = texts_of.pop("refilled"), {}
+    for name, texts in texts_of.items():
         equal[name] = sum(texts[prompt_id] == expected[prompt_id] for prompt_id in expected) / len(expected)
+        exact = record["backend"] == "native"
         assert equal[name] == 1 or not exact, f"{name}: {equal[name]:.1%} of the texts are those of refilled rows"
-    return seconds, equal
+        record["ratios"].setdefault(name, []).append(seconds[name] / seconds["refilled"])
+    record["equal"].append(equal)
+    save()
 
 
 def refilled(generator, prompts: list[str], params: list, first_id: int = 1) -> dict[int, list[int]]:
@@ -148,21 +153,18 @@ def padded_to(tokens: int):
         Step.prefill = plain
 
 
-def report(config, record: dict) -> None:
-    """Prints speeds and ratios, and writes the record to --json."""
-    rounds, tokens = record["rounds"], record["tokens"]
-    others = [name for name in rounds[0] if name != "refilled"]
-    record["ratios"] = {name: [each[name] / each["refilled"] for each in rounds] for name in others}
-    speeds = {name: tokens / statistics.median(each[name] for each in rounds) for name in rounds[0]}
-    print(f"{config.prompts} prompts, {tokens} new tokens, {config.rows} rows, {config.model}, {record['backend']}")
-    for name, speed in speeds.items():
+def report(record: dict) -> None:
+    """Prints the speeds of all ways, and the ratios of the whole rounds."""
+    rounds, settings = record["rounds"], record["settings"]
+    shape = f"{settings['prompts']} prompts, {record['tokens']} new tokens, {settings['rows']} rows"
+    print(f"{shape}, {settings['model']}, {record['backend']}")
+    for name in dict.fromkeys(name for each in rounds for name in each):
+        speed = record["tokens"] / statistics.median(each[name] for each in rounds if name in each)
         print(f"  {name:8} {speed:8.1f} tok/s")
     for name, ratios in record["ratios"].items():
         same = min(each[name] for each in record["equal"])
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
         print(f"  refilled / {name}: {ratio}; {same:.1%} of the texts equal")
-    if config.json:
-        Path(config.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

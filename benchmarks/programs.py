@@ -6,6 +6,7 @@ follow each; end-of-text does not end a text. Without `greedy` it samples with t
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -170,14 +171,15 @@ class OpenVINO:
 
 class LlamaCpp:
     """llama.cpp through the C interface of llama-cpp-python, whose Python class takes no batches. Options: f32, f16 or
-    q8_0. The cache is in F16, llama.cpp's default."""
+    q8_0. The cache is in F16, llama.cpp's default. `version` also names what it was built with, such as AVX2."""
 
     CONTEXT = 1024
 
     def __init__(self, folder, options, threads, device):
         import llama_cpp
 
-        self.api, self.version = llama_cpp, llama_cpp.__version__
+        built_with = re.findall(r"(\w+) = 1", llama_cpp.llama_print_system_info().decode())
+        self.api, self.version = llama_cpp, f"{llama_cpp.__version__} ({' '.join(built_with)})"
         path = weights.for_llamacpp(folder, options[0])
         settings = llama_cpp.llama_model_default_params()
         settings.n_gpu_layers = 999 if device == "cuda" else 0

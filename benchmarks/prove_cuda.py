@@ -26,7 +26,7 @@ from pathlib import Path
 import text_checks
 import training_checks
 from apart import end_with_parent, run_apart
-from machine import default_device, describe_machine
+from machine import default_device, describe_machine, headline
 from proof import CheckFailed, Proof
 from report import print_columns
 
@@ -63,7 +63,7 @@ def main() -> int:
     if config.here:
         return run_here(Proof(config.out, config.here, config.device, config.thorough))
     deadline = time.monotonic() + 60 * config.minutes if config.minutes else math.inf
-    print(json.dumps(describe_machine(config.device)), flush=True)
+    print(headline(describe_machine(config.device)), flush=True)
     lines = []
     for name in config.only:
         started = time.monotonic()

@@ -7,26 +7,25 @@ A form is a precision and a back end. Every form reads the same windows of the t
 step that generates."""
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
 
-from machine import default_threads
-from report import tell
+from machine import default_threads, open_record
+from report import print_columns, reporting, tell
 
 REFERENCE = "fp32:eager"
 
 
 def main() -> None:
     config = parse(sys.argv[1:])
-    reference = run_form(config, REFERENCE)
-    results = [summary(REFERENCE, reference, reference)]
-    for form in config.forms.split(","):
-        results.append(summary(form, run_form(config, form), reference))
-    print_results(results)
-    if config.json:
-        Path(config.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    record = open_record(config, config.device, results=[])
+    with reporting(config, record, print_results) as save:
+        reference = run_form(config, REFERENCE)
+        record["results"].append(summary(REFERENCE, reference, reference))
+        for form in config.forms.split(","):
+            record["results"].append(summary(form, run_form(config, form), reference))
+            save()
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -116,12 +115,10 @@ def summary(form: str, measured: tuple, reference: tuple) -> dict:
     }
 
 
-def print_results(results: list[dict]) -> None:
+def print_results(record: dict) -> None:
     """Prints one line for each form."""
-    from report import print_columns
-
     lines = [["form", "perplexity", "change", "logit error", "same first choice"]]
-    for result in results:
+    for result in record["results"]:
         line = [result["form"], f"{result['perplexity']:.4f}", f"{result['change']:+.3%}"]
         lines.append([*line, f"{result['rms_error']:.3%}", f"{result['same_choice']:.2%}"])
     print_columns(lines)

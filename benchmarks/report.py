@@ -1,12 +1,42 @@
-"""Figures and tables of decode_speed.py, and what all programs print: columns, ratios, progress."""
+"""Figures and tables of decode_speed.py, and what all programs share: file of figures, columns, ratios, progress."""
 
+import argparse
+import contextlib
 import json
 import math
+import signal
 import statistics
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from weights import Whole
+
 BYTES = {"fp32": 4, "f32": 4, "bf16": 2, "f16": 2, "fp16": 2, "int8": 1, "q8_0": 34 / 32}  # of a weight
+
+
+@contextlib.contextmanager
+def reporting(config: argparse.Namespace, record: dict, show: Callable[[dict], None]) -> Iterator[Callable[[], None]]:
+    """Yields a function that writes all figures so far to the file --json. At the end of the block, also after an
+    error, Ctrl-C or SIGTERM, writes them once more and calls show(record)."""
+
+    def save() -> None:
+        if config.json:
+            with Whole(Path(config.json)) as unfinished:
+                unfinished.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+
+    def stop(number: int, _frame) -> None:
+        record["stopped"] = signal.Signals(number).name
+        sys.exit(128 + number)
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield save
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        save()
+        show(record)
 
 
 def rates(result: dict, config, record: dict, folder: Path) -> dict:
@@ -59,7 +89,7 @@ def ratios(ours: dict, theirs: dict) -> tuple[float, float, float]:
 def print_tables(record: dict) -> None:
     """Prints a table for each model and batch, the bandwidth, and which programs are absent."""
     for model, batch in dict.fromkeys((result["model"], result["batch"]) for result in record["results"]):
-        chosen = [r for r in record["results"] if (r["model"], r["batch"]) == (model, batch) and "speeds" in r]
+        chosen = [r for r in record["results"] if (r["model"], r["batch"]) == (model, batch)]
         print_table(f"{model}, batch {batch}", chosen)
     if record["bandwidth"]:
         print("\nread from memory, GB/s, median (least-greatest):")
@@ -67,13 +97,13 @@ def print_tables(record: dict) -> None:
             print(f"  {megabytes:>5} MB  {statistics.median(speeds):6.1f} ({min(speeds):.1f}-{max(speeds):.1f})")
     for name, reason in record["absent"].items():
         print(f"absent: {name}: {reason}")
-    print(json.dumps(record["machine"]))
 
 
-def print_table(title: str, results: list[dict]) -> None:
-    """Prints one line for each program: tokens/s of all texts together from prompt to end, of the decode steps alone,
-    milliseconds to the first token, share of the measured bandwidth, greedy agreement, and for each of our programs how
-    many times as fast it is."""
+def print_table(title: str, results: Iterable[dict]) -> None:
+    """Prints one line for each program that has figures: tokens/s of all texts together from prompt to end, of the
+    decode steps alone, milliseconds to the first token, share of the measured bandwidth, greedy agreement, and for each
+    of our programs how many times as fast it is."""
+    results = [result for result in results if "speeds" in result]
     ours = [result for result in results if result["program"].startswith("ours")]
     print(f"\n{title}; tok/s median (least-greatest)\n")
     heads = ["program", "tok/s", "decode", "first ms", "share", "equal", "deficit"]
@@ -87,6 +117,12 @@ def print_table(title: str, results: list[dict]) -> None:
         line += [f"{agreement['equal']:.0%}", f"{agreement['deficit']:.2g}"]
         lines.append([*line, *("{:.2f} ({:.2f}-{:.2f})".format(*ratios(mine, result)) for mine in ours)])
     print_columns(lines)
+
+
+def show_so_far(print_table: Callable[..., None], *arguments) -> None:
+    """Calls print_table(*arguments), whose output goes to stderr, as all progress does."""
+    with contextlib.redirect_stdout(sys.stderr):
+        print_table(*arguments)
 
 
 def print_columns(lines: list[list[str]]) -> None:

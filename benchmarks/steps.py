@@ -1,9 +1,8 @@
-"""Runs the steps of gpu_run.py, each in a process group of its own under a time limit, and prints a table of them."""
+"""Runs the steps of gpu_run.py, each in a process group of its own under a time limit; prints a table of them."""
 
 import contextlib
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,17 +23,20 @@ class Step:
     command: list
 
 
-def run_steps(groups: list[list[Step]], minutes: float, out: Path, record: dict) -> int:
-    """Runs the groups one after the other, writes each step to `record` and to the file gpu_run.json, prints the table.
-    Returns the exit code."""
+def run_steps(groups: list[list[Step]], minutes: float, out: Path, record: dict, save: Callable[[], None]) -> int:
+    """Runs the groups one after the other, adds each step to `record` and saves it. Returns the exit code."""
     deadline = time.monotonic() + 60 * minutes
     for group in groups:
         for line in run_group(group, deadline - time.monotonic(), out):
             record["steps"].append(line)
-            (out / "gpu_run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            save()
+    return int(any(state in ("FAIL", "TIME") for _, state, *_ in record["steps"]))
+
+
+def print_steps(record: dict) -> None:
+    """Prints the table of the steps so far."""
     print()
     print_columns([["step", "state", "seconds", "found"], *record["steps"]])
-    return int(any(state in ("FAIL", "TIME") for _, state, *_ in record["steps"]))
 
 
 def run_group(group: list[Step], left: float, out: Path) -> Iterator[list[str]]:
@@ -59,6 +61,6 @@ def line_of(name: str, state: str, reason: str, seconds: float, log: Path) -> li
     """Prints the last lines of a step's output; returns the step's line of the table."""
     output = log.read_text(encoding="utf-8", errors="replace").splitlines()
     print(f"\n=== {name}: {state}, {seconds:.0f} s", *output[-SHOWN:], sep="\n", flush=True)
-    last = [words for words in output if words.strip() and not words.startswith("{")][-1:]
+    last = [words for words in output if words.strip()][-1:]
     found = " ".join("".join(last).replace("|", " ").split())[:100]
     return [name, state, f"{seconds:.0f}", reason or found]

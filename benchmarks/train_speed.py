@@ -6,21 +6,22 @@
 
 Each program runs in a process of its own, which is stopped while another program runs. At the first size, the losses of
 its first steps must be those of our fp32 run with the same optimizer. Then every program takes a few steps in each
-round; each round begins with another program. If a GPU cannot hold all programs at once, they run one after the other.
-Drawing the tokens is not timed."""
+round; each round begins with another program. The file --json is written whenever a program has taken its steps, and
+the table after every round. If a GPU cannot hold all programs at once, they run one after the other. Drawing the tokens
+is not timed."""
 
 import argparse
-import json
 import math
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import trainers
 import weights
-from machine import default_device, default_threads, describe_machine, warn_of_load
-from report import print_columns, ratios, tell
+from machine import default_device, default_threads, hold_to_avx2, open_record
+from report import print_columns, ratios, reporting, show_so_far, tell
 from workers import Absent, Worker, guarded, in_turn
 
 TOLERANCE = 0.02  # nats, between the losses of a program and of its reference
@@ -37,10 +38,16 @@ CPU_BATCHES = "4,16"
 
 def main() -> None:
     config = parse(sys.argv[1:])
-    record = {"machine": describe_machine(config.device), "settings": vars(config) | {"work": str(config.work)}}
-    record |= {"absent": {}, "peaks": {}, "results": []}
+    if config.isa == "avx2":
+        hold_to_avx2(config.work)
+    record = open_record(config, config.device, absent={}, peaks={}, results=[])
+    with reporting(config, record, print_tables) as save:
+        measure_all(config, record, save)
+
+
+def measure_all(config, record, save):
+    """Measures every size at every batch until the minutes are over; adds the figures to the record."""
     deadline = time.monotonic() + 60 * config.minutes if config.minutes else float("inf")
-    warn_of_load(record["machine"])
     for size in config.sizes:
         if time.monotonic() > deadline:
             break
@@ -51,12 +58,11 @@ def main() -> None:
             try:
                 start_all(config, folder, names, absent, programs, deadline)
                 for batch in config.batch or BATCHES[size].split(","):
-                    measure(config, folder, int(batch), programs, absent, record, deadline)
+                    measure(config, folder, int(batch), programs, absent, record, deadline, save)
             finally:
+                record["absent"] |= {f"{size}: {name}": reason for name, reason in absent.items()}
                 for program in programs:
                     program.close()
-        record["absent"] |= {f"{size}: {name}": reason for name, reason in absent.items()}
-    finish(config, record)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -85,6 +91,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--minutes", type=float, default=0, help="wait for nothing after this time; 0 = no limit")
     add("--threads", type=int, default=default_threads(), help="CPU threads (default %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if a GPU is found")
+    add("--isa", choices=("avx2",), help="let every program use AVX2 at most")
     add("--work", type=Path, default=Path("out/benchmarks"), help="folder for weights and logs (default %(default)s)")
     add("--json", help="file for all figures")
     config = parser.parse_args(words)
@@ -142,8 +149,9 @@ def attempt(absent, program, action, *arguments):
     return guarded({"absent": absent}, program, action, *arguments)
 
 
-def measure(config, folder, batch, programs, absent, record, deadline):
-    """Checks every program at this batch, then runs the rounds; adds the figures to the record."""
+def measure(config, folder, batch, programs, absent, record, deadline, save):
+    """Checks every program at this batch, then runs the rounds; adds the figures to the record and saves it whenever a
+    program has taken its steps."""
     results = {}
     for program in programs:
         if program.name != "peak" and program.name not in absent:
@@ -153,6 +161,7 @@ def measure(config, folder, batch, programs, absent, record, deadline):
                 results[program.name] = result
     if config.check and size_of(folder) == config.sizes[0]:
         check(config, folder, batch, programs, results, absent, deadline)
+    record["results"] += results.values()
     for number in range(config.pairs):
         if time.monotonic() > deadline:
             break
@@ -162,9 +171,9 @@ def measure(config, folder, batch, programs, absent, record, deadline):
                 attempt(absent, program, read_peak, record["peaks"])
             elif program.name in results:
                 attempt(absent, program, one_round, config, results[program.name])
-    record["results"] += results.values()
-    if config.json:
-        write(config, record)
+            add_rates(config, record)
+            save()
+        show_so_far(print_table, f"{folder.name}, batch {batch}", results.values())
 
 
 def size_of(folder: Path) -> str:
@@ -235,8 +244,8 @@ def read_peak(program, peaks):
 # ---- the tables
 
 
-def finish(config, record: dict) -> None:
-    """Computes speeds and MFU, writes the record and prints the tables."""
+def add_rates(config, record: dict) -> None:
+    """Adds the speeds and the MFU of the rounds so far to the results of the record."""
     record["peak"] = max((statistics.median(flops) for flops in record["peaks"].values()), default=0.0)
     for result in record["results"]:
         folder = weights.fresh_weights(config.work, result["size"], config.block_size)
@@ -244,18 +253,18 @@ def finish(config, record: dict) -> None:
         result["speeds"] = [tokens / seconds for seconds in result["rounds"]]
         if result["speeds"] and record["peak"]:
             result["mfu"] = statistics.median(result["speeds"]) * flops_of(folder) / record["peak"]
-    if config.json:
-        write(config, record)
+
+
+def print_tables(record: dict) -> None:
+    """Prints a table for each size and batch, the peak, and which programs are absent."""
     for size, batch in dict.fromkeys((result["size"], result["batch"]) for result in record["results"]):
-        chosen = [r for r in record["results"] if (r["size"], r["batch"]) == (size, batch) and r["speeds"]]
-        if chosen:
-            print_table(f"{size}, {batch} sequences of {config.block_size}", chosen)
+        chosen = [r for r in record["results"] if (r["size"], r["batch"]) == (size, batch)]
+        print_table(f"{size}, {batch} sequences of {record['settings']['block_size']}", chosen)
     if record["peaks"]:
         speeds = ", ".join(f"{name} {statistics.median(flops) / 1e12:.2f}" for name, flops in record["peaks"].items())
         print(f"\nproducts, TFLOP/s: {speeds}; MFU is the share of the largest")
     for name, reason in record["absent"].items():
         print(f"absent: {name}: {reason}")
-    print(json.dumps(record["machine"]))
 
 
 def flops_of(folder: Path) -> float:
@@ -266,14 +275,11 @@ def flops_of(folder: Path) -> float:
     return flops_per_token(*read_config(folder))
 
 
-def write(config, record: dict) -> None:
-    """Writes all figures so far to the file --json."""
-    Path(config.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def print_table(title: str, results: list[dict]) -> None:
-    """Prints one line for each program: tokens/s, MFU, peak memory, seconds to start (with compiling, without reading
-    the weights), the largest difference of losses, and for each of our programs how many times as fast it is."""
+def print_table(title: str, results: Iterable[dict]) -> None:
+    """Prints one line for each program that has taken a round: tokens/s, MFU, peak memory, seconds to start (with
+    compiling, without reading the weights), the largest difference of losses, and for each of our programs how many
+    times as fast it is."""
+    results = [result for result in results if result["rounds"]]
     ours = [result for result in results if result["program"].startswith("ours")]
     print(f"\n{title}; tok/s median (least-greatest)\n")
     heads = ["program", "tok/s", "MFU", "GiB", "start s", "loss differs"]

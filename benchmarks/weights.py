@@ -95,7 +95,7 @@ class Whole:
 
     def __exit__(self, kind, _error, _trace):
         if kind is None:
-            self.unfinished.rename(self.target)
+            self.unfinished.replace(self.target)
         else:
             remove(self.unfinished)
 

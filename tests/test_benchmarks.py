@@ -3,10 +3,14 @@
 import importlib
 import json
 import os
+import platform
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 from paths import ROOT
@@ -144,6 +148,76 @@ def test_decode_checks_and_compares_and_names_what_is_absent(tiny, tmp_path):
     assert "absent: nanogpt=/nowhere" in made.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "stop"),
+    [
+        ("decode_speed", "--batch 2 --new_tokens 4 --pairs 10000 --impl ours:fp32:eager", signal.SIGTERM),
+        (
+            "train_speed",
+            "--sizes tiny --block_size 8 --batch 1 --check 0 --pairs 9999 --impl ours:fp32",
+            signal.SIGINT,
+        ),
+        ("decode_steps", "--rows 1 --contexts 4,5,6 --new_tokens 4 --runs 100", signal.SIGTERM),
+        ("many_prompts", "--prompts 3 --rounds 10000 --backend eager", signal.SIGINT),
+    ],
+)
+def test_a_stopped_program_keeps_and_shows_what_it_has_measured(tiny, tmp_path, name, words, stop):
+    out = tmp_path / "figures.json"
+    words += " --device cpu" + (" --model tiny" if name != "train_speed" else "")
+    words += f" --threads 1 --work {tiny.parent}" if name != "decode_steps" else ""
+    command = [sys.executable, ROOT / f"benchmarks/{name}.py", *words.split(), "--json", out]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    while not out.exists() or not rounds_of(json.loads(out.read_text())):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(stop)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + stop
+    record = json.loads(out.read_text())
+    assert rounds_of(record)
+    assert record["stopped"] == stop.name
+    assert record["machine"]["processor"] in shown.splitlines()[0]
+    last = shown.splitlines()[-3:]
+    assert any(re.search(r"ours:fp32.*\d|greedy against .*\(1\)|refilled +\d", line) for line in last), shown
+
+
+def rounds_of(record):
+    """Returns all rounds of a record, or all lines of decode_steps.py."""
+    return record.get("rounds") or [number for each in record["results"] for number in each.get("rounds", [each])]
+
+
+def test_the_instruction_sets_of_a_cpu_are_named(benchmarks, monkeypatch, tmp_path):
+    machine, file = benchmarks("machine"), tmp_path / "cpuinfo"
+    monkeypatch.setattr(machine, "CPUINFO", file)
+    file.write_text("processor : 0\nmodel name : Some CPU: fast\nflags : fpu avx2 avx512f avx512_bf16\nbugs : x\n")
+    assert machine.processor_name() == "Some CPU: fast"
+    assert machine.instruction_sets() == ["AVX2", "AVX-512F", "AVX-512 BF16"]
+    file.write_text("processor : 0\nFeatures : fp asimd asimddp bf16\nCPU part : 0xd0c\n")
+    assert machine.instruction_sets() == ["NEON", "dotprod", "bf16"]
+    file.unlink()
+    assert machine.instruction_sets() == []
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("c++"), reason="needs a compiler for x86-64")
+def test_kernels_held_to_avx2_are_compiled_without_avx512(benchmarks, tmp_path):
+    code = f"""
+import os, pathlib, subprocess, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "benchmarks")!r}]
+from machine import hold_to_avx2
+from gpt.kernels.build import compiler, library_path
+hold_to_avx2(pathlib.Path({str(tmp_path)!r}))
+assert {str(tmp_path)!r} in str(library_path())
+flags = ["-march=sapphirerapids", "-x", "c++", "-dM", "-E", os.devnull]
+print(subprocess.run([*compiler(), *flags], check=True, capture_output=True, text=True).stdout)
+"""
+    macros = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "__AVX2__" in macros
+    assert "__FMA__" in macros
+    assert "__AVX512F__" not in macros
+    assert "__AVXVNNI__" not in macros
+
+
 def test_a_program_that_computes_another_model_does_not_agree(benchmarks, tiny):
     import torch
 
@@ -170,6 +244,7 @@ def test_refilled_rows_and_fixed_batches_are_compared(benchmarks, tiny, monkeypa
         assert record["ratios"][name] == [each[name] / each["refilled"] for each in record["rounds"]]
     assert record["ratios"].keys() == {"fixed", "unpadded"}
     assert record["backend"] == "eager"
+    assert record["machine"]["processor"] in lines
     assert [each["unpadded"] for each in record["equal"]] == [1, 1]  # the same products, whichever rows they are in
     assert 0 <= record["equal"][0]["fixed"] <= 1
 
@@ -179,7 +254,7 @@ def test_quality_finds_no_change_in_fp32_and_a_small_one_in_bf16(benchmarks, tin
     text.write_text("To be, or not to be, that is the question. " * 20)
     words = f"--device cpu --forms fp32:eager,bf16:eager --tokens 120 --rows 2 --threads 1 --json {out}"
     run(benchmarks("quality"), monkeypatch, words, tiny, text)
-    _, fp32, bf16 = json.loads(out.read_text())
+    _, fp32, bf16 = json.loads(out.read_text())["results"]
     assert fp32["change"] == 0
     assert 0 < bf16["rms_error"] < 0.05
 
@@ -257,7 +332,7 @@ def test_the_steps_of_a_tiny_model_are_timed_and_its_greedy_text_is_checked(tmp_
         assert result["speed"] == pytest.approx(1000 * result["rows"] / result["step_ms"])
         assert 0 < result["first_ms"] < 1000 * result["rows"] * 8 / result["whole_speed"]
     assert record["greedy_gap"] < 1e-3
-    assert made.stdout.count("\n") == 2 + 8 + 1
+    assert made.stdout.count("\n") == 3 + 8 + 1
 
 
 def test_steps_side_by_side_that_fail_or_hang_are_named_in_the_table(benchmarks, tmp_path, capsys):
@@ -275,22 +350,49 @@ def test_steps_side_by_side_that_fail_or_hang_are_named_in_the_table(benchmarks,
         ],
         [step("late", 60, "")],
     ]
-    record, start = {"steps": []}, time.monotonic()
-    assert steps.run_steps(groups, 1, tmp_path, record) == 1
+    record, start, saved = {"steps": []}, time.monotonic(), []
+    assert steps.run_steps(groups, 1, tmp_path, record, lambda: saved.append(len(record["steps"]))) == 1
     assert time.monotonic() - start < 30
     lines = {name: (state, found) for name, state, _, found in record["steps"]}
     assert lines.pop("hangs") == ("TIME", "not done after 2 s")
     assert lines == {"fails": ("FAIL", "exit code 3, see above"), "fine": ("pass", "a b"), "late": ("pass", "")}
-    assert json.loads((tmp_path / "gpu_run.json").read_text()) == record
+    assert saved == [1, 2, 3, 4]
     assert (tmp_path / "hangs.log").read_text() == "7\n"
     with pytest.raises(ProcessLookupError):
         os.kill(int(pids.read_text()), 0)
+    steps.print_steps(record)
     *_, table = capsys.readouterr().out.split("\n\n")
     assert [line.split()[1] for line in table.splitlines()[2:]] == [name for name, *_ in record["steps"]]
 
     record = {"steps": []}
-    assert steps.run_steps(groups[1:], 0.1, tmp_path, record) == 0
+    assert steps.run_steps(groups[1:], 0.1, tmp_path, record, list) == 0
     assert record["steps"] == [["late", "skip", "0", "not begun: the minutes are over"]]
+
+
+def test_missing_packages_come_from_the_carried_wheels(benchmarks, monkeypatch, tmp_path):
+    carried, wheels, site = benchmarks("carried"), tmp_path / "wheels", tmp_path / "site"
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    wheels.mkdir()
+    for name in ("thing_one", "pytest"):
+        with zipfile.ZipFile(wheels / f"{name}-0.1-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}.py", "x = 1")
+            wheel.writestr(f"{name}-0.1.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
+            wheel.writestr(f"{name}-0.1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            wheel.writestr(f"{name}-0.1.dist-info/RECORD", "")
+    assert carried.missing(["thing_one", "pytest"]) == ["thing_one", "tokenizer files"]
+    carried.install_wheels(tmp_path, site)
+    assert carried.missing(["thing_one", "pytest"]) == ["tokenizer files"]
+    subprocess.run([sys.executable, "-c", "import thing_one"], check=True)
+    assert not list(site.glob("pytest*"))  # it is installed here, in another version
+
+    (tmp_path / "tiktoken_cache").mkdir()
+    carried.find_tokenizer(tmp_path)
+    assert "TIKTOKEN_CACHE_DIR" not in os.environ
+    (tmp_path / "tiktoken_cache/file").touch()
+    carried.find_tokenizer(tmp_path)
+    assert carried.missing(["pytest"]) == []
 
 
 def test_a_session_on_a_gpu_plans_the_most_important_steps_first(benchmarks, monkeypatch, tmp_path, capsys):

@@ -20,7 +20,7 @@ from gpt.generate.sampling import SamplingParams
 from gpt.generate.score import Score, score_text
 from gpt.generate.sequence import Completion, Events, GenerationParams, Sequence, in_order
 from gpt.generate.step import row_bytes
-from gpt.kernels.select import pick_dtype
+from gpt.kernels.select import note_slow_int8, pick_dtype
 from gpt.model import GPT
 from gpt.quantize import to_int8
 from gpt.text.tokenizer import Tokenizer
@@ -56,11 +56,14 @@ class TextGenerator:
         of the options of sample.py. Raises InputError for an unknown name or device, IntegrityError for a damaged
         checkpoint."""
         on_device = pick_device(device)
-        precision = pick_dtype(dtype, on_device)
+        may_be_native = backend in ("auto", "native")
+        precision = pick_dtype(dtype, on_device, generates=may_be_native)
         set_precision(precision)
         if quantize == "int8":
             model, tokenizer, defaults = load_pretrained(path, device=on_device)
             to_int8(model, precision)
+            if on_device.type == "cpu" and may_be_native:
+                note_slow_int8()
         else:
             model, tokenizer, defaults = load_pretrained(path, precision, on_device, together=True)
         return cls(model, tokenizer, defaults, backend)

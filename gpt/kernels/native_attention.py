@@ -21,7 +21,7 @@ class NativeAttention:
     dropout and for heads of an odd width."""
 
     def __init__(self, library: ctypes.CDLL):
-        self.function = library.gpt_causal_attention
+        self.library, self.function = library, library.gpt_causal_attention
         self.function.restype = Number
 
     def __call__(self, qkv: torch.Tensor, heads: int, dropout: float = 0.0) -> torch.Tensor:

@@ -7,6 +7,7 @@ import functools
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TypeVar
 
@@ -31,15 +32,17 @@ PROBE_VOCABULARY = 8192  # of a measured model: a larger head takes longer and g
 # ---- precision
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device, generates: bool = False) -> torch.dtype:
     """Returns the torch.dtype of a precision name. "auto" is bf16 on CUDA GPUs that have it, else fp16 from capability
-    7.0 on; on a CPU it is whichever of fp32 and bf16 a short measurement finds faster; elsewhere fp32."""
+    7.0 on; on a CPU it is whichever of fp32 and bf16 a short measurement finds faster, for a program that only
+    `generates` by its decode steps; elsewhere fp32."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         return torch.bfloat16 if capability >= (8, 0) else torch.float16 if capability >= (7, 0) else torch.float32
-    return torch.bfloat16 if device.type == "cpu" and bf16_is_faster() else torch.float32
+    bf16_wins = bf16_decodes_faster if generates else bf16_is_faster
+    return torch.bfloat16 if device.type == "cpu" and bf16_wins() else torch.float32
 
 
 def bf16_is_faster() -> bool:
@@ -52,6 +55,36 @@ def bf16_is_faster() -> bool:
         return lambda: x @ weight, lambda: half_x @ half_weight
 
     return faster(f"bf16 products, {torch.get_num_threads()} threads", contest)
+
+
+def bf16_decodes_faster() -> bool:
+    """Returns whether this CPU decodes one text faster in bf16 than in fp32. The C++ library, if it is built, reads
+    bf16 in half the time also where the CPU has no instruction that multiplies it."""
+    if build.load_library() is None:
+        return bf16_is_faster()
+    return decodes_faster("bf16", "fp32", torch.bfloat16, torch.float32)
+
+
+def note_slow_int8() -> None:
+    """Prints a note if this CPU decodes one text no faster in int8 than in bf16."""
+    if not decodes_faster("int8", "bf16", torch.int8, torch.bfloat16):
+        until = "" if build.load_library() else " without the C++ kernels"
+        note("info", f"int8 is not faster than bf16 on this CPU{until}; it only saves memory")
+
+
+@torch.inference_mode()
+def decodes_faster(name: str, other: str, weights: torch.dtype, other_weights: torch.dtype) -> bool:
+    """Returns whether one text is decoded faster with matrices of the type `weights` than with `other_weights`, by the
+    C++ library if it is built, measured with a layer of GPT-2 small."""
+    library = build.load_library()
+
+    def contest() -> tuple[Way, Way]:
+        layer = ModelConfig(n_layer=1, n_head=12, n_embd=768, block_size=64)
+        probes = [make_probe(layer, PROBE_VOCABULARY, torch.bfloat16, kind) for kind in (other_weights, weights)]
+        return decode_step(probes[0], 1, library), decode_step(probes[1], 1, library)
+
+    engine = "plain torch" if library is None else version(library)
+    return faster(f"decode in {name}, not {other}, by {engine}, {torch.get_num_threads()} threads", contest)
 
 
 # ---- training on a CPU
@@ -83,7 +116,7 @@ def attention_is_faster(attention: NativeAttention, config: ModelConfig, dtype: 
         return lambda: passes(causal_attention), lambda: passes(attention)
 
     shape = f"{heads} heads of {width // heads}, {positions} positions, {torch.get_num_threads()} threads"
-    return faster(f"native causal attention, {dtype}, {shape}", contest)
+    return faster(f"causal attention by {version(attention.library)}, {dtype}, {shape}", contest)
 
 
 # ---- generation on a CPU
@@ -105,30 +138,44 @@ def native_is_faster(model: GPT, rows: int, library: ctypes.CDLL) -> bool:
 
     def contest() -> tuple[Way, Way]:
         probe = one_layer_like(model)
-        native_probe = NativeModel(probe, library)
-        ids, cache = torch.zeros(rows, dtype=torch.int64), KVCache(probe.config, rows, probe.dtype)
+        return decode_step(probe, rows, None), decode_step(probe, rows, library)
 
-        def plain() -> torch.Tensor:
-            cache.lengths.zero_()  # a context may be as short as one position
-            return probe(ids[:, None], cache=cache)
+    return faster(f"decode by {version(library)}, {types}, {shape}", contest)
 
-        def native() -> torch.Tensor:
-            cache.lengths.zero_()
-            return native_probe.decode(ids, cache)
 
-        return plain, native
+def version(library: ctypes.CDLL) -> str:
+    """Returns the name of a library, which depends on its sources: another version must be measured anew."""
+    return Path(library._name).stem
 
-    return faster(f"native decode, {types}, {shape}", contest)
+
+def decode_step(model: GPT, rows: int, library: ctypes.CDLL | None) -> Callable[[], Tensor]:
+    """Returns a function that makes a decode step of `rows` rows at position 0 and returns its logits (R, V); without a
+    `library` in plain torch."""
+    ids, cache = torch.zeros(rows, dtype=torch.int64), KVCache(model.config, rows, model.dtype)
+    native = None if library is None else NativeModel(model, library)
+
+    def step() -> Tensor:
+        cache.lengths.zero_()  # a context may be as short as one position
+        return native.decode(ids, cache) if native else model(ids[:, None], cache=cache)
+
+    return step
 
 
 def one_layer_like(model: GPT) -> GPT:
-    """Returns a GPT of one layer, with at most PROBE_VOCABULARY tokens, that is otherwise like `model`. Its weights are
-    all 0.01: memory that is never written would be a single page of zeros."""
+    """Returns a GPT of one layer, with at most PROBE_VOCABULARY tokens, that is otherwise like `model`."""
+    config, vocabulary = replace(model.config, n_layer=1), min(model.vocab_size, PROBE_VOCABULARY)
+    return make_probe(config, vocabulary, model.dtype, model.token.weight.dtype)
+
+
+def make_probe(config: ModelConfig, vocabulary: int, dtype: torch.dtype, weights: torch.dtype) -> GPT:
+    """Returns a GPT for measurements with matrices of the type `weights`; if that is int8, its vectors are of `dtype`.
+    Its weights are all 0.01: memory that is never written would be a single page of zeros."""
     with torch.device("meta"):
-        probe = GPT(replace(model.config, n_layer=1), min(model.vocab_size, PROBE_VOCABULARY)).eval()
-    values = {name: torch.full(p.shape, 0.01, dtype=model.dtype) for name, p in probe.named_parameters()}
+        probe = GPT(config, vocabulary).eval()
+    dtype = dtype if weights == torch.int8 else weights
+    values = {name: torch.full(p.shape, 0.01, dtype=dtype) for name, p in probe.named_parameters()}
     probe.load_state_dict(values, assign=True)  # to_empty would import sympy, which takes half a second
-    return to_int8(probe) if model.token.weight.dtype == torch.int8 else probe
+    return to_int8(probe) if weights == torch.int8 else probe
 
 
 def load_or_build(purpose: str, wait: bool) -> ctypes.CDLL | None:

@@ -40,6 +40,46 @@ def test_precision_follows_the_gpu_and_on_a_cpu_a_measurement(monkeypatch):
     assert pick_dtype("fp16", cpu) == torch.float16
 
 
+def test_generation_on_a_cpu_takes_the_precision_in_which_the_library_decodes_faster(kernels, monkeypatch):
+    cpu, questions = torch.device("cpu"), []
+    for bf16_wins in (True, False):
+        monkeypatch.setattr(select, "faster", lambda name, _, wins=bf16_wins: questions.append(name) or wins)
+        assert pick_dtype("auto", cpu, generates=True) == (torch.bfloat16 if bf16_wins else torch.float32)
+    assert all("decode in bf16, not fp32, by generation-" in question for question in questions)
+    monkeypatch.setattr(build, "load_library", lambda: None)  # plain torch decides by its own products
+    assert pick_dtype("auto", cpu, generates=True) == torch.float32
+    assert "bf16 products" in questions[-1]
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_int8_that_is_not_faster_than_bf16_says_so(kernels, monkeypatch, capsys, built):
+    if not built:
+        monkeypatch.setattr(build, "load_library", lambda: None)
+    for int8_wins in (True, False):
+        monkeypatch.setattr(select, "faster", lambda *_, wins=int8_wins: wins)
+        select.note_slow_int8()
+        said = capsys.readouterr().err
+        assert ("not faster than bf16" in said) == (not int8_wins)
+        assert ("without the C++ kernels" in said) == (not int8_wins and not built)
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_precisions_are_compared_by_decode_steps_of_equal_models(kernels, monkeypatch, built):
+    if not built:
+        monkeypatch.setattr(build, "load_library", lambda: None)
+    contests, types = [], (torch.int8, torch.bfloat16, torch.float32)
+    monkeypatch.setattr(select, "faster", lambda question, contest: contests.append((question, contest)))
+    for one in types:
+        for other in types:
+            select.decodes_faster(str(one), str(other), one, other)
+    assert len({question for question, _ in contests}) == 9
+    with torch.inference_mode():
+        logits = [way().float() for _, contest in contests for way in contest()]
+    for found in logits:
+        assert found.shape == (1, select.PROBE_VOCABULARY)
+        assert (found - logits[-1]).abs().max() <= 0.02 * logits[-1].abs().max()
+
+
 # ---- native code
 
 
@@ -57,18 +97,20 @@ def test_a_missing_library_is_built_now_only_for_those_who_wait(monkeypatch, cap
     assert calls[3:] == []
 
 
-def test_each_kind_and_shape_of_model_has_a_measurement_of_its_own(monkeypatch):
-    questions = []
+def test_each_kind_and_shape_of_model_and_each_library_has_a_measurement_of_its_own(monkeypatch):
+    questions, library, next_version = [], SimpleNamespace(_name="/a/generation-1.so"), SimpleNamespace(_name="/a/b.so")
     monkeypatch.setattr(select, "faster", lambda question, _: questions.append(question))
     models = [make_model(*kind) for kind in KINDS]
     models += [make_model(n_embd=64), make_model(n_head=4), make_model(block_size=48)]
     for model in models:
         for rows in (1, 2, 4, 8):
-            native_is_faster(model, rows, None)
+            native_is_faster(model, rows, library)
     assert len(set(questions)) == 4 * len(models)
     for rows in (3, 5, 50):
-        native_is_faster(models[0], rows, None)
+        native_is_faster(models[0], rows, library)
     assert set(questions[-3:]) <= set(questions[:4])
+    native_is_faster(models[0], 1, next_version)
+    assert questions[-1] not in questions[:-1]
 
 
 @pytest.mark.parametrize(("dtype", "int8"), KINDS)
