@@ -40,27 +40,32 @@ __attribute__((noinline)) void tile(const typename Kind::Weight *weight, size_t 
     constexpr int TOGETHER = sizeof...(I) / TOKENS, BYTES = sizeof(typename Kind::Weight), COUNT = TOKENS * ROWS;
     constexpr int GROUP = std::min(LANES, COUNT == 12 ? 16 : COUNT);  // sums whose totals are made together
     Floats results[(COUNT + GROUP - 1) / GROUP * GROUP] = {};
-    const char *ahead = (const char *)(weight + STRIPES_AHEAD * ROWS * width);
     for (int first = 0; first < ROWS; first += TOGETHER) {
         Floats spans[sizeof...(I)] = {};
-        for (size_t begin = 0, end; begin < width; begin = end) {
-            end = begin + std::min(Kind::SPAN, width - begin);
-            typename Kind::Sum sums[] = {Kind::start(input + I / TOGETHER * stride, begin)...};
+        const typename Kind::Weight *from = weight + first * width, *ahead = from + STRIPES_AHEAD * ROWS * width;
+        const uint8_t *span = input;
+        for (size_t left = width, count; left; left -= count, from += count, ahead += count, span += Kind::SPAN_BYTES) {
+            count = std::min(Kind::SPAN, left);
+            typename Kind::Sum sums[] = {Kind::start(span + I / TOGETHER * stride)...};
             auto step = [&](size_t k, size_t count) __attribute__((always_inline)) {
                 typename Kind::Vector rows[TOGETHER];
                 typename Kind::Input inputs[TOKENS];
                 for (int row = 0; row < TOGETHER; row++) {
-                    rows[row] = Kind::weights(weight + (first + row) * width + k, count);
+                    rows[row] = Kind::weights(from + row * width + k, count);
                     if (FIRST && TOGETHER > 1 && k * BYTES % 64 == 0)
-                        __builtin_prefetch(ahead + (row * width + k) * BYTES, 0, 2);
+                        __builtin_prefetch(ahead + row * width + k, 0, 2);
                 }
-                for (int token = 0; token < TOKENS; token++) inputs[token] = Kind::input(input + token * stride, k);
+                for (int token = 0; token < TOKENS; token++) inputs[token] = Kind::input(span + token * stride, k);
                 (Kind::multiply(sums[I], inputs[I / TOGETHER], rows[I % TOGETHER]), ...);
             };
-            size_t k = begin;
-            for (; k + Kind::WIDTH <= end; k += Kind::WIDTH) step(k, Kind::WIDTH);
-            if (k < end) step(k, end - k);
-            ((spans[I] = Kind::finish(spans[I], sums[I], input + I / TOGETHER * stride, begin)), ...);
+            size_t k = 0;
+            if constexpr (Kind::UNROLLED)
+#pragma GCC unroll 4
+                for (; k + Kind::WIDTH <= count; k += Kind::WIDTH) step(k, Kind::WIDTH);
+            else
+                for (; k + Kind::WIDTH <= count; k += Kind::WIDTH) step(k, Kind::WIDTH);
+            if (k < count) step(k, count - k);
+            ((spans[I] = Kind::finish(spans[I], sums[I], span + I / TOGETHER * stride)), ...);
         }
         ((results[first + I] = spans[I]), ...);
     }

@@ -5,8 +5,8 @@
 //     Vector, Input           WIDTH weights and as many inputs in registers
 //     Sum                     the running sum of a token and a row
 //     bytes, prepare, input   inputs of a token -> memory of `bytes` bytes -> registers
-//     start, finish           begin and end of the sum of SPAN inputs
-//     TOKENS                  tokens in a tile of 4 rows; found by trial where there are only 16 registers
+//     start, finish           begin and end of the sum of SPAN inputs, whose memory is SPAN_BYTES long
+//     TOKENS, UNROLLED        tokens in a tile of 4 rows; whether its loop is unrolled; found by trial
 #pragma once
 #include "vectors.h"
 
@@ -21,15 +21,16 @@ struct Fp32 {
     using Vector = Floats;
     using Input = Floats;
     using Sum = Floats;
-    static constexpr size_t WIDTH = LANES, SPAN = SIZE_MAX;
-    static constexpr int TOKENS = REGISTERS < 32 ? 3 : 4;
+    static constexpr size_t WIDTH = LANES, SPAN = SIZE_MAX, SPAN_BYTES = 0;  // one span
+    static constexpr int TOKENS = 4;
+    static constexpr bool UNROLLED = LANES < 16;
     static size_t bytes(size_t width) { return 4 * width; }
     static void prepare(const float *x, size_t width, uint8_t *to) { memcpy(to, x, 4 * width); }
     static Vector weights(const float *from, size_t count = WIDTH) { return load(from, count); }
-    static Input input(const uint8_t *row, size_t k) { return read<Input>(row + 4 * k); }
-    static Sum start(const uint8_t *, size_t) { return Sum{}; }
+    static Input input(const uint8_t *span, size_t k) { return read<Input>(span + 4 * k); }
+    static Sum start(const uint8_t *) { return Sum{}; }
     static void multiply(Sum &sum, Input input, Vector weight) { sum = multiply_add(input, weight, sum); }
-    static Floats finish(Floats, Sum sum, const uint8_t *, size_t) { return sum; }
+    static Floats finish(Floats, Sum sum, const uint8_t *) { return sum; }
 };
 
 #ifdef __AVX512BF16__
@@ -44,7 +45,7 @@ struct Bf16 : Fp32 {  // rounds the inputs to bf16 too: twice as many products p
         for (size_t k = 0; k < width; k += LANES) store((uint16_t *)to + k, load(x + k));
     }
     static Vector weights(const uint16_t *from, size_t count = WIDTH) { return read_up_to<Vector>(from, 2 * count); }
-    static Input input(const uint8_t *row, size_t k) { return read<Input>(row + 2 * k); }
+    static Input input(const uint8_t *span, size_t k) { return read<Input>(span + 2 * k); }
     static void multiply(Sum &sum, Input input, Vector weight) {  // GCC 12 would copy the sum of the intrinsic
         asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(input), "v"(weight));
     }
@@ -61,8 +62,8 @@ struct Bf16 : Fp32 {  // of each pair of weights, one is a float after a shift, 
             for (size_t i = 0; i < WIDTH; i++) ((float *)to)[k + i % 2 * LANES + i / 2] = x[k + i];
     }
     static Vector weights(const uint16_t *from, size_t count = WIDTH) { return read_up_to<Vector>(from, 2 * count); }
-    static Input input(const uint8_t *row, size_t k) {
-        return {read<Floats>(row + 4 * k), read<Floats>(row + 4 * (k + LANES))};
+    static Input input(const uint8_t *span, size_t k) {
+        return {read<Floats>(span + 4 * k), read<Floats>(span + 4 * (k + LANES))};
     }
     static void multiply(Sum &sum, const Input &input, Vector weight) {
         sum = multiply_add(input.even, (Floats)(weight << 16), sum);
@@ -90,7 +91,7 @@ inline void add_products(Ints &sum, Int8Weights weight, Ints input) {
 #ifdef __AVX512F__
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(input));
 #else
-    asm("{vex} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(weight), "x"(input));
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(weight), "x"(input));
 #endif
 }
 #elif defined(__AVX2__) && !defined(__AVX512F__)
@@ -131,12 +132,14 @@ struct Int8 {
     using Sum = Ints;
     static constexpr size_t WIDTH = 4 * LANES, SPAN = 256;
     static constexpr int TOKENS = 4;
+    static constexpr bool UNROLLED = LANES < 8;  // with AVX2, tiles of 4 tokens become slower
     struct Span {
         int8_t inputs[SPAN];
         Ints offset;  // -ADDED * sum of the inputs, as one lane of several
         Floats scale;
     };
-    static size_t bytes(size_t width) { return (width + SPAN - 1) / SPAN * sizeof(Span); }
+    static constexpr size_t SPAN_BYTES = sizeof(Span);
+    static size_t bytes(size_t width) { return (width + SPAN - 1) / SPAN * SPAN_BYTES; }
     static void prepare(const float *x, size_t width, uint8_t *to) {
         for (auto *span = (Span *)to; width; span++) {
             size_t count = std::min(width, SPAN);
@@ -160,15 +163,14 @@ struct Int8 {
         span.offset = Ints{-ADDED * sum};
         span.scale = Floats{} + scale;
     }
-    static const Span &span(const uint8_t *row, size_t k) { return ((const Span *)row)[k / SPAN]; }
     static Vector weights(const int8_t *from, size_t count = WIDTH) {
         return int8_weights(read_up_to<Ints>(from, count));
     }
-    static Input input(const uint8_t *row, size_t k) { return read<Input>(span(row, k).inputs + k % SPAN); }
-    static Sum start(const uint8_t *row, size_t k) { return span(row, k).offset; }
+    static Input input(const uint8_t *span, size_t k) { return read<Input>(((const Span *)span)->inputs + k); }
+    static Sum start(const uint8_t *span) { return ((const Span *)span)->offset; }
     static void multiply(Sum &sum, Input input, const Vector &weight) { add_products(sum, weight, input); }
-    static Floats finish(Floats before, Sum sum, const uint8_t *row, size_t k) {
-        return multiply_add(__builtin_convertvector(sum, Floats), span(row, k).scale, before);
+    static Floats finish(Floats before, Sum sum, const uint8_t *span) {
+        return multiply_add(__builtin_convertvector(sum, Floats), ((const Span *)span)->scale, before);
     }
 };
 

@@ -16,6 +16,7 @@ from paths import ROOT
 
 from gpt.files import lock_file, make_private
 from gpt.kernels import build
+from gpt.kernels.measure import cpu_identity
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="nothing is built on Windows")
 WORKS = 'cp "$LIBRARY" "$TARGET"'
@@ -369,3 +370,46 @@ def test_fault_119_other_flags_get_a_library_of_their_own(compiler, monkeypatch)
     assert build.library_path() not in (path, None)
     monkeypatch.setenv("CXX", f"{compiler.path} -g")
     assert build.library_path() not in (path, None)
+
+
+# ---- other CPUs
+
+KERNEL_TESTS = [f"tests/kernels/test_native_{name}.py" for name in ("attention", "gelu", "model", "sampler")]
+X86 = {"x86-64": "sse2", "x86-64-v2": "sse4_2", "x86-64-v3": "avx2", "x86-64-v4": "avx512bw"}  # level, one of its flags
+OTHERS = [  # machine and flag of its compiler, instruction of each int8 product
+    ("aarch64 -mcpu=neoverse-n1", "sdot"),
+    ("aarch64 -march=armv8-a", "sadalp"),
+    pytest.param("x86_64 -march=alderlake", "{vex} vpdpbusd", marks=pytest.mark.slow),
+    pytest.param("x86_64 -march=sapphirerapids", "vpdpbusd", marks=pytest.mark.slow),
+    pytest.param("riscv64 -march=rv64gc", "mulw", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("target", "instruction"), OTHERS)
+def test_the_code_for_other_cpus_gives_no_warning_and_multiplies_bytes_as_they_do(tmp_path, target, instruction):
+    machine, flag = target.split()
+    compiler, disassembler = f"{machine}-linux-gnu-g++", f"{machine}-linux-gnu-objdump"
+    if not shutil.which(compiler):
+        pytest.skip(f"needs a compiler for another CPU: apt-get install g++-{machine.replace('_', '-')}-linux-gnu")
+    sources = [str(build.FOLDER / name) for names in build.SOURCES.values() for name in names]
+    library = str(tmp_path / "library.so")
+    warnings = ["-Wall", "-Werror", "-Wno-maybe-uninitialized"]  # the last is false in GCC 12's own <immintrin.h>
+    subprocess.run([compiler, *build.COMMON, flag, *warnings, *sources, "-o", library], check=True)
+    code = subprocess.run([disassembler, "--disassemble", "--demangle", library], capture_output=True, text=True)
+    products = [function for function in code.stdout.split("\n\n") if re.match(r".* <.*\btile<.*\bInt8,", function)]
+    assert products and all(instruction in product for product in products)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [*(f"c++ -march={level}" for level in X86), "clang++ -march=native"])
+def test_code_of_other_compilers_and_for_other_cpus_passes_the_tests_of_the_kernels(tmp_path, command):
+    program, flag = command.split()
+    level = flag.removeprefix("-march=")
+    if not shutil.which(program) or (level in X86 and X86[level] not in str(cpu_identity())):
+        pytest.skip(f"needs {program} and a CPU with the instructions of {level}")
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/bash\nexec {program} "${{@/-march=native/{flag}}}"\n')
+    compiler.chmod(0o755)
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *KERNEL_TESTS]
+    run = subprocess.run(tests, cwd=ROOT, env=os.environ | {"CXX": str(compiler)}, capture_output=True, text=True)
+    assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout

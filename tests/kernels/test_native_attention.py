@@ -1,14 +1,11 @@
 """The C++ attention of a training step against exact arithmetic, and against the plain torch that it replaces."""
 
-import itertools
 import math
-import platform
 
 import pytest
 import torch
 
 from gpt.attention import causal_attention
-from gpt.files import make_private
 from gpt.kernels import build
 from gpt.kernels.native_attention import NativeAttention
 from gpt.kernels.select import native_ops
@@ -147,21 +144,3 @@ def test_a_models_losses_and_gradients_are_those_of_plain_torch(dtype, bound, ke
     for theirs, mine in zip(*found, strict=True):
         assert (mine - theirs).norm() <= bound * theirs.norm()
     assert not torch.equal(found[0][0], found[1][0])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("instructions", ["x86-64", "x86-64-v3", "x86-64-v4"])
-def test_code_for_other_cpus_says_the_same(instructions, tmp_path, monkeypatch):
-    if platform.machine() != "x86_64":
-        pytest.skip("needs an x86 CPU")
-    flags = [[*build.COMMON, f"-march={instructions}"]]
-    monkeypatch.setattr(build, "FLAGS", flags)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = build.library_path(build.TRAINING)
-    make_private(path.parent)
-    build.compile_library(path, build.TRAINING)
-    library = build.load_library(build.TRAINING)
-    assert library is not None, build.failed_marker(path).read_text()
-    ours = NativeAttention(library)
-    for shape, (dtype, bound) in itertools.product(SHAPES, TYPES):
-        test_attention_and_its_gradient_err_no_more_than_torchs_fused_kernel(shape, 1.0, dtype, bound, ours)
