@@ -380,7 +380,7 @@ def test_steps_side_by_side_that_fail_or_hang_are_named_in_the_table(benchmarks,
 
     monkeypatch.setattr(steps, "TOO_SHORT", 0)
     record = {"steps": []}
-    assert steps.run_steps([[step("hangs", 600, hang)]], 0.01, tmp_path, record) == 1  # ends with the session
+    assert steps.run_steps([[step("hangs", 600, hang)]], 0.01, tmp_path, record, list) == 1  # ends with the session
     assert record["steps"][0][1] == "TIME"
 
 
