@@ -59,15 +59,15 @@ def bf16_is_faster() -> bool:
 
 
 def bf16_decodes_faster() -> bool:
-    """Returns whether this CPU decodes one text faster in bf16 than in fp32. The C++ library, if it is built, reads
-    bf16 in half the time also where the CPU has no instruction that multiplies it."""
+    """Returns whether this CPU decodes one text faster in bf16 than in fp32: by the C++ library, if it is built, since
+    that gains by bf16 also where the CPU cannot multiply it; else by the products of plain torch."""
     if build.load_library() is None:
         return bf16_is_faster()
     return decodes_faster("bf16", "fp32", torch.bfloat16, torch.float32)
 
 
 def note_slow_int8() -> None:
-    """Prints a note if this CPU decodes one text no faster in int8 than in bf16."""
+    """Prints a note unless this CPU decodes one text clearly faster in int8 than in bf16: see `faster`."""
     if not decodes_faster("int8", "bf16", torch.int8, torch.bfloat16):
         until = "" if build.load_library() else " without the C++ kernels"
         note("info", f"int8 is not faster than bf16 on this CPU{until}; it only saves memory")

@@ -71,12 +71,12 @@ struct Job {  // the work on [0, count)
 
 class Team {
     std::mutex in_use;  // by one caller at a time
-    std::mutex mutex;   // guards what follows
+    int helpers = 0;
+    std::mutex mutex;  // is held to change what follows; the two numbers are read without it by those that spin
     std::condition_variable posted, done;
     std::atomic<unsigned> posts{0};  // jobs so far
     std::atomic<int> at_work{0};     // helpers
     Job *job = nullptr;              // that a helper may join
-    int helpers = 0;
 
     void help(int thread) {
         for (unsigned seen = 0;;) {
@@ -85,7 +85,7 @@ class Team {
             std::unique_lock<std::mutex> lock(mutex);
             posted.wait(lock, is_new);
             seen = posts;
-            if (!job || thread >= job->members) continue;
+            if (!job || thread >= job->members) continue;  // the job is over already, or is for fewer threads
             Job &joined = *job;
             at_work++;
             lock.unlock();
@@ -109,7 +109,8 @@ class Team {
 
   public:
     // Calls work(thread, begin, end) for pieces of [0, count) on up to `members` threads, with numbers from 0 on, and
-    // returns when all are done. The sizes of the pieces are multiples of `unit`, but for the last one.
+    // returns when all are done. The sizes of the pieces are multiples of `unit`, but for the last one. `work` must not
+    // throw. A second caller at the same time works alone.
     void share(int members, int count, int unit, const Work &work) {
         std::unique_lock<std::mutex> use(in_use, std::defer_lock);
         if (members == 1 || count <= unit || !use.try_lock()) return work(0, 0, count);

@@ -81,7 +81,6 @@ struct Bf16 : Fp32 {  // of each pair of weights, one is a float after a shift, 
 // Such instructions are written as assembly, since GCC 12 would copy the sums of their intrinsics.
 
 typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
-typedef int8_t Bytes __attribute__((vector_size(4 * LANES)));
 
 #if (defined(__AVX512VNNI__) && defined(__AVX512F__)) || defined(__AVXVNNI__)
 constexpr int ADDED = 128;  // to each weight

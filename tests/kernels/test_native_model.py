@@ -3,6 +3,9 @@
 import copy
 import math
 import mmap
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -249,3 +252,43 @@ def test_moved_tensors_keep_their_values_and_are_not_moved_twice():
     places = [tensor.data_ptr() for tensor in tensors]
     move_together(tensors)
     assert [tensor.data_ptr() for tensor in tensors] == places
+
+
+# ---- threads
+
+
+def logits_of(native, ids, threads):
+    torch.set_num_threads(threads)
+    return continued(native, ids, [20, 1], 3, torch.float32)[0]
+
+
+@pytest.mark.parametrize("threads", [[4, 2, 1, 4], [2, 8, 3]])
+def test_calls_of_any_numbers_of_threads_give_the_same_bits(kernels, threads):
+    native, ids = NativeModel(make_model(2, 128), kernels), random_ids(2, 40)
+    expected = logits_of(native, ids, 1)
+    for number in threads:
+        assert torch.equal(logits_of(native, ids, number), expected)
+
+
+def test_callers_at_the_same_time_do_not_disturb_each_other(kernels):
+    native, ids = NativeModel(make_model(2, 128), kernels), random_ids(2, 40)
+    expected = logits_of(native, ids, 2)
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(lambda _: logits_of(native, ids, 2), range(12)):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_process_does_not_wait_for_threads_that_only_its_parent_has(kernels, monkeypatch):
+    native, ids = NativeModel(make_model(2, 128), kernels), random_ids(2, 40)
+    expected = logits_of(native, ids, 2)
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # ends a child that waits
+        torch.set_num_threads(1)  # torch itself would wait for its own
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # what the library is told
+        cache = KVCache(native.config, 2, torch.float32)
+        native.prefill(ids[:, :30], cache)
+        os._exit(0 if native.decode(ids[:, 30], cache).isfinite().all() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(logits_of(native, ids, 2), expected)
