@@ -112,9 +112,10 @@ def main() -> None:
     answers = answers_so_far(config, prompts)
     if answers and answers.texts == answers.total:
         return
-    engine = config.engine
+    engine, expected = config.engine, [config.generation] * len(prompts)  # settings of single prompts matter little
     set_threads(engine.threads)
-    generator = TextGenerator.load(config.checkpoint, engine.device, engine.dtype, engine.quantize, engine.backend)
+    options = engine.device, engine.dtype, engine.quantize, engine.backend
+    generator = TextGenerator.load(config.checkpoint, *options, expected)
     settings = {name: value for name, value in flags.items() if name in fields(GenerationParams)}
     params = generator.params(**settings)
     assert params.seed is not None

@@ -17,10 +17,10 @@ import torch
 from safetensors import SafetensorError
 
 from gpt.checkpoint.hub import fetch_from_hub, is_hub_name
-from gpt.checkpoint.weights import TOKENIZER_FILES, load_model
+from gpt.checkpoint.weights import TOKENIZER_FILES, load_model, read_config, weight_files
 from gpt.errors import Error, InputError, IntegrityError, ResourceError, note
 from gpt.files import STEP_FOLDER, inside, is_folder, read_json, read_pointer, sha256_of, step_folders, step_number
-from gpt.model import GPT
+from gpt.model import GPT, ModelConfig, count_parameters
 from gpt.text.foreign import kind_of_folder, kind_of_weights
 from gpt.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -35,6 +35,7 @@ MOST_READINGS = 10  # of a run's pointers, while the run deletes step folders
 
 T = TypeVar("T")
 Loaded = tuple[GPT, Tokenizer, dict[str, Any]]
+Precision = torch.dtype | Callable[[ModelConfig, int], torch.dtype]
 
 
 # ---- verifying
@@ -223,23 +224,37 @@ def verified(folder: Path) -> Path:
 
 
 def load_pretrained(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", together: bool = False
+    path: str | Path, dtype: Precision = torch.float32, device: torch.device | str = "cpu", together: bool = False
 ) -> Loaded:
     """Finds, verifies and loads a model: returns (GPT, Tokenizer, content of generation_config.json). `path` is a
-    folder or a hub name, see `candidates`; the other arguments are those of load_model. Raises InputError if there is
-    no such model, IntegrityError if none of its checkpoints can be used."""
+    folder or a hub name, see `candidates`; `dtype` is the type of the weights, or a function that returns it for a
+    model's config and vocabulary; the other arguments are those of load_model. Raises InputError if there is no such
+    model, IntegrityError if none of its checkpoints can be used."""
     load = functools.partial(load_verified, dtype=dtype, device=device, together=together)
     return first_valid(lambda: candidates(path), load)
 
 
-def load_verified(folder: Path, **options: Any) -> Loaded:
-    """Returns load_folder(folder, **options). If the folder has a manifest, verifies it at the same time."""
+def load_verified(folder: Path, dtype: Precision, **options: Any) -> Loaded:
+    """Returns load_folder(folder, …). If the folder has a manifest, verifies it at the same time."""
+    if callable(dtype):  # before the threads, as it may measure how fast this machine is
+        dtype = chosen_dtype(folder, dtype)
     if not (folder / MANIFEST).exists():
-        return load_folder(folder, **options)
+        return load_folder(folder, dtype=dtype, **options)
     with ThreadPoolExecutor(1) as pool, one_thread():
-        loaded = pool.submit(load_folder, folder, **options)
+        loaded = pool.submit(load_folder, folder, dtype=dtype, **options)
         verify_checkpoint(folder, training=False)  # raises first, and names the damaged file
         return loaded.result()
+
+
+def chosen_dtype(folder: Path, choose: Callable[[ModelConfig, int], torch.dtype]) -> torch.dtype:
+    """Returns the type that `choose` returns for the model of a folder; float32 if the folder is damaged, or describes
+    a model larger than its files: load_folder and the manifest say what is wrong."""
+    with contextlib.suppress(Error, OSError):
+        config, vocab_size = read_config(folder)
+        stored = sum(path.stat().st_size for path in weight_files(folder))
+        if not config.problems() and count_parameters(config, vocab_size) <= stored:
+            return choose(config, vocab_size)
+    return torch.float32
 
 
 @contextlib.contextmanager

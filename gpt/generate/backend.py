@@ -2,6 +2,7 @@
 same, up to rounding."""
 
 import contextlib
+import ctypes
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,12 +14,12 @@ from gpt.attention import cached_attention
 from gpt.device import COMPILERS, can_compile
 from gpt.errors import InputError
 from gpt.generate.sampling import penalize
-from gpt.kernels.native_model import NativeModel
+from gpt.kernels.measure_decode import native_is_faster, shape_of
+from gpt.kernels.native_model import NativeModel, supports
 from gpt.kernels.native_sampler import NativeSampler
-from gpt.kernels.select import gpu_decode, gpu_ops, native_is_faster, native_library, triton_sampler
-from gpt.model import GPT, REFERENCE, KVCache, Ops, count_parameters
+from gpt.kernels.select import decode_library, gpu_decode, gpu_ops, triton_sampler
+from gpt.model import GPT, REFERENCE, KVCache, Ops
 
-BUILD_PAYS = 4e10  # steps times parameters from which waiting some seconds for the kernels to be built saves time
 MOST_SHAPES = 64  # shapes, such as numbers of rows, for which a process compiles one function
 
 
@@ -95,7 +96,7 @@ class Native(Backend):
     def __init__(self, model: GPT):
         super().__init__(model)
         self.reads_beyond = False
-        library = native_library(model, wait=True)
+        library = native_library("native", model)
         assert library is not None
         native_model = NativeModel(model, library)
         self.prefill, self.decode = native_model.prefill, native_model.decode  # type: ignore[method-assign]
@@ -113,18 +114,22 @@ def pick_backend(name: str, model: GPT, steps: int, rows: int) -> str:
     and, on a CPU, a short measurement with `rows` rows. Raises InputError for a back end that cannot run here."""
     device = model.device.type
     if name == "auto" and device == "cpu":
-        work = steps * count_parameters(model.config, model.vocab_size)
-        library = native_library(model, wait=work >= BUILD_PAYS)
-        return "native" if library is not None and native_is_faster(model, rows, library) else "eager"
+        library = native_library(name, model, steps)
+        return "native" if library is not None and native_is_faster(shape_of(model), rows, library) else "eager"
     if name == "auto" and device == "cuda":
         return "captured"
     if name == "compiled" and not can_compile(model.device):
         raise InputError(f"backend compiled: no {COMPILERS[device]} compiler found; install one or use --backend auto")
     if name == "captured" and device != "cuda":
         raise InputError(f"backend captured: CUDA graphs need a CUDA device, the model is on {device}; use auto")
-    if name == "native" and native_library(model, wait=True) is None:
+    if name == "native" and native_library(name, model) is None:
         raise InputError("backend native: needs a CPU, fp32, bf16 or int8 weights and a C++ compiler; use auto")
     return "eager" if name == "auto" else name
+
+
+def native_library(backend: str, model: GPT, steps: int = 0) -> ctypes.CDLL | None:
+    """Returns the C++ library, or None if it cannot run this model: see decode_library."""
+    return decode_library(backend, steps, model.config, model.vocab_size) if supports(model) else None
 
 
 def fused_choice(model: GPT) -> Callable[[torch.Tensor, Any], torch.Tensor] | None:

@@ -1,15 +1,16 @@
 """Prompts -> text: TextGenerator, a model with its tokenizer."""
 
 import dataclasses
+import functools
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from gpt.checkpoint.read import load_pretrained
+from gpt.checkpoint.read import Loaded, load_pretrained
 from gpt.config import fields, make_config, refuse
 from gpt.config.names import suggestion
 from gpt.device import free_memory, pick_device, set_precision, use_one_thread_after_fork
@@ -20,8 +21,8 @@ from gpt.generate.sampling import SamplingParams
 from gpt.generate.score import Score, score_text
 from gpt.generate.sequence import Completion, Events, GenerationParams, Sequence, in_order
 from gpt.generate.step import row_bytes
-from gpt.kernels.select import note_slow_int8, pick_dtype
-from gpt.model import GPT
+from gpt.kernels.select import decode_library, note_slow_int8, pick_decode_dtype, pick_dtype
+from gpt.model import GPT, ModelConfig
 from gpt.quantize import to_int8
 from gpt.text.tokenizer import Tokenizer
 
@@ -50,22 +51,32 @@ class TextGenerator:
     @classmethod
     @torch.inference_mode(False)  # weights loaded in inference mode could not be trained later
     def load(
-        cls, path: str | Path, device: str = "auto", dtype: str = "auto", quantize: str = "none", backend: str = "auto"
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        dtype: str = "auto",
+        quantize: str = "none",
+        backend: str = "auto",
+        expected: list[GenerationParams] | None = None,
     ) -> "TextGenerator":
         """Returns the TextGenerator of a checkpoint folder, run folder or hub name. The other arguments take the values
-        of the options of sample.py. Raises InputError for an unknown name or device, IntegrityError for a damaged
-        checkpoint."""
-        on_device = pick_device(device)
-        may_be_native = backend in ("auto", "native")
-        precision = pick_dtype(dtype, on_device, generates=may_be_native)
-        set_precision(precision)
-        if quantize == "int8":
-            model, tokenizer, defaults = load_pretrained(path, device=on_device)
-            to_int8(model, precision)
-            if on_device.type == "cpu" and may_be_native:
-                note_slow_int8()
-        else:
-            model, tokenizer, defaults = load_pretrained(path, precision, on_device, together=True)
+        of the options of sample.py. `expected`, the settings of the prompts to come, decide on a CPU which precision
+        "auto" is, and whether to wait for a build of the C++ library. Raises InputError for an unknown name or device,
+        IntegrityError for a damaged checkpoint."""
+        on_device, int8 = pick_device(device), quantize == "int8"
+        rows, steps = rows_and_steps(expected or [], MOST_ROWS["cpu"])
+
+        def precision(config: ModelConfig, vocab_size: int) -> torch.dtype:
+            if dtype != "auto" or on_device.type != "cpu":
+                return pick_dtype(dtype, on_device)
+            library = decode_library(backend, steps, config, vocab_size)
+            return pick_decode_dtype(config, vocab_size, int8, rows, library)
+
+        load: Callable[..., Loaded] = load_int8 if int8 else functools.partial(load_pretrained, together=True)
+        model, tokenizer, defaults = load(path, precision, on_device)
+        if int8 and on_device.type == "cpu":
+            note_slow_int8(model, rows, decode_library(backend, steps, model.config, model.vocab_size))
+        set_precision(model.dtype)
         return cls(model, tokenizer, defaults, backend)
 
     def generate(
@@ -151,16 +162,13 @@ class TextGenerator:
     def pick(self, params: list[GenerationParams]) -> tuple[str, int]:
         """Returns the name of the back end and the number of rows for prompts with these GenerationParams. Raises
         InputError for a back end that cannot run here."""
-        texts = sum(own.num_samples for own in params)
-        rows = (params[0].rows if params else 0) or self.fitting_rows(texts)
-        steps = sum(own.num_samples * own.max_new_tokens for own in params) // rows
+        rows, steps = rows_and_steps(params, self.most_rows())
         return pick_backend(self.backend, self.model, steps, rows), rows
 
-    def fitting_rows(self, texts: int) -> int:
-        """Returns the number of rows for `texts` texts: at most as many as gain speed on this device and as fit into
-        CACHE_SHARE of the free memory."""
+    def most_rows(self) -> int:
+        """Returns as many rows as gain speed on this device and fit into CACHE_SHARE of the free memory."""
         fitting = int(free_memory(self.model.device) * CACHE_SHARE) // row_bytes(self.model)
-        return max(1, min(texts, MOST_ROWS[self.model.device.type], fitting))
+        return min(MOST_ROWS[self.model.device.type], fitting)
 
     def decode(self, sequences: Iterable[Sequence], backend: str, rows: int, report: int | None) -> Events:
         """Generates the sequences and yields their events. Meanwhile no other call uses the same Decoder; afterwards it
@@ -196,6 +204,20 @@ class TextGenerator:
         """Returns the ids that are no token: they must never be chosen."""
         special = set(self.tokenizer.encoding._special_tokens.values())
         return [i for i in np.flatnonzero(self.tokenizer.byte_lengths() == 0).tolist() if i not in special]
+
+
+def load_int8(path: str | Path, choose: Callable[[ModelConfig, int], torch.dtype], device: torch.device) -> Loaded:
+    """Returns load_pretrained(path) with int8 matrices; everything else has the type that `choose` returns."""
+    model, tokenizer, defaults = load_pretrained(path, device=device)
+    return to_int8(model, choose(model.config, model.vocab_size)), tokenizer, defaults
+
+
+def rows_and_steps(params: list[GenerationParams], most_rows: int) -> tuple[int, int]:
+    """Returns, for prompts with these settings, the number of rows, at most `most_rows` unless the settings name
+    another, and about how many decode steps their texts take."""
+    texts = sum(own.num_samples for own in params)
+    rows = (params[0].rows if params else 0) or max(1, min(texts, most_rows))
+    return rows, sum(own.num_samples * own.max_new_tokens for own in params) // rows
 
 
 def sample_line(model: GPT, tokenizer: Tokenizer, tokens: int, seed: int, width: int) -> str:

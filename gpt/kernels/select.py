@@ -6,8 +6,6 @@ import ctypes
 import functools
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TypeVar
 
@@ -19,31 +17,31 @@ from gpt.device import DTYPES
 from gpt.errors import note
 from gpt.kernels import build
 from gpt.kernels.measure import Way, faster
+from gpt.kernels.measure_decode import Shape, decodes_faster, shape_of
 from gpt.kernels.native_attention import NativeAttention, takes
 from gpt.kernels.native_gelu import NativeGelu
-from gpt.kernels.native_model import NativeModel, supports
-from gpt.model import GPT, REFERENCE, KVCache, ModelConfig, Ops
-from gpt.quantize import to_int8
+from gpt.model import GPT, REFERENCE, KVCache, ModelConfig, Ops, count_parameters
 
 Decode = Callable[[Tensor, KVCache], Tensor]  # see Backend.decode
 Kernel = TypeVar("Kernel", bound=Callable)
-PROBE_VOCABULARY = 8192  # of a measured model: a larger head takes longer and gives the same answer
+Library = ctypes.CDLL | None
+PRECISIONS = (torch.float32, torch.bfloat16)  # that "auto" chooses from on a CPU
+BUILD_PAYS = 4e10  # steps times parameters from which waiting some seconds for the kernels to be built saves time
 
 
 # ---- precision
 
 
-def pick_dtype(name: str, device: torch.device, generates: bool = False) -> torch.dtype:
-    """Returns the torch.dtype of a precision name. "auto" is bf16 on CUDA GPUs that have it, else fp16 from capability
-    7.0 on; on a CPU it is whichever of fp32 and bf16 a short measurement finds faster, for a program that only
-    `generates` by its decode steps; elsewhere fp32."""
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Returns the torch.dtype of a precision name, for training. "auto" is bf16 on CUDA GPUs that have it, else fp16
+    from capability 7.0 on; on a CPU it is whichever of fp32 and bf16 a short measurement finds faster; elsewhere
+    fp32."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         return torch.bfloat16 if capability >= (8, 0) else torch.float16 if capability >= (7, 0) else torch.float32
-    bf16_wins = bf16_decodes_faster if generates else bf16_is_faster
-    return torch.bfloat16 if device.type == "cpu" and bf16_wins() else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and bf16_is_faster() else torch.float32
 
 
 def bf16_is_faster() -> bool:
@@ -56,36 +54,6 @@ def bf16_is_faster() -> bool:
         return lambda: x @ weight, lambda: half_x @ half_weight
 
     return faster(f"bf16 products, {torch.get_num_threads()} threads", contest)
-
-
-def bf16_decodes_faster() -> bool:
-    """Returns whether this CPU decodes one text faster in bf16 than in fp32: by the C++ library, if it is built, since
-    that gains by bf16 also where the CPU cannot multiply it; else by the products of plain torch."""
-    if build.load_library() is None:
-        return bf16_is_faster()
-    return decodes_faster("bf16", "fp32", torch.bfloat16, torch.float32)
-
-
-def note_slow_int8() -> None:
-    """Prints a note unless this CPU decodes one text clearly faster in int8 than in bf16: see `faster`."""
-    if not decodes_faster("int8", "bf16", torch.int8, torch.bfloat16):
-        until = "" if build.load_library() else " without the C++ kernels"
-        note("info", f"int8 is not faster than bf16 on this CPU{until}; it only saves memory")
-
-
-@torch.inference_mode()
-def decodes_faster(name: str, other: str, weights: torch.dtype, other_weights: torch.dtype) -> bool:
-    """Returns whether one text is decoded faster with matrices of the type `weights` than with `other_weights`, by the
-    C++ library if it is built, measured with a layer of GPT-2 small."""
-    library = build.load_library()
-
-    def contest() -> tuple[Way, Way]:
-        layer = ModelConfig(n_layer=1, n_head=12, n_embd=768, block_size=64)
-        probes = [make_probe(layer, PROBE_VOCABULARY, torch.bfloat16, kind) for kind in (other_weights, weights)]
-        return decode_step(probes[0], 1, library), decode_step(probes[1], 1, library)
-
-    engine = "plain torch" if library is None else version(library)
-    return faster(f"decode in {name}, not {other}, by {engine}, {torch.get_num_threads()} threads", contest)
 
 
 # ---- training on a CPU
@@ -134,60 +102,31 @@ def native_ops_are_faster(ops: Ops, config: ModelConfig, dtype: torch.dtype) -> 
 # ---- generation on a CPU
 
 
-def native_library(model: GPT, wait: bool) -> ctypes.CDLL | None:
-    """Returns the C++ library for generation, or None if it is not built or cannot run this model. `wait`: see
-    `load_or_build`."""
-    return load_or_build(build.GENERATION, wait) if supports(model) else None
+def decode_library(backend: str, steps: int, config: ModelConfig, vocabulary: int) -> ctypes.CDLL | None:
+    """Returns the C++ library for `steps` decode steps of such a model on a CPU, or None if it is not built or
+    `backend` excludes it. Waits for its build for the back end native, and if the steps take longer than the build."""
+    if backend not in ("auto", "native"):
+        return None
+    pays = steps * count_parameters(config, vocabulary) >= BUILD_PAYS
+    return load_or_build(build.GENERATION, wait=pays or backend == "native")
 
 
-@torch.inference_mode()
-def native_is_faster(model: GPT, rows: int, library: ctypes.CDLL) -> bool:
-    """Returns whether `library` decodes `rows` rows faster than plain torch, measured with steps of a model of one
-    layer that is otherwise like `model`."""
-    config, rows = model.config, 1 << (min(rows, 8) - 1).bit_length()  # 1, 2, 4 or 8
-    types = f"{model.token.weight.dtype}, {model.dtype}, {rows} rows, {torch.get_num_threads()} threads"
-    shape = f"width {config.n_embd}, {config.n_head} heads, {config.block_size} positions, {model.vocab_size} tokens"
-
-    def contest() -> tuple[Way, Way]:
-        probe = one_layer_like(model)
-        return decode_step(probe, rows, None), decode_step(probe, rows, library)
-
-    return faster(f"decode by {version(library)}, {types}, {shape}", contest)
+def pick_decode_dtype(config: ModelConfig, vocabulary: int, int8: bool, rows: int, library: Library) -> torch.dtype:
+    """Returns fp32 or bf16, whichever decodes `rows` rows of such a model faster on this CPU by the engines of
+    decodes_faster: as the type of all weights or, with `int8`, of what is not a matrix. Without a library bf16 must be
+    faster in products of many tokens too, as it may make the steps faster and the prompts much slower."""
+    if library is None and not int8 and not bf16_is_faster():
+        return torch.float32
+    fp32, bf16 = (Shape(config, vocabulary, torch.int8 if int8 else dtype, dtype) for dtype in PRECISIONS)
+    return torch.bfloat16 if decodes_faster(bf16, fp32, rows, library) else torch.float32
 
 
-def version(library: ctypes.CDLL) -> str:
-    """Returns the name of a library, which depends on its sources: another version must be measured anew."""
-    return Path(library._name).stem
-
-
-def decode_step(model: GPT, rows: int, library: ctypes.CDLL | None) -> Callable[[], Tensor]:
-    """Returns a function that makes a decode step of `rows` rows at position 0 and returns its logits (R, V); without a
-    `library` in plain torch."""
-    ids, cache = torch.zeros(rows, dtype=torch.int64), KVCache(model.config, rows, model.dtype)
-    native = None if library is None else NativeModel(model, library)
-
-    def step() -> Tensor:
-        cache.lengths.zero_()  # a context may be as short as one position
-        return native.decode(ids, cache) if native else model(ids[:, None], cache=cache)
-
-    return step
-
-
-def one_layer_like(model: GPT) -> GPT:
-    """Returns a GPT of one layer, with at most PROBE_VOCABULARY tokens, that is otherwise like `model`."""
-    config, vocabulary = replace(model.config, n_layer=1), min(model.vocab_size, PROBE_VOCABULARY)
-    return make_probe(config, vocabulary, model.dtype, model.token.weight.dtype)
-
-
-def make_probe(config: ModelConfig, vocabulary: int, dtype: torch.dtype, weights: torch.dtype) -> GPT:
-    """Returns a GPT for measurements with matrices of the type `weights`; if that is int8, its vectors are of `dtype`.
-    Its weights are all 0.01: memory that is never written would be a single page of zeros."""
-    with torch.device("meta"):
-        probe = GPT(config, vocabulary).eval()
-    dtype = dtype if weights == torch.int8 else weights
-    values = {name: torch.full(p.shape, 0.01, dtype=dtype) for name, p in probe.named_parameters()}
-    probe.load_state_dict(values, assign=True)  # to_empty would import sympy, which takes half a second
-    return to_int8(probe) if weights == torch.int8 else probe
+def note_slow_int8(model: GPT, rows: int, library: Library) -> None:
+    """Prints a note unless this CPU decodes `rows` rows of an int8 model clearly faster than in bf16: see `faster`."""
+    bf16 = Shape(model.config, model.vocab_size, torch.bfloat16, torch.bfloat16)
+    if not decodes_faster(shape_of(model), bf16, rows, library):
+        without = "" if library else " without the C++ kernels"
+        note("info", f"int8 is not faster than bf16 on this CPU{without}; it only saves memory")
 
 
 def load_or_build(purpose: str, wait: bool) -> ctypes.CDLL | None:

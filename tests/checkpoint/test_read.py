@@ -261,6 +261,32 @@ def test_loading_leaves_torchs_number_of_threads_alone_even_two_at_once(run_fold
     assert torch.get_num_threads() == 3
 
 
+@pytest.mark.parametrize("verifies", [True, False])
+def test_the_type_of_the_weights_may_be_a_function_of_the_models_shape(run, verifies):
+    folder = run / "step-000000008"
+    folder, asked = folder if verifies else without_manifest(folder), []
+    threads = torch.get_num_threads()
+
+    def choose(*shape):
+        asked.append((*shape, torch.get_num_threads()))
+        return torch.bfloat16
+
+    model, _, _ = load_pretrained(folder, choose)
+    assert model.dtype == torch.bfloat16
+    assert asked == [(model.config, model.vocab_size, threads)]
+
+
+@pytest.mark.parametrize("change", [{"n_embd": 1 << 40}, {"n_positions": 1 << 40}, {"n_head": 0}, {"n_layer": "x"}])
+def test_the_type_of_the_weights_is_not_asked_for_a_model_that_the_files_do_not_hold(run, change):
+    """To measure a model of such a width would take all memory, before the damage is found."""
+    folder, asked = without_manifest(run / "step-000000008"), []
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises((InputError, IntegrityError)):
+        load_pretrained(folder, lambda *shape: asked.append(shape) or torch.float32)
+    assert not asked
+
+
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="older versions import sympy for a tensor on the meta device")
 def test_loading_a_model_does_not_import_the_compiler(run_folder):
     code = "import sys; from gpt.checkpoint.read import load_pretrained as load; load(sys.argv[1]); print(*sys.modules)"

@@ -53,7 +53,7 @@ def test_a_short_text_does_not_wait_for_the_kernels_to_be_built_and_a_long_job_d
     calls = []
     for name, result in (("load_library", None), ("build_now", object()), ("start_background_build", None)):
         monkeypatch.setattr(select.build, name, lambda _, name=name, result=result: calls.append(name) or result)
-    monkeypatch.setattr(select, "supports", lambda _: True)
+    monkeypatch.setattr(backend, "supports", lambda _: True)
     monkeypatch.setattr(backend, "native_is_faster", lambda *_: True)
     assert (
         pick_backend("auto", generator.model, 10_000, 1) == "eager"

@@ -12,7 +12,8 @@ from generation_helpers import EOT, generator_of, greedy, random_model, scripted
 from training_helpers import save_step
 
 from gpt.errors import InputError
-from gpt.generate.generator import TextGenerator
+from gpt.generate.generator import TextGenerator, rows_and_steps
+from gpt.generate.sequence import GenerationParams
 from gpt.model import ModelConfig
 from gpt.text.tokenizer import load_tokenizer
 
@@ -212,6 +213,35 @@ def test_a_model_loaded_in_inference_mode_generates_there_and_can_be_trained_lat
     if quantize == "none":
         ids = torch.tensor([[1, 2, 3]])
         generator.model(ids, ids).sum().backward()
+
+
+def test_the_precision_is_chosen_for_the_model_and_the_texts_to_come(tmp_path, monkeypatch):
+    """With the library that will run them: built before the choice, where the texts are long enough for it."""
+    steps, choices = [], []
+    module = "gpt.generate.generator"
+    monkeypatch.setattr(f"{module}.decode_library", lambda name, count, *_: steps.append((name, count)) or "library")
+    monkeypatch.setattr(f"{module}.pick_decode_dtype", lambda *args: choices.append(args) or torch.bfloat16)
+    monkeypatch.setattr(f"{module}.note_slow_int8", lambda *args: choices.append(args[1:]))
+    folder = save_step(tmp_path, 1, random_model())
+    texts = [GenerationParams(max_new_tokens=100, num_samples=3)] * 2
+    model = TextGenerator.load(folder, expected=texts).model
+    assert TextGenerator.load(folder, quantize="int8", expected=texts).model.dtype == model.dtype == torch.bfloat16
+    assert TextGenerator.load(folder, dtype="fp32", expected=texts).model.dtype == torch.float32
+    assert steps == [("auto", 100)] * 3
+    shape = model.config, model.vocab_size
+    assert choices == [(*shape, False, 6, "library"), (*shape, True, 6, "library"), (6, "library")]
+    TextGenerator.load(folder, backend="eager")
+    assert steps[3:] == [("eager", 0)] and choices[3] == (*shape, False, 1, "library")
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "steps"),
+    [([], 1, 0), ([{}], 1, 200), ([{"num_samples": 20}] * 2, 8, 1000), ([{"rows": 16, "num_samples": 32}], 16, 400)],
+)
+def test_rows_and_steps_follow_from_the_settings_of_the_texts(settings, rows, steps):
+    params = [GenerationParams(max_new_tokens=200, **own) for own in settings]
+    assert rows_and_steps(params, 8) == (rows, steps)
+    assert rows_and_steps(params, 0)[0] >= 1
 
 
 def test_a_model_whose_weights_were_made_in_inference_mode_generates():

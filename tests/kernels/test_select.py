@@ -9,13 +9,11 @@ import pytest
 import torch
 
 from gpt.kernels import build, select
-from gpt.kernels.native_model import supports
-from gpt.kernels.select import native_is_faster, one_layer_like, pick_dtype
+from gpt.kernels.select import pick_dtype
 from gpt.model import GPT, ModelConfig
 from gpt.quantize import to_int8
 
 VOCABULARY = 300
-KINDS = [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True), (torch.bfloat16, True)]
 
 
 def make_model(dtype=torch.float32, int8=False, **shape):
@@ -40,98 +38,57 @@ def test_precision_follows_the_gpu_and_on_a_cpu_a_measurement(monkeypatch):
     assert pick_dtype("fp16", cpu) == torch.float16
 
 
-def test_generation_on_a_cpu_takes_the_precision_in_which_the_library_decodes_faster(kernels, monkeypatch):
-    cpu, questions = torch.device("cpu"), []
+# ---- generation on a CPU
+
+
+def test_generation_on_a_cpu_takes_the_precision_that_decodes_faster(monkeypatch):
+    config, asked = ModelConfig(), []
     for bf16_wins in (True, False):
-        monkeypatch.setattr(select, "faster", lambda name, _, wins=bf16_wins: questions.append(name) or wins)
-        assert pick_dtype("auto", cpu, generates=True) == (torch.bfloat16 if bf16_wins else torch.float32)
-    assert all("decode in bf16, not fp32, by generation-" in question for question in questions)
-    monkeypatch.setattr(build, "load_library", lambda: None)  # plain torch decides by its own products
-    assert pick_dtype("auto", cpu, generates=True) == torch.float32
-    assert "bf16 products" in questions[-1]
+        monkeypatch.setattr(select, "decodes_faster", lambda *args, wins=bf16_wins: asked.append(args) or wins)
+        for int8 in (False, True):
+            found = select.pick_decode_dtype(config, VOCABULARY, int8, 3, "a library")
+            assert found == (torch.bfloat16 if bf16_wins else torch.float32)
+    expected = [(config, VOCABULARY, dtype, dtype) for dtype in (torch.bfloat16, torch.float32)]
+    assert asked[0] == asked[2] == (*expected, 3, "a library")
+    assert asked[1][:2] == tuple((config, VOCABULARY, torch.int8, dtype) for dtype in (torch.bfloat16, torch.float32))
 
 
-@pytest.mark.parametrize("built", [True, False])
-def test_int8_that_is_not_faster_than_bf16_says_so(kernels, monkeypatch, capsys, built):
-    if not built:
-        monkeypatch.setattr(build, "load_library", lambda: None)
+def test_plain_torch_decodes_in_bf16_only_where_it_reads_prompts_faster_too(monkeypatch):
+    monkeypatch.setattr(select, "decodes_faster", lambda *_: True)
+    for products_are_faster in (True, False):
+        monkeypatch.setattr(select, "bf16_is_faster", lambda wins=products_are_faster: wins)
+        shape = ModelConfig(), VOCABULARY
+        found = select.pick_decode_dtype(*shape, False, 1, None)
+        assert found == (torch.bfloat16 if products_are_faster else torch.float32)
+        assert select.pick_decode_dtype(*shape, True, 1, None) == torch.bfloat16  # matrices are int8
+        assert select.pick_decode_dtype(*shape, False, 1, "a library") == torch.bfloat16
+
+
+@pytest.mark.parametrize("library", [None, "a library"])
+def test_int8_that_is_not_faster_than_bf16_says_so(monkeypatch, capsys, library):
+    model = make_model(torch.bfloat16, int8=True)
     for int8_wins in (True, False):
-        monkeypatch.setattr(select, "faster", lambda *_, wins=int8_wins: wins)
-        select.note_slow_int8()
+        monkeypatch.setattr(select, "decodes_faster", lambda *_, wins=int8_wins: wins)
+        select.note_slow_int8(model, 1, library)
         said = capsys.readouterr().err
         assert ("not faster than bf16" in said) == (not int8_wins)
-        assert ("without the C++ kernels" in said) == (not int8_wins and not built)
-
-
-@pytest.mark.parametrize("built", [True, False])
-def test_precisions_are_compared_by_decode_steps_of_equal_models(kernels, monkeypatch, built):
-    if not built:
-        monkeypatch.setattr(build, "load_library", lambda: None)
-    contests, types = [], (torch.int8, torch.bfloat16, torch.float32)
-    monkeypatch.setattr(select, "faster", lambda question, contest: contests.append((question, contest)))
-    for one in types:
-        for other in types:
-            select.decodes_faster(str(one), str(other), one, other)
-    assert len({question for question, _ in contests}) == 9
-    with torch.inference_mode():
-        logits = [way().float() for _, contest in contests for way in contest()]
-    for found in logits:
-        assert found.shape == (1, select.PROBE_VOCABULARY)
-        assert (found - logits[-1]).abs().max() <= 0.02 * logits[-1].abs().max()
-
-
-# ---- native code
+        assert ("without the C++ kernels" in said) == (not int8_wins and library is None)
 
 
 def test_a_missing_library_is_built_now_only_for_those_who_wait(monkeypatch, capsys):
-    calls = []
+    calls, small, large = [], ModelConfig(n_layer=1, n_embd=32, n_head=2), ModelConfig()
     for name, result in (("load_library", None), ("build_now", "a library"), ("start_background_build", True)):
         monkeypatch.setattr(build, name, lambda _, name=name, result=result: calls.append(name) or result)
-    model = make_model()
-    assert select.native_library(model, wait=False) is None
-    assert calls == ["load_library", "start_background_build"]
+    assert select.decode_library("auto", 10_000, small, VOCABULARY) is None  # many steps of a small model are short
+    assert select.decode_library("auto", 100, large, 50257) is None
+    assert calls == 2 * ["load_library", "start_background_build"]
     assert "built in the background" in capsys.readouterr().err
-    assert select.native_library(model, wait=True) == "a library"
-    assert calls[2:] == ["build_now"]
-    assert select.native_library(model.half(), wait=True) is None
-    assert calls[3:] == []
-
-
-def test_each_kind_and_shape_of_model_and_each_library_has_a_measurement_of_its_own(monkeypatch):
-    questions, library, next_version = [], SimpleNamespace(_name="/a/generation-1.so"), SimpleNamespace(_name="/a/b.so")
-    monkeypatch.setattr(select, "faster", lambda question, _: questions.append(question))
-    models = [make_model(*kind) for kind in KINDS]
-    models += [make_model(n_embd=64), make_model(n_head=4), make_model(block_size=48)]
-    for model in models:
-        for rows in (1, 2, 4, 8):
-            native_is_faster(model, rows, library)
-    assert len(set(questions)) == 4 * len(models)
-    for rows in (3, 5, 50):
-        native_is_faster(models[0], rows, library)
-    assert set(questions[-3:]) <= set(questions[:4])
-    native_is_faster(models[0], 1, next_version)
-    assert questions[-1] not in questions[:-1]
-
-
-@pytest.mark.parametrize(("dtype", "int8"), KINDS)
-def test_a_measurement_runs_one_layer_of_the_same_kind_both_ways(kernels, monkeypatch, dtype, int8):
-    model = make_model(dtype, int8)
-    probe = one_layer_like(model)
-    assert len(probe.blocks) == 1 and supports(probe)
-    assert (probe.dtype, probe.token.weight.dtype) == (model.dtype, model.token.weight.dtype)
-    contests = []
-    monkeypatch.setattr(select, "faster", lambda _, contest: contests.append(contest))
-    native_is_faster(model, 2, kernels)
-    with torch.inference_mode():
-        plain, native = contests[0]()
-        for _ in range(3):
-            expected, logits = plain(), native()
-            assert logits.shape == (2, VOCABULARY)
-            assert (logits - expected).abs().max() <= 0.02 * expected.abs().max()
-
-
-def test_a_model_of_any_context_can_be_measured(kernels):
-    assert isinstance(native_is_faster(make_model(block_size=1), 1, kernels), bool)
+    assert select.decode_library("auto", 1000, large, 50257) == "a library"
+    assert select.decode_library("native", 0, small, VOCABULARY) == "a library"
+    assert calls[4:] == 2 * ["build_now"]
+    for backend in ("eager", "compiled"):
+        assert select.decode_library(backend, 1000, large, 50257) is None
+    assert calls[6:] == []
 
 
 # ---- GPUs
