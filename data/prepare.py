@@ -35,7 +35,7 @@ from gpt.text.sources import Reading
 from gpt.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 STAGING = "prepare.tmp"  # folder inside the output folder; holds the new files until all are complete
-OURS = re.compile(r"prepare\.tmp|dataset\.json|tokenizer(_config)?\.json|(train|val)_\d{6}\.bin")
+OURS = re.compile(r"prepare\.tmp|dataset\.json|tokenizer(_config)?\.json|(train|val)_\d{6}\.(bin|mask)")
 SHOWN = 5  # files that a note names
 MANY_ENDS = 10  # from so many typed <|endoftext|> on, a note says that they are ordinary text
 SMALL_BYTES = 5_000_000  # with less text, a vocabulary of 50,000 is too large

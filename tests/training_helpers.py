@@ -16,6 +16,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from paths import ROOT
 
@@ -26,7 +27,7 @@ from gpt.errors import run_main
 from gpt.generate.sampling import SamplingParams
 from gpt.model import GPT, ModelConfig
 from gpt.report.plot import RunPicture
-from gpt.text.shards import ShardWriter, write_manifest
+from gpt.text.shards import FIRST, TARGET, ShardWriter, write_manifest
 from gpt.text.tokenizer import load_tokenizer, save_tokenizer
 from gpt.train.optim import OptimConfig, make_optimizer
 from gpt.train.state import optimizer_tensors
@@ -80,6 +81,31 @@ def make_data(folder, train_size=4000, val_size=600, tokenizer="byte", shard_tok
     save_tokenizer(tokenizer, folder)
     write_manifest(folder, tokenizer.manifest_entry, dtype, splits, {"inputs": ["made by a test"]})
     return folder
+
+
+def make_examples(folder, train, val=(), shard_tokens=100_000):
+    """Writes a data folder of examples with the byte tokenizer and returns its path. An example is (ids, number of its
+    last ids that are targets)."""
+    folder, tokenizer, splits = Path(folder), load_tokenizer("byte"), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, examples in (("train", train), ("val", val)):
+        writer = ShardWriter(folder, split, "uint16", shard_tokens, masks=True)
+        for ids, learned in examples:
+            mask = np.zeros(len(ids), dtype=np.uint8)
+            mask[0] = FIRST
+            mask[len(ids) - learned :] |= TARGET
+            writer.write(np.array(ids), documents=1, source_bytes=len(ids), mask=mask)
+        splits[split] = writer.close()
+    save_tokenizer(tokenizer, folder)
+    write_manifest(folder, tokenizer.manifest_entry, "uint16", splits, {"inputs": ["made by a test"]})
+    return folder
+
+
+def random_examples(count, longest=60, seed=0):
+    """Returns `count` examples of 2 to `longest` random ids, of which at least the last is a target."""
+    numbers = np.random.default_rng(seed)
+    lengths = numbers.integers(2, longest + 1, count)
+    return [(numbers.integers(0, 256, length).tolist(), int(numbers.integers(1, length))) for length in lengths]
 
 
 def tiny_model(vocab_size=257, n_layer=2, n_head=2, n_embd=16, block_size=32, seed=0):

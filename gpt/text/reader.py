@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from gpt.errors import IntegrityError
-from gpt.text.shards import PositionedFile, Shard, check_size
+from gpt.text.shards import PositionedFile, Shard, check_size, mask_path
 
 BLOCK_BYTES = 1 << 22  # read size while hashing
 
@@ -92,7 +92,7 @@ class Verifier(threading.Thread):
 
 
 def verify(shard: Shard, vocab_size: int) -> None:
-    """Raises IntegrityError unless the shard has its recorded sha256 and only ids below `vocab_size`."""
+    """Raises IntegrityError unless shard and mask have their recorded sha256 and the ids are below `vocab_size`."""
     block = BLOCK_BYTES // np.dtype(shard.dtype).itemsize
     with contextlib.closing(PositionedFile(shard.path)) as file:
         digest = hashlib.sha256(file.read(0, shard.offset))
@@ -100,5 +100,20 @@ def verify(shard: Shard, vocab_size: int) -> None:
             data, _ = read_ids(file, shard, first, min(block, shard.tokens - first), vocab_size)
             digest.update(data)
     check_size(shard)
-    if shard.sha256 is not None and digest.hexdigest() != shard.sha256:
-        raise IntegrityError(f"{shard.path}: sha256 mismatch; restore it or re-run data preparation")
+    digests = [(shard.path, shard.sha256, digest.hexdigest())]
+    if shard.mask_sha256:
+        mask = read_masks([shard]).tobytes()
+        digests.append((mask_path(shard.path), shard.mask_sha256, hashlib.sha256(mask).hexdigest()))
+    for path, recorded, found in digests:
+        if recorded is not None and found != recorded:
+            raise IntegrityError(f"{path}: sha256 mismatch; restore it or re-run data preparation")
+
+
+def read_masks(shards: Iterable[Shard]) -> np.ndarray:
+    """Returns the masks of shards as one uint8 array (tokens,): see TARGET and FIRST. Raises IntegrityError if a file
+    has another size, ResourceError if reading fails."""
+    masks = []
+    for shard in shards:
+        with contextlib.closing(PositionedFile(mask_path(check_size(shard).path))) as file:
+            masks.append(np.frombuffer(file.read(0, shard.tokens), dtype=np.uint8))
+    return np.concatenate(masks)

@@ -27,6 +27,7 @@ HEADERS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}
 DTYPES = {magic: (dtype, version) for dtype, (magic, version) in HEADERS.items()}
 MANIFEST = "dataset.json"
 SPLITS = ("train", "val")
+TARGET, FIRST = 1, 2  # bits of a mask: the token is learned; it is the first of an example, and as such never learned
 READ_TRIES = 3
 RETRY_SECONDS = 0.2
 
@@ -37,20 +38,24 @@ Result = TypeVar("Result")
 
 
 class ShardWriter:
-    """Writes the ids of one split as `<split>_000000.bin`, `<split>_000001.bin`, … of `shard_tokens` ids each.
+    """Writes the ids of one split as `<split>_000000.bin`, `<split>_000001.bin`, … of `shard_tokens` ids each; with
+    `masks`, also `<split>_000000.mask`, …: a byte per id, see TARGET and FIRST.
 
     `entries` are the manifest's entries of these files; `close` completes and returns them."""
 
-    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int):
+    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int, masks: bool = False):
         self.folder, self.split, self.dtype, self.shard_tokens = Path(folder), split, np.dtype(dtype), shard_tokens
+        self.masks = masks
         self.entries: list[dict[str, Any]] = []
         self.file: IO[bytes] | None = None
+        self.mask_file: IO[bytes] | None = None
 
-    def write(self, ids: np.ndarray, documents: int = 0, source_bytes: int = 0) -> None:
-        """Appends `ids`, in which `documents` documents begin and which stand for `source_bytes` bytes of text. If they
-        go into several shards, both numbers are added to the first. Raises InputError for an id that does not fit the
-        dtype."""
-        ids = np.asarray(ids)
+    def write(self, ids: np.ndarray, documents: int = 0, source_bytes: int = 0, mask: np.ndarray | None = None) -> None:
+        """Appends `ids`, in which `documents` documents begin and which stand for `source_bytes` bytes of text, and
+        with masks their `mask`, uint8. If they go into several shards, both numbers are added to the first. Raises
+        InputError for an id that does not fit the dtype."""
+        ids, mask = np.asarray(ids), np.zeros(0, dtype=np.uint8) if mask is None else mask
+        assert len(mask) == (len(ids) if self.masks else 0)
         if len(ids) and int(ids.max()) > np.iinfo(self.dtype).max:
             raise InputError(f"token id {ids.max()} does not fit {self.dtype.name}; use --dtype uint32")
         while len(ids):
@@ -59,10 +64,12 @@ class ShardWriter:
             room = self.shard_tokens - entry["tokens"]
             with writing(self.path):
                 file.write(ids[:room].astype(self.dtype.newbyteorder("<")).tobytes())
+                if self.mask_file:
+                    self.mask_file.write(mask[:room].tobytes())
             entry["tokens"] += len(ids[:room])
             entry["documents"] += documents
             entry["source_bytes"] += source_bytes
-            ids, documents, source_bytes = ids[room:], 0, 0
+            ids, mask, documents, source_bytes = ids[room:], mask[room:], 0, 0
             if entry["tokens"] == self.shard_tokens:
                 self.close()
 
@@ -73,6 +80,7 @@ class ShardWriter:
         with writing(self.path):
             self.file = open(self.path, "wb")
             self.file.write(header(self.dtype.name, 0))
+            self.mask_file = open(mask_path(self.path), "wb") if self.masks else None
         self.entries.append({"name": name, "tokens": 0, "documents": 0, "source_bytes": 0})
         return self.file
 
@@ -86,16 +94,28 @@ class ShardWriter:
                 os.fsync(self.file.fileno())
                 self.file.close()
                 self.entries[-1]["sha256"] = sha256_of(self.path)
-            self.file = None
+                if self.mask_file:
+                    self.mask_file.flush()
+                    os.fsync(self.mask_file.fileno())
+                    self.mask_file.close()
+                    self.entries[-1]["mask_sha256"] = sha256_of(mask_path(self.path))
+            self.file = self.mask_file = None
         return self.entries
 
     def discard(self) -> None:
         """Removes the unfinished shard, after a failure."""
         if self.file is not None:
-            with contextlib.suppress(OSError):  # a full disk: what is in the buffer cannot be written
-                self.file.close()
-            self.path.unlink(missing_ok=True)
-            self.file = None
+            for file, path in ((self.file, self.path), (self.mask_file, mask_path(self.path))):
+                with contextlib.suppress(OSError):  # a full disk: what is in the buffer cannot be written
+                    if file:
+                        file.close()
+                path.unlink(missing_ok=True)
+            self.file = self.mask_file = None
+
+
+def mask_path(shard: Path) -> Path:
+    """Returns the path of a shard's mask: "train_000000.bin" -> "train_000000.mask"."""
+    return shard.with_suffix(".mask")
 
 
 def header(dtype: str, tokens: int) -> bytes:
@@ -140,6 +160,7 @@ class Shard:
     dtype: str
     tokens: int
     sha256: str | None  # None in a foreign folder: see Dataset
+    mask_sha256: str | None = None  # None: the shard has no mask, all of its tokens are learned
 
 
 @dataclass(frozen=True)
@@ -157,10 +178,17 @@ class Dataset:
 
     @property
     def shard_list(self) -> dict[str, list[list[Any]]]:
-        """Split -> [name, tokens, sha256] of every shard, as checkpoints store it."""
-        return {
-            split: [[s.path.name, s.tokens, s.sha256] for s in shards] for split, shards in sorted(self.splits.items())
-        }
+        """Split -> [name, tokens, sha256] of every shard and mask, as checkpoints store it."""
+        result: dict[str, list[list[Any]]] = {}
+        for split, shards in sorted(self.splits.items()):
+            result[split] = [[s.path.name, s.tokens, s.sha256] for s in shards]
+            result[split] += [[mask_path(s.path).name, s.tokens, s.mask_sha256] for s in shards if s.mask_sha256]
+        return result
+
+    @property
+    def has_examples(self) -> bool:
+        """Whether the data are examples, with masks that say what of them is learned."""
+        return self.splits["train"][0].mask_sha256 is not None
 
     def tokens(self, split: str) -> int:
         """Returns the number of tokens of a split; 0 if there is none."""
@@ -193,6 +221,8 @@ def open_manifest(folder: Path, manifest: dict[str, Any]) -> Dataset:
         recipe = tuple(map(str, manifest.get("source", {}).get("recipe", ())))
         if not splits["train"]:
             raise ValueError("no train shards")
+        if len({shard.mask_sha256 is None for shards in splits.values() for shard in shards}) > 1:
+            raise ValueError("some shards have masks and some have none")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{path}: not a dataset manifest ({error!r}); re-run data preparation") from None
     return Dataset(folder, splits, tokenizer, warn_unlisted(folder, splits), recipe)
@@ -208,7 +238,11 @@ def listed_shard(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
         raise IntegrityError(
             f"{path}: {shard.tokens} {shard.dtype} tokens, the manifest says {tokens} {dtype}; re-run data preparation"
         )
-    return Shard(path, shard.offset, dtype, tokens, digest)
+    mask_digest = entry.get("mask_sha256")
+    if mask_digest is not None and not mask_path(path).exists():
+        raise IntegrityError(f"{mask_path(path)}: missing; restore it or re-run data preparation")
+    shard = Shard(path, shard.offset, dtype, tokens, digest, mask_digest and str(mask_digest))
+    return check_size(shard)
 
 
 def warn_unlisted(folder: Path, splits: dict[str, tuple[Shard, ...]]) -> str:
@@ -290,13 +324,15 @@ def check_header(path: Path) -> Shard:
 
 def check_size(shard: Shard) -> Shard:
     """Returns `shard`. Raises IntegrityError unless its file has the size that its offset, dtype and number of tokens
-    give."""
-    size, expected = size_of(shard.path), shard.offset + shard.tokens * np.dtype(shard.dtype).itemsize
-    if size != expected:
-        raise IntegrityError(
-            f"{shard.path}: {size} bytes, header says {expected} ({'truncated' if size < expected else 'too long'}?); "
-            "re-run data preparation"
-        )
+    give, and its mask a byte for each token."""
+    sizes = {shard.path: shard.offset + shard.tokens * np.dtype(shard.dtype).itemsize}
+    if shard.mask_sha256:
+        sizes[mask_path(shard.path)] = shard.tokens
+    for path, expected in sizes.items():
+        size, says = size_of(path), "header says" if path == shard.path else "needs"
+        if size != expected:
+            problem = "truncated" if size < expected else "too long"
+            raise IntegrityError(f"{path}: {size} bytes, {says} {expected} ({problem}?); re-run data preparation")
     return shard
 
 

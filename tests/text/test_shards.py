@@ -10,12 +10,12 @@ import struct
 import numpy as np
 import pytest
 from shard_helpers import RECORD, dataset, ids_of, llm_c, refused, run_tiny, write
-from training_helpers import make_data, snapshot, train_here
+from training_helpers import make_data, make_examples, random_examples, snapshot, train_here
 
 from gpt.errors import InputError, IntegrityError, ResourceError
 from gpt.files import inside
 from gpt.text import shards as shards_module
-from gpt.text.reader import TokenReader
+from gpt.text.reader import TokenReader, read_masks, verify
 from gpt.text.shards import HEADER_BYTES, ShardWriter, open_dataset, write_manifest
 
 OTHER_ARRAYS = [np.zeros((2, 2), np.uint16), np.zeros(4, np.int64), np.zeros(4, ">u2"), np.zeros(4, np.float16)]
@@ -70,6 +70,54 @@ def test_an_unfinished_shard_is_removed_when_it_is_discarded(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["train_000000.bin"]
     writer.discard()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_masks_of_examples_read_back_as_written(tmp_path):
+    examples = random_examples(40)
+    folder = make_examples(tmp_path, examples, examples[:3], shard_tokens=100)
+    opened = open_dataset(folder)
+    assert opened.has_examples and len(opened.splits["train"]) > 5
+    masks = read_masks(opened.splits["train"])
+    expected = [[2] + [0] * (len(ids) - learned - 1) + [1] * learned for ids, learned in examples]
+    assert masks.tolist() == [bits for example in expected for bits in example]
+    for shard in opened.splits["train"]:
+        content = shard.path.with_suffix(".mask").read_bytes()
+        assert shard.mask_sha256 == hashlib.sha256(content).hexdigest() and len(content) == shard.tokens
+    recorded = {name: digest for name, _, digest in opened.shard_list["train"]}
+    assert recorded["train_000003.mask"] == opened.splits["train"][3].mask_sha256
+    assert not open_dataset(dataset(tmp_path / "plain", train=ids_of(9))).has_examples
+
+
+def test_an_unfinished_mask_is_removed_when_it_is_discarded(tmp_path):
+    writer = ShardWriter(tmp_path, "train", "uint16", 1000, masks=True)
+    writer.write(np.arange(3), mask=np.array([2, 0, 1], dtype=np.uint8))
+    writer.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.unlink(), r"train_000000\.mask: missing"),
+        (lambda path: os.truncate(path, 5), r"train_000000\.mask: 5 bytes, needs .* \(truncated\?\)"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), r"train_000000\.mask: .* \(too long\?\)"),
+        (lambda path: path.write_bytes(bytes([3]) + path.read_bytes()[1:]), r"train_000000\.mask: sha256 mismatch"),
+    ],
+)
+def test_fault_017_a_damaged_mask_is_refused(tmp_path, damage, said):
+    folder = make_examples(tmp_path, random_examples(20))
+    damage(folder / "train_000000.mask")
+    with pytest.raises(IntegrityError, match=said):
+        verify(open_dataset(folder).splits["train"][0], 257)
+
+
+def test_masks_for_some_shards_alone_are_refused(tmp_path):
+    folder = make_examples(tmp_path, random_examples(40), shard_tokens=100)
+    manifest = json.loads((folder / "dataset.json").read_text())
+    del manifest["splits"]["train"][1]["mask_sha256"]
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(IntegrityError, match="some shards have masks and some have none"):
+        open_dataset(folder)
 
 
 def test_fault_010_an_id_above_65535_does_not_fit_uint16(tmp_path):
