@@ -25,7 +25,7 @@ from gpt.config import positional, refuse
 from gpt.errors import run_main, tell
 from gpt.generate.generator import TextGenerator, sample_line
 from gpt.generate.sampling import SamplingParams
-from gpt.loss import IGNORED
+from gpt.loss import IGNORED, inputs_and_targets
 from gpt.model import ModelConfig
 from gpt.report.plot import RunPicture
 from gpt.train.budget import BY_THE_CLOCK, BatchConfig, LengthConfig, RhythmConfig
@@ -38,6 +38,9 @@ from gpt.train.state import State
 
 PRESETS = Path(__file__).parent / "presets"
 SAMPLE_TOKENS, LINE_TOKENS = 200, 60
+
+Batch = Tensor | list[Tensor]
+"""windows: ids (B, block_size + 1); examples: a list of micro-batches (b, T + 1), see gpt/text/example_stream.py"""
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def train(run: Run) -> None:
             seed_step(config.seed, progress.step, ranks.rank)
             numbers = run.step(batch, lr)
             seconds = time.perf_counter() - started
-            progress.advance(size, config.model.block_size)
+            progress.advance(size, run.corpus.training.tokens(progress.windows_seen, size))
             run.recorder.step(lr, numbers, seconds)
             run.count_seconds(seconds)
             profiled()
@@ -131,10 +134,10 @@ def train(run: Run) -> None:
     run.saver.save(is_last=True)
 
 
-def train_step(state: State, batch: Tensor, lr: float | Tensor, grad_clip: float, machine: Runtime) -> Tensor:
-    """Takes one optimizer step at learning rate `lr` on `batch` (B, block_size + 1), this rank's share of the global
-    batch. Clips the gradients of the mean loss to the norm `grad_clip` (0: does not clip), and applies them only if
-    loss and norm are finite.
+def train_step(state: State, batch: Batch, lr: float | Tensor, grad_clip: float, machine: Runtime) -> Tensor:
+    """Takes one optimizer step at learning rate `lr` on `batch`, this rank's share of the global batch. Clips the
+    gradients of the mean loss to the norm `grad_clip` (0: does not clip), and applies them only if loss and norm are
+    finite.
 
     Returns (3,), on the device: the loss, the gradient norm before clipping, and 1 if both are finite, else 0. On a GPU
     the host reads no value, so the step can be captured as a CUDA graph."""
@@ -151,15 +154,15 @@ def train_step(state: State, batch: Tensor, lr: float | Tensor, grad_clip: float
     return torch.stack([loss, norm, finite.float()])
 
 
-def accumulate(state: State, batch: Tensor, machine: Runtime) -> Tensor:
+def accumulate(state: State, batch: Batch, machine: Runtime) -> Tensor:
     """Adds up the gradients of all micro-batches, times the loss scale. Returns the mean loss over all targets of the
-    global batch, of which `batch` (B, block_size + 1) is this rank's share. Each rank divides its sum of losses by the
-    mean number of targets per rank; the mean of these quotients over the ranks is the mean loss."""
-    ids, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-    ranks, size = machine.ranks, state.progress.micro_batch_size
-    count = ranks.mean((targets != IGNORED).sum()).clamp(min=1 / ranks.size)  # no target on any rank: loss 0
+    global batch, of which `batch` is this rank's share. Each rank divides its sum of losses by the mean number of
+    targets per rank; the mean of these quotients over the ranks is the mean loss."""
+    parts = batch if isinstance(batch, list) else batch.split(state.progress.micro_batch_size)
+    ranks, micro_batches = machine.ranks, [inputs_and_targets(tokens) for tokens in parts]
+    counts = torch.stack([(targets != IGNORED).sum() for _, targets in micro_batches])
+    count = ranks.mean(counts.sum()).clamp(min=1 / ranks.size)  # no target on any rank: loss 0
     loss = torch.zeros((), device=machine.device)
-    micro_batches = list(zip(ids.split(size), targets.split(size), strict=True))
     with machine.autocast():  # one context for all micro-batches: it casts the weights once, except those of the head
         for number, (micro_ids, micro_targets) in enumerate(micro_batches, 1):
             forward = ranks.forward(state.model, last=number == len(micro_batches))

@@ -22,6 +22,13 @@ CPU_ROWS, GPU_ROWS = 64, 512  # rows at a time in float32: on a CPU they stay in
 CPU_LOGITS = 2**19  # at least so many logits at a time on a CPU: each operation on fewer costs more than it computes
 
 
+def inputs_and_targets(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the ids (B, T) that a model reads and the targets (B, T) of `tokens` (B, T + 1), in which a token that is
+    not to be learned is ~id, which is negative: its target is IGNORED."""
+    ids = tokens[:, :-1]
+    return ids.where(ids >= 0, ~ids), tokens[:, 1:].clamp(min=IGNORED)
+
+
 def losses_of_logits(logits: Tensor, targets: Tensor, vocab_size: int, gradient: bool = False) -> Tensor:
     """Returns the losses (N,) in nats, float32, of logits (N, P) at targets (N,); the softmax includes the first
     `vocab_size` columns. If `gradient`, overwrites the logits with the gradient of each row's loss."""

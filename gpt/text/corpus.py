@@ -1,23 +1,26 @@
 """The data of a run, opened and checked: shards, tokenizer, training windows, validation set."""
 
+import functools
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gpt.errors import InputError, tell
-from gpt.text.reader import TokenReader, Verifier
+from gpt.text.example_stream import ExampleStream
+from gpt.text.reader import TokenReader, Verifier, read_masks
 from gpt.text.shards import Dataset
 from gpt.text.tokenizer import Tokenizer, load_tokenizer
 from gpt.text.windows import Windows, require_tokens, validation_batches
 
 
 class Corpus:
-    """The shards of `dataset` as training windows and a validation set. `foreign_tokenizer` names the tokenizer of
-    shards that do not name theirs. If `verify` is "full", the thread `verifier` checks the sha256 of the shards in the
-    background once it is started. Raises InputError if there is too little text for one batch."""
+    """The shards of `dataset` as training windows, or examples if they have masks, and a validation set.
+    `foreign_tokenizer` names the tokenizer of shards that do not name theirs. If `verify` is "full", the thread
+    `verifier` checks the sha256 of the shards in the background once it is started. Raises InputError if there is too
+    little text for one batch."""
 
     def __init__(
         self, dataset: Dataset, foreign_tokenizer: str, verify: str, block_size: int, global_batch_size: int, seed: int
@@ -28,12 +31,15 @@ class Corpus:
         self.tokenizer = open_tokenizer(dataset, foreign_tokenizer)
         vocab_size = self.tokenizer.vocab_size
         self.readers = {split: TokenReader(shards, vocab_size) for split, shards in dataset.splits.items() if shards}
-        self.windows = Windows(self.readers["train"], block_size, seed)
-        if self.has_validation():
-            require_tokens("val", self.readers["val"], block_size)
-        if self.windows.per_epoch < global_batch_size:
+        self.training: Windows | ExampleStream
+        self.validation: Callable[..., Iterator[tuple[np.ndarray, np.ndarray]]]
+        """(batch size, eval_tokens, rank, ranks) -> batches of ids and targets, the same at every call; only there if
+        has_validation()"""
+        self.open_examples(seed) if dataset.has_examples else self.open_windows(seed)
+        if self.training.per_epoch < global_batch_size:
+            units = "examples" if dataset.has_examples else f"windows of {block_size} tokens"
             raise InputError(
-                f"{dataset.folder}: the training split has {self.windows.per_epoch} windows of {block_size} tokens, "
+                f"{dataset.folder}: the training split has {self.training.per_epoch} {units}, "
                 f"global_batch_size is {global_batch_size}; lower it or give more text"
             )
         self.byte_lengths = self.tokenizer.byte_lengths()
@@ -49,15 +55,25 @@ class Corpus:
         advice = f"prepare the data with it, for --data {shlex.quote(out)}: python data/prepare.py {shlex.join(words)}"
         check_tokenizer(owner, entry, self.tokenizer, advice)
 
+    def open_windows(self, seed: int) -> None:
+        self.training = Windows(self.readers["train"], self.block_size, seed)
+        if self.has_validation():
+            require_tokens("val", self.readers["val"], self.block_size)
+            self.validation = functools.partial(validation_batches, self.readers["val"], self.block_size)
+
+    def open_examples(self, seed: int) -> None:
+        streams = {
+            split: ExampleStream(split, reader, read_masks(reader.shards), self.block_size, seed)
+            for split, reader in self.readers.items()
+        }
+        for split, stream in streams.items():
+            stream.tell_lost(split)
+        self.training = streams["train"]
+        if self.has_validation():
+            self.validation = streams["val"].validation
+
     def has_validation(self) -> bool:
         return "val" in self.readers
-
-    def validation(
-        self, batch_size: int, eval_tokens: int, rank: int = 0, ranks: int = 1
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields the batches of rank `rank` of `ranks` of the validation set, as ids and targets (batch_size,
-        block_size): see `validation_batches`. They are the same at every call."""
-        return validation_batches(self.readers["val"], self.block_size, batch_size, eval_tokens, rank, ranks)
 
     def close(self) -> None:
         for reader in self.readers.values():

@@ -61,6 +61,20 @@ def shrink_to_data(
         if context < min(block_size, LEAST_CONTEXT):
             return {}
     if "global_batch_size" not in fixed:
-        batch = min(batch, windows_per_epoch(train_tokens, context) // unit * unit) or batch
+        batch = shrink_batch(batch, windows_per_epoch(train_tokens, context), unit)
     values = {"block_size": (block_size, context), "global_batch_size": (global_batch_size, batch)}
     return {name: new for name, (old, new) in values.items() if new != old}
+
+
+def shrink_to_examples(global_batch_size: int, fixed: Container[str], examples: int, unit: int) -> dict[str, int]:
+    """Returns what shrink_to_data returns, for data of `examples` examples: these are cut to the context, so it
+    stays."""
+    batch = shrink_batch(global_batch_size, examples, unit)
+    fits = batch == global_batch_size or "global_batch_size" in fixed
+    return {} if fits else {"global_batch_size": batch}
+
+
+def shrink_batch(global_batch_size: int, per_epoch: int, unit: int) -> int:
+    """Returns a batch of no more windows or examples than an epoch has, and a multiple of `unit`; if there is none, the
+    batch as it is."""
+    return min(global_batch_size, per_epoch // unit * unit) or global_batch_size

@@ -29,9 +29,12 @@ FEISTEL_ROUNDS = 6
 class Windows:
     """The windows of a run, an endless sequence over the shards of one split: see the top of this file."""
 
+    one_shape = True  # all batches of a run have one shape
+
     def __init__(self, reader: TokenReader, block_size: int, seed: int):
         require_tokens("train", reader, block_size)
         self.reader, self.block_size, self.seed = reader, block_size, seed
+        self.mean_tokens = float(block_size)
         self.offsets = min(block_size, len(reader) - block_size)  # number of possible offsets of an epoch
         self.per_epoch = windows_per_epoch(len(reader), block_size)
 
@@ -50,6 +53,15 @@ class Windows:
         index, offset = self.reader.place(int(self.start(np.array([n], dtype=np.int64))[0]))
         return f"{self.reader.shards[index].path.name} offset {offset}"
 
+    def tokens(self, first: int, count: int) -> int:
+        """Returns how many tokens the model reads in windows `first` to `first + count`."""
+        return count * self.block_size
+
+    def share(self, first: int, count: int, rank: int, ranks: int, _micro_batch_size: int) -> np.ndarray:
+        """Returns the share of rank `rank` of `ranks` of windows `first` to `first + count`: ids (count / ranks,
+        block_size + 1). The ranks get equal shares, in their order."""
+        return self.take(first + rank * (count // ranks), count // ranks)
+
     def take(self, first: int, count: int) -> np.ndarray:
         """Returns windows `first` to `first + count` (exclusive) of the run: ids (count, block_size + 1), int64."""
         starts = self.start(np.arange(first, first + count, dtype=np.int64))
@@ -57,26 +69,36 @@ class Windows:
 
 
 class Prefetch:
-    """Returns the share of rank `rank` of `ranks` of each batch of windows, and reads the next batch in the background.
-    The background also applies `ready`, which turns the array into what a step needs (a tensor, in pinned memory for a
-    GPU)."""
+    """Returns the share of rank `rank` of `ranks` of each batch of a `stream`, Windows or an ExampleStream, and reads
+    the next batch in the background. The background also applies `ready`, which turns an array into what a step needs
+    (a tensor, in pinned memory for a GPU)."""
 
-    def __init__(self, windows: Windows, ready: Callable[[np.ndarray], Any], rank: int = 0, ranks: int = 1):
-        self.windows, self.ready, self.rank, self.ranks = windows, ready, rank, ranks
+    def __init__(
+        self,
+        stream: Any,
+        ready: Callable[[np.ndarray], Any],
+        rank: int = 0,
+        ranks: int = 1,
+        micro_batch_size: int = 1,
+    ):
+        self.stream, self.ready, self.place = stream, ready, (rank, ranks, micro_batch_size)
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self.next: dict[tuple[int, int], Future[Any]] = {}  # (first, count) -> the batch that is being read
 
     def take(self, first: int, count: int) -> Any:
-        """Returns this rank's share of windows `first` to `first + count`: the ranks get equal shares, in their order.
-        Then the share of the next `count` windows is read in the background."""
+        """Returns this rank's share of windows or examples `first` to `first + count`: of windows one array, of
+        examples a list of micro-batches. Then the share of the next `count` is read in the background."""
         current = self.next.pop((first, count), None) or self.submit(first, count)
         batch = current.result()
         self.next = {(first + count, count): self.submit(first + count, count)}
         return batch
 
     def submit(self, first: int, count: int) -> Future[Any]:
-        share = count // self.ranks
-        return self.pool.submit(lambda: self.ready(self.windows.take(first + self.rank * share, share)))
+        return self.pool.submit(self.read, first, count)
+
+    def read(self, first: int, count: int) -> Any:
+        share = self.stream.share(first, count, *self.place)
+        return [self.ready(part) for part in share] if isinstance(share, list) else self.ready(share)
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)

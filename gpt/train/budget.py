@@ -104,7 +104,7 @@ class Progress:
     """How far a run is: its counts, its training time and its best evaluation, for checkpoints."""
 
     step: int = 0
-    windows_seen: int = 0
+    windows_seen: int = 0  # of data with masks: examples
     tokens: int = 0
     train_seconds: float = 0.0  # without the time of evaluation and saving
     best_loss: float | None = None
@@ -114,11 +114,11 @@ class Progress:
     micro_batch_size: int = 0
     wandb_id: str = ""
 
-    def advance(self, windows: int, block_size: int) -> None:
-        """Adds one optimizer step over `windows` windows of `block_size` tokens."""
+    def advance(self, windows: int, tokens: int) -> None:
+        """Adds one optimizer step over `windows` windows or examples, which have `tokens` tokens together."""
         self.step += 1
         self.windows_seen += windows
-        self.tokens += windows * block_size
+        self.tokens += tokens
 
     def due(self, every: int) -> bool:
         """Returns whether something that happens every `every` steps (0 = never) is due at this step. At step 0 nothing
@@ -149,7 +149,8 @@ class Budget:
 
     length: LengthConfig
     global_batch_size: int
-    block_size: int
+    mean_tokens: float
+    """tokens of a window; of an example, on average"""
     windows_per_epoch: int
     slot_seconds: float = math.inf
     """what is left of stop_after_minutes, as rank 0 measured it at this step; inf before the first"""
@@ -166,8 +167,8 @@ class Budget:
         if length.max_steps:
             left["max_steps"] = length.max_steps - progress.step
         if length.max_tokens:
-            tokens = length.max_tokens - progress.windows_seen * self.block_size
-            left["max_tokens"] = math.ceil(tokens / (self.global_batch_size * self.block_size))
+            tokens = length.max_tokens - progress.windows_seen * self.mean_tokens
+            left["max_tokens"] = math.ceil(tokens / (self.global_batch_size * self.mean_tokens))
         if length.max_epochs:
             windows = length.max_epochs * self.windows_per_epoch - progress.windows_seen
             left["max_epochs"] = math.ceil(windows / self.global_batch_size)

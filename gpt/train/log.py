@@ -18,6 +18,7 @@ from gpt.config import flatten
 from gpt.errors import ResourceError, code_and_reason, ignore_write_errors, note, tell
 from gpt.files import write_durably
 from gpt.model import flops_per_token
+from gpt.text.example_stream import ExampleStream
 from gpt.text.windows import Windows
 from gpt.train.budget import Budget, Progress
 from gpt.train.cost import peak_flops
@@ -102,10 +103,16 @@ class Recorder:
     `waited` holds the seconds that reading waited for the device, until the run adds them to its train_seconds."""
 
     def __init__(
-        self, log: Log | None, log_every: int, state: State, budget: Budget, windows: Windows, machine: Runtime
+        self,
+        log: Log | None,
+        log_every: int,
+        state: State,
+        budget: Budget,
+        training: Windows | ExampleStream,
+        machine: Runtime,
     ):
         self.log, self.log_every, self.progress, self.budget = log, log_every, state.progress, budget
-        self.scaler, self.windows, self.fetch = state.scaler, windows, machine.fetch
+        self.scaler, self.training, self.fetch = state.scaler, training, machine.fetch
         self.peak = peak_flops(machine.device, machine.dtype) * machine.ranks.size
         self.flops_per_token = flops_per_token(state.model.config, state.model.vocab_size)
         self.pending: tuple[int, int, float, Callable[[], list], int] | None = None
@@ -157,7 +164,7 @@ class Recorder:
         """Returns the record of a step whose numbers `fetch()` returns. Raises NonFiniteError as LossScaler.check
         does."""
         loss, norm, finite = fetch()
-        self.scaler.check(step, bool(finite), loss, "" if finite else self.windows.place(first_window))
+        self.scaler.check(step, bool(finite), loss, "" if finite else self.training.place(first_window))
         self.watch(step, loss)
         return {"step": step, "tokens": tokens, "loss": loss, "lr": lr, "grad_norm": norm}
 

@@ -28,8 +28,8 @@ from gpt.train.slot import Slot
 from gpt.train.start import Start, first_model
 from gpt.train.state import State, load_optimizer
 
-TrainStep = Callable[[State, torch.Tensor, Any, float, Runtime], torch.Tensor]
-Accumulate = Callable[[State, torch.Tensor, Runtime], torch.Tensor]
+TrainStep = Callable[[State, Any, Any, float, Runtime], torch.Tensor]
+Accumulate = Callable[[State, Any, Runtime], torch.Tensor]
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Run:
     corpus: Corpus
     budget: Budget
     state: State
-    step: Callable[[torch.Tensor, float], torch.Tensor]
+    step: Callable[[Any, float], torch.Tensor]
     """step(batch, lr): one optimizer step; returns loss, gradient norm and whether they are finite, (3,)"""
     recorder: Recorder
     saver: Saver
@@ -61,7 +61,8 @@ class Run:
         return self.corpus.has_validation() and progress.evaluation_due(self.config.rhythm.eval_every, always)
 
     def batches(self) -> Prefetch:
-        return Prefetch(self.corpus.windows, self.machine.ready, self.ranks.rank, self.ranks.size)
+        place = self.ranks.rank, self.ranks.size, self.state.progress.micro_batch_size
+        return Prefetch(self.corpus.training, self.machine.ready, *place)
 
     def profiler(self) -> contextlib.AbstractContextManager[Callable[[], object]]:
         """Returns a context that gives a function to call after each step. With `config.profile` it profiles some steps
@@ -101,9 +102,10 @@ def open_run(
         memory.out_of_memory_errors(progress, config.model.block_size),
     ):
         state, record = build_state(start, model, machine, accumulate)
-        step = stepper(config, state, machine, record["compile"], train_step)
+        direct = record["compile"] or config.profile or not corpus.training.one_shape
+        step = stepper(config, state, machine, direct, train_step)
         log = start_log(config, progress, start.budget, draw) if ranks.leads else None
-        recorder = Recorder(log, config.rhythm.log_every, state, start.budget, corpus.windows, machine)
+        recorder = Recorder(log, config.rhythm.log_every, state, start.budget, corpus.training, machine)
         stop.slot = Slot(config.length.stop_after_minutes, 12 * model.num_parameters())  # weights and two moments, fp32
         constant = {"config": flatten(config), "asked": start.asked, "runtime": record, "base": origin}
         saver = Saver(out, state, corpus, recorder, constant, sampling, config.rhythm, check_in_place, stop.slot)
@@ -174,7 +176,8 @@ def compiler_errors() -> Iterator[None]:
 def flops_of_run(start: Start, model: GPT, machine: Runtime) -> float:
     """Returns the FLOPs of this rank's share of the run."""
     config = start.config
-    tokens = config.batch.global_batch_size * config.model.block_size * start.budget.total_steps(start.progress)
+    steps = start.budget.total_steps(start.progress)
+    tokens = config.batch.global_batch_size * start.corpus.training.mean_tokens * steps
     return tokens * flops_per_token(config.model, model.vocab_size) / machine.ranks.size
 
 
@@ -216,16 +219,17 @@ def warm_up(state: State, block_size: int, machine: Runtime, accumulate: Accumul
 
 
 def stepper(
-    config: Any, state: State, machine: Runtime, compiled: bool, train_step: TrainStep
-) -> Callable[[torch.Tensor, Any], torch.Tensor]:
+    config: Any, state: State, machine: Runtime, direct: bool, train_step: TrainStep
+) -> Callable[[Any, Any], torch.Tensor]:
     """Returns `train_step` as a function of batch and learning rate. The function replays a CUDA graph if launching
-    kernels takes much of a step's time."""
+    kernels takes much of a step's time, unless steps must be `direct`: compiled, profiled (a profile shows kernels by
+    the operations that launched them), or with batches of several shapes."""
 
-    def step(batch: torch.Tensor, lr: Any) -> torch.Tensor:
+    def step(batch: Any, lr: Any) -> torch.Tensor:
         return train_step(state, batch, lr, config.optim.grad_clip, machine)
 
     tokens = state.progress.micro_batch_size * config.model.block_size
     flops = tokens * flops_per_token(config.model, state.model.vocab_size)
-    if compiled or config.profile or not machine.captures(flops, config.model.n_layer):
-        return step  # a profile shows kernels by the operations that launched them
+    if direct or not machine.captures(flops, config.model.n_layer):
+        return step
     return GraphedStep(step, CudaGraph(machine.device), state.optimizer.zero_grad)

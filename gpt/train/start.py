@@ -16,7 +16,9 @@ from gpt.errors import InputError, IntegrityError, ResourceError, ignore_write_e
 from gpt.files import STEP_FOLDER, is_folder, step_folders
 from gpt.model import GPT, ModelConfig
 from gpt.text.corpus import Corpus
-from gpt.text.fit import shrink_to_data
+from gpt.text.example_stream import index_examples
+from gpt.text.fit import shrink_to_data, shrink_to_examples
+from gpt.text.reader import read_masks
 from gpt.text.shards import SPLITS, Dataset, open_dataset
 from gpt.text.tokenizer import Tokenizer, choices, load_tokenizer
 from gpt.train.budget import LIMITS, Budget, LengthConfig, Progress, RhythmConfig
@@ -158,7 +160,7 @@ def find_start(config: Any, base: Path | None, typed: set[str], ranks: Ranks) ->
     size, block_size = config.batch.global_batch_size, config.model.block_size
     verify = config.verify if ranks.leads else "size"
     corpus = Corpus(dataset, config.tokenizer, verify, block_size, size, config.seed)
-    budget = Budget(config.length, size, block_size, corpus.windows.per_epoch)
+    budget = Budget(config.length, size, corpus.training.mean_tokens, corpus.training.per_epoch)
     compare_with_checkpoint(config, base, corpus, checkpoint)
     progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
     if checkpoint and progress.evaluated_step != progress.step:  # evaluated after the checkpoint was saved, perhaps
@@ -183,7 +185,11 @@ def fit_settings(
         smaller = {name: checkpoint.state["config"][name] for name in sorted(kept)}
     else:
         unit = ranks.size * max(config.batch.micro_batch_size, 1)
-        smaller = shrink_to_data(**before, fixed=typed, train_tokens=train, val_tokens=val, unit=unit)
+        if dataset.has_examples:
+            examples = len(index_examples(read_masks(dataset.splits["train"]), before["block_size"]).starts)
+            smaller = shrink_to_examples(before["global_batch_size"], typed, int(ranks.first(examples)), unit)
+        else:
+            smaller = shrink_to_data(**before, fixed=typed, train_tokens=train, val_tokens=val, unit=unit)
         asked = {name: before[name] for name in smaller}
     if smaller:
         texts = [f"{name} {before[name]} -> {value}" for name, value in smaller.items()]

@@ -10,7 +10,7 @@ from gpt.train.budget import BY_THE_CLOCK, BatchConfig, Budget, LengthConfig, Pr
 
 def budget(**limits):
     """A run of 8 windows of 32 tokens a step over 100 windows an epoch."""
-    return Budget(LengthConfig(**limits), global_batch_size=8, block_size=32, windows_per_epoch=100)
+    return Budget(LengthConfig(**limits), global_batch_size=8, mean_tokens=32, windows_per_epoch=100)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_the_first_limit_reached_ends_the_run(limits, steps):
     progress, made = Progress(), 0
     while not run.spent(progress):
         assert run.total_steps(progress) == steps
-        progress.advance(8, 32)
+        progress.advance(8, 8 * 32)
         made += 1
     assert made == progress.step == steps
     assert (progress.windows_seen, progress.tokens) == (8 * steps, 256 * steps)
@@ -42,7 +42,7 @@ def test_the_first_limit_reached_ends_the_run(limits, steps):
 def test_max_minutes_ends_a_run_whose_steps_take_a_second_after_sixty_of_them():
     run, progress = budget(max_minutes=1.0), Progress()
     while not run.spent(progress):
-        progress.advance(8, 32)
+        progress.advance(8, 8 * 32)
         progress.train_seconds += 1.0
     assert progress.step == 60
     assert run.total_steps(progress) == 60
@@ -59,7 +59,7 @@ def test_under_max_minutes_the_length_is_estimated_from_the_pace():
 def test_max_minutes_and_max_steps_together_stop_at_the_first():
     run, progress = budget(max_minutes=1.0, max_steps=20), Progress()
     while not run.spent(progress):
-        progress.advance(8, 32)
+        progress.advance(8, 8 * 32)
         progress.train_seconds += 1.0
         assert run.total_steps(progress) <= 20
     assert progress.step == 20

@@ -22,7 +22,9 @@ from training_helpers import (
     Recording,
     fingerprint,
     make_data,
+    make_examples,
     metrics,
+    random_examples,
     snapshot,
     state_of,
     step_names,
@@ -232,6 +234,19 @@ def gradients(batch, run):
     state = State(model, Recording(model), LossScaler("cpu", False), Progress(micro_batch_size=2))
     numbers = train.train_step(state, batch, 0.0, 0.0, run)
     return list(state.optimizer.gradients.values()), numbers
+
+
+def test_two_processes_on_examples_follow_the_run_of_one(launch, tmp_path):
+    """And a kill in between changes no bit of the run of two."""
+    data = make_examples(tmp_path / "data", random_examples(40, longest=70), random_examples(9, seed=1))
+    args = ("tiny", "--data", data, *with_flags("--max_steps", 12, "--save_every", 5, "--micro_batch_size", 2))
+    assert train_here(*args, "--out", tmp_path / "one").code == 0
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert codes(launch("train.py", *args, *QUICK, "--out", whole)) == [0, 0]
+    assert_same_run(whole, tmp_path / "one")
+    assert codes(launch("train.py", *args, *QUICK, "--out", killed, kill_step=8)) == [-9, -9]
+    assert codes(launch("train.py", *args, *QUICK, "--out", killed)) == [0, 0]
+    assert fingerprint(killed, 12) == fingerprint(whole, 12)
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -34,7 +34,7 @@ KINDS = [("--dtype", "fp32"), ("--optimizer", "muon", "--dtype", "bf16")]
 def test_fault_055_056_two_kills_at_and_after_an_epochs_end_change_no_bit(kind, processes, tmp_path):
     data = make_data(tmp_path / "data", train_size=1980)
     corpus = Corpus(open_dataset(data), "", "size", 32, 8, 1337)
-    assert corpus.windows.per_epoch == 64  # eight steps
+    assert corpus.training.per_epoch == 64  # eight steps
     corpus.close()
     settings = ("tiny", "--data", data, "--max_steps", "20", "--save_every", "8", *TO_THE_BIT, *kind)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
