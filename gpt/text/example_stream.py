@@ -1,0 +1,123 @@
+"""Whole examples in batches: the examples of a run as a pure function of (seed, n), and the fixed validation set.
+
+The data are examples if they have masks: these say where an example begins and which of its tokens are learned. Epoch e
+visits the N examples in an order drawn from (seed, e). Example n of the run is example n % N of epoch n // N.
+
+A step takes the next examples, sorts them by length, and deals them out to the ranks and to micro-batches. Each
+micro-batch is padded on the right, to a multiple of PADDING tokens. Positions begin at 0 in every example, and causal
+attention needs no mask: no token sees the padding after it. The loss is the mean over the step's targets, so sorting
+and dealing change it by rounding alone.
+
+In a micro-batch a token that is not learned is stored as ~id, which is negative: see gpt.loss.inputs_and_targets."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from gpt.errors import InputError, note
+from gpt.loss import IGNORED
+from gpt.text.reader import TokenReader
+from gpt.text.shards import FIRST, TARGET
+from gpt.text.windows import permute
+
+PADDING = 64  # a row of a micro-batch is a multiple of so many tokens long, or as long as the context
+
+
+class Index(NamedTuple):
+    """The examples of a split from which a model of some context can learn: int64 arrays (N,)."""
+
+    starts: np.ndarray  # places in the stream of ids
+    lengths: np.ndarray  # in tokens; at most the context and one more
+    targets: np.ndarray  # numbers of tokens that are learned
+    cut: int  # number of examples that are longer
+    dropped: int  # number of examples that have no target within that length
+
+
+def index_examples(mask: np.ndarray, block_size: int) -> Index:
+    """Returns the Index of a split with this mask (tokens,) for a model with a context of `block_size` tokens."""
+    starts, targets = np.flatnonzero(mask & FIRST), np.flatnonzero(mask & TARGET)
+    whole = np.diff(np.append(starts, len(mask)))
+    lengths = np.minimum(whole, block_size + 1)
+    counts = np.searchsorted(targets, starts + lengths) - np.searchsorted(targets, starts)
+    learns = counts > 0
+    cut = int((whole > lengths).sum())
+    return Index(starts[learns], lengths[learns], counts[learns], cut, int((~learns).sum()))
+
+
+class ExampleStream:
+    """The examples of a run, an endless sequence over one split: see the top of this file. `mask` is that of the
+    split. Raises InputError if the split has no example to learn from."""
+
+    one_shape = False  # batches have several shapes
+
+    def __init__(self, split: str, reader: TokenReader, mask: np.ndarray, block_size: int, seed: int):
+        self.reader, self.mask, self.block_size, self.seed = reader, mask, block_size, seed
+        self.index = index_examples(mask, block_size)
+        self.per_epoch = len(self.index.starts)
+        if not self.per_epoch:
+            raise InputError(f"{split} has no example with something to learn in its first {block_size + 1} tokens")
+        self.mean_tokens = float(np.mean(self.index.lengths - 1))
+
+    def tell_lost(self, split: str) -> None:
+        """Prints a note about examples that are cut to the context, or that have nothing to learn within it."""
+        index = self.index
+        parts = [f"{index.cut:,} are cut to {self.block_size + 1} tokens"] if index.cut else []
+        parts += [f"{index.dropped:,} have nothing to learn there and are left out"] if index.dropped else []
+        if parts:
+            total = self.per_epoch + index.dropped
+            note("info", f"{split}: of {total:,} examples {', '.join(parts)}; a larger --block_size takes more")
+
+    def numbers(self, first: int, count: int) -> np.ndarray:
+        """Returns which examples of the split are examples `first` to `first + count` (exclusive) of the run, int64."""
+        epochs, places = np.divmod(np.arange(first, first + count, dtype=np.int64), self.per_epoch)
+        chosen = np.empty_like(places)
+        for epoch in map(int, np.unique(epochs)):
+            this = epochs == epoch
+            chosen[this] = permute(places[this], self.per_epoch, (self.seed, epoch))
+        return chosen
+
+    def tokens(self, first: int, count: int) -> int:
+        """Returns how many tokens the model reads in examples `first` to `first + count`; padding is none."""
+        return int((self.index.lengths[self.numbers(first, count)] - 1).sum())
+
+    def place(self, n: int) -> str:
+        """Returns where example `n` begins, for messages: "train_000003.bin offset 812"."""
+        index, offset = self.reader.place(int(self.index.starts[self.numbers(n, 1)[0]]))
+        return f"{self.reader.shards[index].path.name} offset {offset}"
+
+    def share(self, first: int, count: int, rank: int, ranks: int, micro_batch_size: int) -> list[np.ndarray]:
+        """Returns the share of rank `rank` of `ranks` of examples `first` to `first + count`, as micro-batches: int64
+        (micro_batch_size, T + 1), where a token that is not learned is ~id. All ranks get equally many."""
+        chosen = self.by_length(self.numbers(first, count))[rank::ranks]
+        return [self.padded(chosen[i : i + micro_batch_size]) for i in range(0, len(chosen), micro_batch_size)]
+
+    def by_length(self, chosen: np.ndarray) -> np.ndarray:
+        """Returns the examples `chosen` with the longest first, so that a step needs most memory at its beginning."""
+        return chosen[np.argsort(-self.index.lengths[chosen], kind="stable")]
+
+    def padded(self, chosen: np.ndarray) -> np.ndarray:
+        """Returns examples as the rows of one array, int64 (count, T + 1); without examples a row of padding."""
+        longest = int(self.index.lengths[chosen].max(initial=2)) - 1
+        width = min(-(-longest // PADDING) * PADDING, self.block_size)
+        rows = np.full((max(1, len(chosen)), width + 1), ~0, dtype=np.int64)
+        for row, example in zip(rows, chosen, strict=False):
+            start, length = int(self.index.starts[example]), int(self.index.lengths[example])
+            ids = self.reader.read(start, length)
+            row[:length] = np.where(self.mask[start : start + length] & TARGET, ids, ~ids)
+        return rows
+
+    def validation(
+        self, batch_size: int, eval_tokens: int, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields the first examples of the split in which `eval_tokens` tokens are learned (0: all examples), sorted by
+        length, as ids and targets (batch_size, T). The ranks take turns and get equally many batches; the last one of a
+        rank may have fewer rows, or be all padding."""
+        enough = self.per_epoch
+        if eval_tokens:
+            enough = min(enough, int(np.searchsorted(np.cumsum(self.index.targets), eval_tokens)) + 1)
+        chosen = self.by_length(np.arange(enough))
+        for turn in range(0, enough, batch_size * ranks):
+            first = turn + rank * batch_size
+            tokens = self.padded(chosen[first : first + batch_size])
+            yield np.where(tokens < 0, ~tokens, tokens)[:, :-1], np.maximum(tokens[:, 1:], IGNORED)
