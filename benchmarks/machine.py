@@ -103,12 +103,18 @@ def cpu_line(name: str) -> str:
 def hold_to_avx2(work: Path) -> None:
     """Lets this program and those that it starts use AVX2 at most. Our kernels are compiled anew, in the folder
     `work`/avx2, which also keeps what is measured about their speed. llama.cpp has no such setting but its build."""
-    folder = work.absolute() / "avx2"
+    compile_for("x86-64-v3", work / "avx2")
+    os.environ.update(AVX2_LIMITS)
+
+
+def compile_for(march: str, folder: Path) -> None:
+    """Lets this program and those that it starts compile our kernels with `-march=<march>`, into `folder`."""
+    folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     compiler = folder / "c++"  # a script, because torch.compile takes no words in CXX; the last -march counts
-    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -march=x86-64-v3 -mtune=native\n')
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -march={march} -mtune=native\n')
     compiler.chmod(0o755)
-    os.environ.update(AVX2_LIMITS, CXX=str(compiler), XDG_CACHE_HOME=str(folder))
+    os.environ.update(CXX=str(compiler), XDG_CACHE_HOME=str(folder))
 
 
 def commit() -> str:

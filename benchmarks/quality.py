@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py out/shakespeare shakespeare.txt
     python benchmarks/quality.py gpt2 text.txt --forms fp32,bf16,int8:native --tokens 8192
+    python benchmarks/quality.py gpt2 text.txt --forms int8:native --march x86-64
 
 A form is a precision and a back end. Every form reads the same windows of the text, token by token, through the decode
 step that generates."""
@@ -11,7 +12,7 @@ import math
 import sys
 from pathlib import Path
 
-from machine import default_threads, open_record
+from machine import compile_for, default_threads, open_record
 from report import print_columns, reporting, tell
 
 REFERENCE = "fp32:eager"
@@ -19,6 +20,8 @@ REFERENCE = "fp32:eager"
 
 def main() -> None:
     config = parse(sys.argv[1:])
+    if config.march:
+        compile_for(config.march, Path("out/benchmarks", config.march))
     record = open_record(config, config.device, results=[])
     with reporting(config, record, print_results) as save:
         reference = run_form(config, REFERENCE)
@@ -48,6 +51,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--rows", type=int, default=8, help="windows read side by side (default %(default)s)")
     add("--device", default="auto", help="default %(default)s")
     add("--threads", type=int, default=default_threads(), help="default %(default)s")
+    add("--march", help="compile our kernels for another CPU: the compiler's name for it, such as x86-64")
     add("--json", help="file for all figures")
     return parser.parse_args(words)
 

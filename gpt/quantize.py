@@ -1,5 +1,5 @@
-"""Weights in 8 bits: every matrix of the model, the head included, as int8 with one scale per output. Where the CPU has
-the instructions, the product in C++ rounds its inputs to 8 bits too: see gpt/kernels/weights.h.
+"""Weights in 8 bits: every matrix of the model, the head included, as int8 with one scale per output. The product
+in C++ rounds its inputs to 8 bits too: see gpt/kernels/weights.h.
 
 Shapes: N outputs, K inputs, C n_embd, V vocabulary (padded)."""
 

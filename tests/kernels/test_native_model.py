@@ -6,7 +6,9 @@ import mmap
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -90,6 +92,27 @@ def round_spans(x, span=256):
     return torch.cat(parts, -1)
 
 
+def inputs_of_spans(width, ties):
+    """Returns random inputs (width,) with a scale for each 256 of them. With `ties` the scales are powers of two and
+    half of the inputs lie exactly between two numbers of 8 bits, which bf16 can hold; without, none does."""
+    random, spans = np.random.default_rng(width), math.ceil(width / 256)
+    scales = 2.0 ** random.integers(-3, 4, spans) if ties else np.exp(random.normal(size=spans))
+    inputs = random.integers(-253, 254, width) / 2 if ties else random.integers(-126, 127, width) + 0.25
+    inputs[::256] = -127  # the largest of each span
+    return torch.tensor(inputs * scales.repeat(256)[:width])
+
+
+def product_of_spans(x, weight, scale):
+    """Returns the product (N,) of inputs x (K,) and an int8 matrix (N, K) with scales (N,), as weights.h describes it,
+    in float64: inputs of 8 bits, one scale for each 256 of them, exact sums."""
+    result = np.zeros(len(weight))
+    for start in range(0, len(x), 256):
+        part, step = x[start : start + 256], np.abs(x[start : start + 256]).max() / 127
+        whole = np.rint(part / step) if step else np.zeros_like(part)  # ties to even
+        result += step * (weight[:, start : start + 256] @ whole)
+    return result * scale
+
+
 def share_of_deviation(logits, reference):
     return ((logits - reference).square().mean().sqrt() / reference.std()).item()
 
@@ -119,6 +142,24 @@ def test_the_logit_error_of_small_weights_is_within_its_bound(kernels, heads, wi
         assert error < 0.05
         error = min(error, share_of_deviation(logits, uncached(with_rounded_inputs(rounded), ids, lengths, 8)))
     assert error < bound
+
+
+@pytest.mark.parametrize(("kind", "inputs"), [("int8", "no ties"), *product(KINDS[2:], ["ties", "largest", "zeros"])])
+@pytest.mark.parametrize("width", [7, 256, 300, 520])
+def test_an_int8_product_rounds_its_inputs_in_spans_of_256_and_sums_exactly(kernels, width, kind, inputs):
+    model = as_kind(make_model(1, width, layers=1), kind)
+    x = inputs_of_spans(width, ties=inputs != "no ties")
+    if inputs == "largest":  # sums of 16 bits, where there are any, come close to their limits
+        x[:], model.token.weight[:100], model.token.weight[100:120] = 1, 127, -127
+    elif inputs == "zeros":
+        x[-256:] = 0
+    model.ln_f.weight.zero_()  # so that its bias is what the head gets
+    model.ln_f.bias.copy_(x)
+    arrays = (tensor.double().numpy() for tensor in (model.ln_f.bias, model.token.weight, model.token.scale))
+    expected = product_of_spans(*arrays)[:VOCABULARY]
+    for rows in range(1, 6):
+        logits = NativeModel(model, kernels).decode(torch.arange(rows), KVCache(model.config, rows, model.dtype))
+        assert np.abs(logits.double().numpy() - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("kind", KINDS)
