@@ -98,6 +98,17 @@ def processes(tmp_path_factory):
 
 
 @pytest.fixture
+def start(processes):
+    """start(*flags, before="", **streams): starts sample.py with a small random model as every checkpoint, after the
+    lines `before`; see Processes.open."""
+
+    def start(*flags, before="", **settings):
+        return processes.open("generation_helpers.sample_after", before, *map(str, flags), **settings)
+
+    return start
+
+
+@pytest.fixture
 def one_thread():
     """Sets torch to one thread during a test, for models so small that a second thread only costs time."""
     import torch
