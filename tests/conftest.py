@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import paths  # noqa: F401 (sets sys.path)
@@ -71,7 +72,9 @@ def kernels_cache(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        if None in map(build.build_now, build.SOURCES):
+        with ThreadPoolExecutor() as threads:
+            libraries = list(threads.map(build.build_now, build.SOURCES))
+        if None in libraries:
             pytest.skip("needs a C++ compiler")
         return os.environ["XDG_CACHE_HOME"]
 
