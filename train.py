@@ -77,8 +77,6 @@ class TrainConfig:
             problems.append("data is not given; make a folder with data/prepare.py and pass --data FOLDER")
         if self.optim.warmup_steps >= 1 and 0 < self.length.max_steps < self.optim.warmup_steps:
             problems.append(f"warmup_steps {self.optim.warmup_steps:g} is more than max_steps {self.length.max_steps}")
-        if self.machine.kernels == "on" and (self.model.dropout or self.model.n_embd // max(self.model.n_head, 1) % 2):
-            problems.append("kernels on needs dropout 0 and heads of an even width (n_embd / n_head); use auto")
         if self.seed < 0:
             problems.append(f"seed {self.seed} must be 0 or more")
         refuse(problems)

@@ -9,6 +9,8 @@ to the first tokens, tokens/s with the prompts, and the seconds of the first cal
 the best of several runs, and the file --json is written after it. Then a greedy text is compared with the choices of
 the same model without a cache; the exit code is 1 if they differ by more than rounding."""
 
+import short_spins  # noqa: F401 (before torch)
+
 import argparse
 import math
 import sys

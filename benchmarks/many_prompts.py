@@ -29,6 +29,8 @@ PROMPT_TOKENS, NEW_TOKENS = (5, 400), (10, 200)  # least, most
 
 def main() -> None:
     config = parse(sys.argv[1:])
+    import short_spins  # noqa: F401 (before torch)
+
     record = open_record(config, config.device, rounds=[], equal=[], ratios={})
     folder = weights.make_weights(config.work, config.model)
     generator = load(config, folder)

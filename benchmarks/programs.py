@@ -20,6 +20,8 @@ class Ours:
     """This project's TextGenerator. Options: a dtype, "int8" and a back end, in any order."""
 
     def __init__(self, folder, options, threads, device):
+        import short_spins  # noqa: F401 (before torch)
+
         import gpt
         from gpt.device import set_threads
         from gpt.generate.generator import TextGenerator

@@ -90,9 +90,11 @@ class Ours(Trainer):
     (micro-batches of 1 sequence, whatever train.py would choose), and techniques to undo."""
 
     def __init__(self, folder, options, threads, device, grad_clip):
-        super().__init__(folder, options, device, grad_clip)
+        import short_spins  # noqa: F401 (before torch)
+
         import gpt
 
+        super().__init__(folder, options, device, grad_clip)
         self.threads, self.version = threads, gpt.__version__
         undone = sorted(set(options) & UNDONE)
         assert "no-casts" not in undone or "by1" in options, "no-casts changes something only with by1"

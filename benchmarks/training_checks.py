@@ -1,5 +1,7 @@
 """Checks of training for prove_cuda.py. Each returns what it found in a few words, or raises CheckFailed."""
 
+import short_spins  # noqa: F401 (before torch)
+
 import hashlib
 import itertools
 import signal

@@ -18,6 +18,8 @@ def load(
     """Returns the TextGenerator of a checkpoint: a step folder or run folder of this project (its best step, else its
     newest), a Hugging Face GPT-2 folder, or a hub name such as "gpt2". The other arguments take the values of the
     options of sample.py. Raises InputError if there is no such checkpoint, IntegrityError if it is damaged."""
+    import gpt.kernels.waiting  # noqa: F401 (before torch)
+
     from gpt.generate.generator import TextGenerator  # imports torch, which `import gpt` alone must not
 
     return TextGenerator.load(path, device, dtype, quantize, backend)

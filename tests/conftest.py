@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import paths  # noqa: F401 (sets sys.path)
@@ -74,8 +75,9 @@ def kernels_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(build, "WAIT_SECONDS", build.BUILD_SECONDS)  # the machine may be busy or emulated
-        for purpose in build.SOURCES:
-            assert build.build_now(purpose) is not None, f"no library for {purpose}"
+        with ThreadPoolExecutor() as threads:
+            libraries = dict(zip(build.SOURCES, threads.map(build.build_now, build.SOURCES), strict=True))
+        assert None not in libraries.values(), libraries
         return os.environ["XDG_CACHE_HOME"]
 
 
@@ -98,6 +100,17 @@ def processes(tmp_path_factory):
     processes = Processes(tmp_path_factory.mktemp("processes"))
     yield processes
     processes.close()
+
+
+@pytest.fixture
+def start(processes):
+    """start(*flags, before="", **streams): starts sample.py with a small random model as every checkpoint, after the
+    lines `before`; see Processes.open."""
+
+    def start(*flags, before="", **settings):
+        return processes.open("generation_helpers.sample_after", before, *map(str, flags), **settings)
+
+    return start
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import time
 
 import torch
 from paths import ROOT
@@ -116,17 +117,18 @@ sample.run_main(sample.main)
 """
 
 
-def start(*flags, before="", **settings):
-    """Starts sample.py with a small random model as every checkpoint, after the lines `before`."""
+def start_fresh(*flags, before="", **settings):
+    """Starts sample.py with a small random model as every checkpoint, after the lines `before`, in a new Python."""
     program = PROGRAM.format(paths=[str(ROOT), str(ROOT / "tests")], before=before)
     command = [sys.executable, "-c", program, "checkpoint", *flags]
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL} | settings
     return subprocess.Popen(command, **settings)
 
 
-def sample_with_small_model(*flags):
-    """Runs sample.py, as `start` does, in this process: for processes that are to be killed."""
+def sample_after(before, *flags):
+    """Does what a process of `start_fresh` does, in this process."""
     torch.set_num_threads(1)
-    sample.TextGenerator.load = lambda *_: small_generator()
+    load = sample.TextGenerator.load = lambda *_: small_generator()
+    exec(before, {"load": load, "sample": sample, "sys": sys, "time": time, "torch": torch})
     sys.argv = ["sample.py", "checkpoint", *flags]
-    sample.main()
+    sample.run_main(sample.main)

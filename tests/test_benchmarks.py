@@ -16,7 +16,7 @@ import pytest
 import torch
 from graph_helpers import Recorded
 from paths import ROOT
-from training_helpers import make_data, tiny_model
+from training_helpers import make_data, run_script, tiny_model
 
 from gpt.generate.generator import TextGenerator
 from gpt.model import ModelConfig
@@ -164,18 +164,17 @@ def test_decode_checks_and_compares_and_names_what_is_absent(tiny, tmp_path):
         ("many_prompts", "--prompts 3 --rounds 10000 --backend eager", signal.SIGINT),
     ],
 )
-def test_a_stopped_program_keeps_and_shows_what_it_has_measured(tiny, tmp_path, name, words, stop):
+def test_a_stopped_program_keeps_and_shows_what_it_has_measured(processes, tiny, tmp_path, name, words, stop):
     out = tmp_path / "figures.json"
     words += " --device cpu" + (" --model tiny" if name != "train_speed" else "")
     words += f" --threads 1 --work {tiny.parent}" if name != "decode_steps" else ""
-    command = [sys.executable, ROOT / f"benchmarks/{name}.py", *words.split(), "--json", out]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    command = "test_benchmarks.run_on_one_thread", f"benchmarks/{name}.py", *words.split(), "--json", str(out)
+    process = processes.open(*command)
     while not out.exists() or not rounds_of(json.loads(out.read_text())):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(stop)
-    shown, _ = process.communicate(timeout=60)
+    shown = process.communicate()[0].decode()
     assert process.returncode == 128 + stop
     record = json.loads(out.read_text())
     assert rounds_of(record)
@@ -183,6 +182,11 @@ def test_a_stopped_program_keeps_and_shows_what_it_has_measured(tiny, tmp_path, 
     assert record["machine"]["processor"] in shown.splitlines()[0]
     last = shown.splitlines()[-3:]
     assert any(re.search(r"ours:fp32.*\d|greedy against .*\(1\)|refilled +\d", line) for line in last), shown
+
+
+def run_on_one_thread(path, *args):
+    torch.set_num_threads(1)
+    run_script(path, *args)
 
 
 def rounds_of(record):

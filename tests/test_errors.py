@@ -128,11 +128,11 @@ def test_fault_123_an_error_keeps_its_code_and_line_when_stdout_is_full(full, en
     assert (done.returncode, done.stderr.splitlines()[-1]) == (code, last)
 
 
-@pytest.mark.parametrize("program", ["train.py", "sample.py", "data/prepare.py", "-m gpt.plot"])
-def test_fault_123_every_program_ends_in_exit_5_and_one_line_when_its_help_is_lost(full, program):
-    command, environment = [sys.executable, *program.split(), "--help"], os.environ | {"PYTHONUNBUFFERED": ""}
-    done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
-    assert (done.returncode, done.stderr) == (5, LOST)
+@pytest.mark.parametrize("program", ["train.py", "sample.py", "data/prepare.py", "gpt/plot.py"])
+def test_fault_123_every_program_ends_in_exit_5_and_one_line_when_its_help_is_lost(processes, full, program):
+    done = processes.open("training_helpers.run_script", program, "--help", stdout=full)
+    _, stderr = done.communicate()
+    assert (done.returncode, stderr.decode()) == (5, LOST)
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])

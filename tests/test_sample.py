@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from generation_helpers import replace_decode, scripted_decode, small_generator, start
+from generation_helpers import replace_decode, scripted_decode, small_generator, start_fresh
 
 import sample
 from gpt.errors import run_main
@@ -509,16 +509,16 @@ def test_killed_again_and_again_the_file_holds_each_text_once_and_the_bytes_of_o
     prompts = [{"id": f"p{n}", "prompt": "x" * (n % 9), "max_new_tokens": 5 + n * 7 % 40} for n in range(60)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     flags = ("--prompts", tmp_path / "p.jsonl", "--num_samples", 2, "--rows", 3, "--seed", 1, "--ignore_eot", "--out")
-    assert processes.run("generation_helpers.sample_with_small_model", *flags, tmp_path / "whole.jsonl").code == 0
+    assert processes.run("generation_helpers.sample_after", "", *flags, tmp_path / "whole.jsonl").code == 0
     whole, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "killed.jsonl"
     for share in (0.2, 0.4, 0.6):
-        process = processes.start("generation_helpers.sample_with_small_model", *flags, out)
+        process = processes.start("generation_helpers.sample_after", "", *flags, out)
         while not out.exists() or out.stat().st_size < share * len(whole):
             time.sleep(0.001)
         os.kill(process[1], signal.SIGKILL)
         assert processes.wait(process).code == -9
     assert len(out.read_bytes()) < len(whole)
-    assert processes.run("generation_helpers.sample_with_small_model", *flags, out).code == 0
+    assert processes.run("generation_helpers.sample_after", "", *flags, out).code == 0
     assert out.read_bytes() == whole
     assert [line["id"] for line in read_lines(out)] == [f"p{n}" for n in range(60) for _ in range(2)]
 
@@ -527,7 +527,7 @@ ENDLESS = ("--prompt", "Ünd", "--max_new_tokens", "100000000", "--ignore_eot", 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_fault_093_ctrl_c_keeps_the_text_so_far_and_exits_130():
+def test_fault_093_ctrl_c_keeps_the_text_so_far_and_exits_130(start):
     process = start(*ENDLESS)
     first = process.stdout.read(30)
     process.send_signal(signal.SIGINT)
@@ -538,7 +538,7 @@ def test_fault_093_ctrl_c_keeps_the_text_so_far_and_exits_130():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
-def test_fault_093_a_closed_pipe_ends_the_program_quietly():
+def test_fault_093_a_closed_pipe_ends_the_program_quietly(start):
     process = start(*ENDLESS)
     assert process.stdout.read(10)
     process.stdout.close()
@@ -551,7 +551,7 @@ def test_fault_093_a_closed_pipe_ends_the_program_quietly():
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("flags", [("--stream", "on"), ("--stream", "off"), ("--prompts", __file__)])
-def test_a_stdout_without_space_ends_in_exit_5_without_traceback(flags):
+def test_a_stdout_without_space_ends_in_exit_5_without_traceback(start, flags):
     prompt = () if "--prompts" in flags else ("--prompt", "abc")
     with open("/dev/full", "wb") as full:
         process = start(*prompt, *flags, "--max_new_tokens", "3", "--truncate", "--seed", "1", stdout=full)
@@ -562,7 +562,7 @@ def test_a_stdout_without_space_ends_in_exit_5_without_traceback(flags):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_fault_123_a_stderr_without_space_or_closed_changes_nothing():
+def test_fault_123_a_stderr_without_space_or_closed_changes_nothing(start):
     flags = ("--prompt", "abc", "--max_new_tokens", "0")
     with open("/dev/full", "wb") as full:
         lost = start(*flags, stderr=full)
@@ -595,7 +595,7 @@ generator.BACKENDS["eager"] = Noting
 
 @pytest.mark.parametrize("stream", ["on", "off"])
 @pytest.mark.parametrize("before", [AUTO, NOTING])
-def test_notes_stand_in_lines_of_their_own_before_the_prompt(stream, before):
+def test_notes_stand_in_lines_of_their_own_before_the_prompt(start, stream, before):
     if before == AUTO and os.name == "nt":
         pytest.skip("no native kernels on Windows")
     flags = ("--prompt", "class", "--max_new_tokens", "3", "--stream", stream)
@@ -613,6 +613,8 @@ def test_a_back_end_that_cannot_run_is_refused_before_anything_is_printed(cli, g
 def test_fault_100_output_is_utf_8_in_the_c_locale_and_wandb_is_not_imported():
     before = "import atexit; atexit.register(lambda: print(*sorted(set(sys.modules) & {'wandb', 'transformers'})))"
     environment = {**os.environ, "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    process = start("--prompt", "Ünd 日本", "--max_new_tokens", "0", "--seed", "1", before=before, env=environment)
+    process = start_fresh(
+        "--prompt", "Ünd 日本", "--max_new_tokens", "0", "--seed", "1", before=before, env=environment
+    )
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out.decode(), err) == (0, "Ünd 日本\n\n", b"")

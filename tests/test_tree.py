@@ -81,7 +81,7 @@ ROOMS = {
     "generate": {"base", "text", "kernels", "checkpoint"},
     "report": {"base", "text", "checkpoint", "train", "generate"},
     "commands": {"base", "report"},  # thin entry points: gpt.plot
-    "library": {"base", "generate"},  # import gpt
+    "library": {"base", "kernels", "generate"},  # import gpt
 }
 # Arrows between modules of the base, which has an order of its own.
 BASE_ARROWS = {

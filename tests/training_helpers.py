@@ -8,11 +8,16 @@ import io
 import json
 import os
 import random
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 import tomllib
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -256,25 +261,31 @@ class Processes:
 
     def __init__(self, folder):
         self.folder, self.started = Path(folder), 0
-        code = "import sys; sys.path[:0] = sys.argv[1:]; import training_helpers; training_helpers.serve()"
+        self.server_end, other = socket.socketpair()
+        code = (
+            "import sys; sys.path[:0] = sys.argv[2:]; import training_helpers; training_helpers.serve(int(sys.argv[1]))"
+        )
         paths = [str(path) for path in (ROOT, ROOT / "tests", *(ROOT / "tests").glob("*/")) if path.is_dir()]
-        command, pipe = [sys.executable, "-c", code, *paths], subprocess.PIPE
-        self.server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
+        command = [sys.executable, "-c", code, str(other.fileno()), *paths]
+        self.server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, pass_fds=[other.fileno()])
+        other.close()
+        self.answers = self.server_end.makefile()
 
-    def ask(self, **request):
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
+    def ask(self, *streams, **request):
+        """Sends a request, with file descriptors for a process to start, and returns the answer."""
+        socket.send_fds(self.server_end, [json.dumps(request).encode() + b"\n"], streams)
+        return json.loads(self.answers.readline())
 
     def start(self, *command, env=None, cwd=None, kill_step=0):
         """Starts `train.py ARGS`, `sample.py ARGS` or `module.function ARGS` and returns a handle. A training process
         kills itself with SIGKILL instead of step number `kill_step` (from 1)."""
         self.started += 1
-        output = str(self.folder / f"output-{self.started}")
+        output = self.folder / f"output-{self.started}"
         command = [str(word) for word in command]
         command += missing(command) if command[0] == "train.py" else []
         asked = {"command": command, "env": env or {}, "cwd": str(cwd or ROOT), "kill_step": kill_step}
-        return output, self.ask(**asked, output=output)["pid"]
+        with open(os.devnull) as nothing, open(f"{output}.1", "wb") as stdout, open(f"{output}.2", "wb") as stderr:
+            return output, self.ask(*(stream.fileno() for stream in (nothing, stdout, stderr)), **asked)["pid"]
 
     def wait(self, handle):
         """Returns the Outcome of a started process, once it has ended; its code is -9 if it was killed."""
@@ -285,32 +296,124 @@ class Processes:
     def run(self, *command, **options):
         return self.wait(self.start(*command, **options))
 
+    def open(self, *command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more):
+        """Starts `module.function ARGS` and returns it as subprocess.Popen would, with the same meaning of the streams.
+        With `terminal=True`, stdin is a terminal, which becomes that of the process."""
+        return Forked(self, command, [stdin, stdout, stderr], more)
+
     def close(self):
-        self.server.stdin.close()
+        self.server_end.close()
+        self.answers.close()
         self.server.wait(timeout=30)
 
 
-def serve():
-    """Answers the requests of a Processes until stdin closes."""
+class Forked:
+    """A process that `Processes.open` has started: the part of subprocess.Popen that the tests use."""
+
+    def __init__(self, processes, command, streams, more):
+        ours, theirs = zip(*(self.ends(stream, number) for number, stream in enumerate(streams)), strict=True)
+        descriptors = [
+            theirs[1] if stream == subprocess.STDOUT else end for stream, end in zip(streams, theirs, strict=True)
+        ]
+        self.stdin, self.stdout, self.stderr = ours
+        self.processes, self.returncode = processes, None
+        asked = {"command": list(command), "env": {}, "cwd": str(ROOT), "terminal": False} | more
+        self.pid = processes.ask(*descriptors, **asked)["pid"]
+        for stream, end in zip(streams, theirs, strict=True):
+            if stream in (subprocess.PIPE, subprocess.DEVNULL):
+                os.close(end)
+
+    @staticmethod
+    def ends(stream, number):
+        """Returns (a file for this process or None, the descriptor for the other one) of a stream as Popen takes it."""
+        if stream == subprocess.DEVNULL:
+            return None, os.open(os.devnull, os.O_RDWR)
+        if stream != subprocess.PIPE:
+            return None, stream if isinstance(stream, int) else stream.fileno()
+        read, write = os.pipe()
+        return (open(write, "wb"), read) if number == 0 else (open(read, "rb"), write)
+
+    def poll(self):
+        """Returns the exit code, or None while the process runs."""
+        if self.returncode is None:
+            self.returncode = self.processes.ask(poll=self.pid)["code"]
+        return self.returncode
+
+    def wait(self, timeout=60):
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("a forked process", timeout)
+            time.sleep(0.005)
+        return self.returncode
+
+    def communicate(self, data=b"", timeout=60):
+        """Writes `data` to stdin; returns all of stdout and stderr, b"" for those that are no pipes, once the process
+        has ended. Kills it after `timeout` seconds."""
+        killer = threading.Timer(timeout, self.kill)
+        killer.start()
+        if self.stdin:
+            with contextlib.suppress(BrokenPipeError), self.stdin:
+                self.stdin.write(data)
+        with ThreadPoolExecutor(2) as threads:
+            found = list(threads.map(lambda pipe: pipe.read() if pipe else b"", (self.stdout, self.stderr)))
+        self.wait(timeout)
+        killer.cancel()
+        return found
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def serve(descriptor):
+    """Answers the requests of a Processes until it closes the socket."""
     importlib.import_module("torch._dynamo")  # the first optimizer step of every process would
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "wait" in request:
-            _, status = os.waitpid(request["wait"], 0)
-            answer = {"code": os.waitstatus_to_exitcode(status)}
+    importlib.import_module("generation_helpers")
+    client = socket.socket(fileno=descriptor)
+    while True:
+        data, streams, _, _ = socket.recv_fds(client, 1 << 20, 3)
+        while data and not data.endswith(b"\n"):
+            data += client.recv(1 << 20)
+        if not data:
+            break
+        request = json.loads(data)
+        if "wait" in request or "poll" in request:
+            pid, status = os.waitpid(request.get("wait") or request["poll"], 0 if "wait" in request else os.WNOHANG)
+            answer = {"code": os.waitstatus_to_exitcode(status) if pid else None}
         else:
             pid = os.fork()
             if pid == 0:
+                client.close()
+                take(streams, request.pop("terminal", None))
                 become(**request)
             answer = {"pid": pid}
-        print(json.dumps(answer), flush=True)
+            for stream in streams:
+                os.close(stream)
+        client.sendall(json.dumps(answer).encode() + b"\n")
 
 
-def become(command, env, cwd, kill_step, output):
-    """Turns this process into the requested one, and exits with its code."""
-    for number in (1, 2):
-        os.dup2(os.open(f"{output}.{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
-    sys.stdin = open(os.devnull, encoding="utf-8")
+def take(streams, terminal):
+    """Makes the descriptors `streams` the standard streams of this process."""
+    if terminal:
+        os.login_tty(streams[0])
+    else:
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+    for stream in streams:
+        with contextlib.suppress(OSError):  # closed by login_tty
+            os.close(stream)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+
+
+def become(command, env, cwd, kill_step=0):
+    """Turns this process into the requested one, and exits with its code. Flushes the streams as the interpreter does
+    at its end, but leaves out the rest of that end, which takes a second with torch."""
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv, code = command, 1
@@ -322,8 +425,12 @@ def become(command, env, cwd, kill_step, output):
         code = stop.code or 0
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except OSError:
+            code = 120
     os._exit(code)
 
 
@@ -332,6 +439,13 @@ def main_of(command):
     module, name = command[0].rsplit(".", 1)
     module = importlib.import_module(module)
     return module.main if name == "py" else lambda: getattr(module, name)(*command[1:])
+
+
+def run_script(path, *args):
+    """Runs `python PATH ARGS`, a path in this project, in this process."""
+    sys.argv = [str(ROOT / path), *args]
+    sys.path.insert(0, str((ROOT / path).parent))
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def kill_at(step):

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import TypeVar
 
@@ -64,39 +65,45 @@ def can_build() -> bool:
     return build.compiler() is not None
 
 
-def native_ops(wait: bool) -> Ops | None:
-    """Returns the C++ attention and GELU for training, or None if they are not built: see `load_or_build`."""
-    library = load_or_build(build.TRAINING, wait)
-    return None if library is None else Ops(attention=NativeAttention(library), gelu=NativeGelu(library))
+# Field of Ops -> what makes its C++ from the library for training.
+NATIVE_OPS: dict[str, Callable[[ctypes.CDLL], Callable]] = {"attention": NativeAttention, "gelu": NativeGelu}
 
 
-def native_ops_take(config: ModelConfig, dtype: torch.dtype) -> bool:
-    """Returns whether the C++ for training computes anything in a model of this shape: GELU in fp32, and attention as
-    native_attention.takes says."""
-    return dtype == torch.float32 or takes(dtype, config.n_embd // config.n_head, config.dropout)
+def native_names(config: ModelConfig, dtype: torch.dtype) -> list[str]:
+    """Returns the fields of Ops that the C++ for training computes in a model of this shape: gelu in fp32, and
+    attention as native_attention.takes says."""
+    computes = {
+        "attention": takes(dtype, config.n_embd // config.n_head, config.dropout),
+        "gelu": dtype == torch.float32,
+    }
+    return [name for name in NATIVE_OPS if computes[name]]
 
 
-def native_ops_are_faster(ops: Ops, config: ModelConfig, dtype: torch.dtype) -> bool:
-    """Returns whether forward and backward pass of the C++ in `ops` are faster than torch's, measured with this model's
-    heads, width, block_size and dropout. In bf16 GELU is torch's and is left out."""
-    heads, positions, width = config.n_head, config.block_size, config.n_embd
+def native_kernels(names: list[str], wait: bool) -> dict[str, Callable]:
+    """Returns field of Ops -> C++ for training, for the fields `names`; {} if it is not built: see `load_or_build`."""
+    library = load_or_build(build.TRAINING, wait) if names else None
+    return {} if library is None else {name: NATIVE_OPS[name](library) for name in names}
 
-    def contest() -> tuple[Way, Way]:
-        qkv = torch.randn(2, positions, 3 * width).to(dtype).requires_grad_()
-        hidden = torch.randn(2, positions, 4 * width).requires_grad_()
 
-        def passes(ops: Ops) -> None:
-            out = ops.attention(qkv, heads, config.dropout)
-            torch.autograd.grad(out, qkv, torch.ones_like(out))
-            if dtype == torch.float32:
-                torch.autograd.grad(ops.gelu(hidden), hidden, torch.ones_like(hidden))
-
-        return lambda: passes(REFERENCE), lambda: passes(ops)
-
+def faster_kernels(kernels: dict[str, Callable], config: ModelConfig, dtype: torch.dtype) -> list[str]:
+    """Returns the fields of Ops whose kernels in `kernels` (field -> C++) are faster than torch's. Measures forward and
+    backward pass of each by itself, on activations of this model's shape."""
     path = build.library_path(build.TRAINING)  # depends on the sources: another version must be measured anew
-    shape = f"{heads} heads of {width // heads}, {positions} positions, dropout {config.dropout}"
-    question = f"training by {path and path.stem}, {dtype}, {shape}, {torch.get_num_threads()} threads"
-    return faster(question, contest)
+    shape = f"{config.block_size} positions, width {config.n_embd}, {config.n_head} heads"
+    measured = f"training by {path and path.stem}, {dtype}, {shape}, {torch.get_num_threads()} threads"
+    inputs = {"attention": (3 * config.n_embd, [config.n_head]), "gelu": (4 * config.n_embd, [])}
+
+    def contest(name: str) -> tuple[Way, Way]:
+        width, arguments = inputs[name]
+        x = torch.randn(2, config.block_size, width).to(dtype).requires_grad_()
+
+        def passes(kernel: Callable) -> None:
+            out = kernel(x, *arguments)
+            torch.autograd.grad(out, x, torch.ones_like(out))
+
+        return lambda: passes(getattr(REFERENCE, name)), lambda: passes(kernels[name])
+
+    return [name for name in kernels if faster(f"{name} in {measured}", partial(contest, name))]
 
 
 # ---- generation on a CPU

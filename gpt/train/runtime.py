@@ -26,7 +26,7 @@ from gpt.device import (
     to_device,
 )
 from gpt.errors import InputError, ResourceError, note, tell
-from gpt.kernels.select import can_build, native_ops, native_ops_are_faster, native_ops_take, pick_dtype
+from gpt.kernels.select import NATIVE_OPS, can_build, faster_kernels, native_kernels, native_names, pick_dtype
 from gpt.model import REFERENCE, ModelConfig, Ops
 from gpt.text.windows import mix
 from gpt.train.cost import KERNELS_PAY, compiling_pays, launches_matter
@@ -46,8 +46,8 @@ class MachineConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto is on for CUDA runs long enough to pay for it, off elsewhere"""
     kernels: Literal["auto", "on", "off"] = "auto"
-    """C++ for attention and, in fp32, GELU on a CPU, built once by the system's compiler; auto uses it where a
-    measurement finds it faster and it is built, or the run is long enough to wait some seconds for it. It rounds
+    """C++ for attention and, in fp32, GELU on a CPU, built once by the system's compiler; auto uses each where a
+    measurement finds it faster and it is built, or the run is long enough to wait some seconds for it. They round
     otherwise than torch, so a run that is continued goes on as it began"""
     deterministic: bool = False
     """bit-exact repetition on CUDA too, slower there (on CPU it always holds, with the same kernels)"""
@@ -79,9 +79,6 @@ class Runtime:
         same_device = self.ranks.first(record.get("device") == device_name(self.device))  # rank 0 wrote the record
         self.before = record if same_device else None
         self.dtype = self.agreed_dtype(config.dtype)
-        kernels_can_run = self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16) and can_build()
-        if config.kernels == "on" and not kernels_can_run:
-            raise InputError("kernels on: the C++ needs a CPU, fp32 or bf16, and a C++ compiler; use auto")
         if config.compile == "on" and not can_compile(self.device):
             language = COMPILERS[self.device.type]
             raise InputError(f"compile on: no {language} compiler found; install one or use --compile off")
@@ -140,37 +137,58 @@ class Runtime:
 
     def ops(self, setting: str, config: ModelConfig, compiled: bool, flops: float) -> Ops:
         """Returns the Ops of a run of `flops` FLOPs; all ranks agree. With `setting` "on" they use the C++; with "auto"
-        they use it if it is faster, and is built or the run is long enough to wait for the build. Raises ResourceError
-        if `setting` is "on" and the C++ cannot be used."""
-        takes = self.device.type == "cpu" and native_ops_take(config, self.dtype)
-        wanted = takes and not compiled and setting != "off"
-        if setting == "auto" and self.before:
-            wanted = wanted and self.before["kernels"]
-        waits = setting == "on" or self.before is not None or flops >= KERNELS_PAY
-        ops = native_ops(waits) if wanted else None
-        if setting == "auto" and not self.before:
-            faster = self.ranks.leads and ops and native_ops_are_faster(ops, config, self.dtype)
-            ops = ops if self.ranks.first(bool(faster)) else None
-        if self.ranks.least(int(ops is not None)) and ops:
-            return ops
+        they use what of it is faster, if it is built or the run is long enough to wait for the build. Raises InputError
+        if `setting` is "on" and this run cannot use the C++, ResourceError if it cannot be built."""
         if setting == "on":
-            raise ResourceError("kernels on: the library could not be built, or the run is compiled; use auto")
+            self.check_kernels(config, compiled)
+        names = [] if setting == "off" or self.no_kernels(config, compiled) else native_names(config, self.dtype)
+        if setting == "auto" and self.before:
+            began = self.before["kernels"]  # older checkpoints hold true for all of them, or false
+            names = [name for name in names if (began if isinstance(began, bool) else name in began)]
+        kernels = native_kernels(names, wait=setting == "on" or self.before is not None or flops >= KERNELS_PAY)
+        if setting == "auto" and not self.before:
+            fast = faster_kernels(kernels, config, self.dtype) if self.ranks.leads else []
+            fast = [name for name in NATIVE_OPS if self.ranks.first(name in fast)]
+            kernels = {name: kernel for name, kernel in kernels.items() if name in fast}
+        if self.ranks.least(int(bool(kernels))):
+            return Ops(**kernels)
+        if setting == "on":
+            raise ResourceError("kernels on: the C++ library could not be built; use auto")
         return REFERENCE
+
+    def no_kernels(self, config: ModelConfig, compiled: bool) -> str:
+        """Returns why the C++ computes nothing in a run of this model; "" if it computes something."""
+        if self.device.type != "cpu":
+            return f"the C++ runs on a CPU, not on {self.device.type}"
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            return f"the C++ computes fp32 and bf16, not {str(self.dtype).removeprefix('torch.')}"
+        if compiled:
+            return "the run is compiled, and the compiler makes its own"
+        if not native_names(config, self.dtype):
+            return "in bf16 the C++ needs dropout 0 and heads of an even width (n_embd / n_head)"
+        return "" if can_build() else "no C++ compiler found"
+
+    def check_kernels(self, config: ModelConfig, compiled: bool = False) -> None:
+        """Raises InputError if the C++ computes nothing in a run of this model."""
+        reason = self.no_kernels(config, compiled)
+        if reason:
+            raise InputError(f"kernels on: {reason}; use auto")
 
     def captures(self, flops: float, layers: int) -> bool:
         """Returns whether to capture uncompiled steps, with micro-batches of `flops` FLOPs in `layers` layers, as a
         CUDA graph. A capture does not change results, so checkpoints do not record it."""
         return self.device.type == "cuda" and self.ranks.size == 1 and launches_matter(flops, layers, self.device)
 
-    def record(self, compiled: bool, kernels: bool, micro_batch_size: int) -> dict[str, Any]:
-        """Returns name -> value of what must stay the same for a run to repeat to the bit."""
+    def record(self, compiled: bool, ops: Ops, micro_batch_size: int) -> dict[str, Any]:
+        """Returns name -> value of what must stay the same for a run to repeat to the bit. "kernels" are the fields of
+        `ops` that are not torch's."""
         return {
             "torch": torch.__version__,
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "precision": str(self.dtype).removeprefix("torch."),
             "compile": compiled,
-            "kernels": kernels,
+            "kernels": [name for name in NATIVE_OPS if getattr(ops, name) is not getattr(REFERENCE, name)],
             "micro_batch_size": micro_batch_size,
             "deterministic": self.deterministic,
             "world_size": self.ranks.size,
@@ -183,7 +201,9 @@ class Runtime:
 
 def check_runtime(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Warns, in one line, if the machine of a run differs from that of its checkpoint, so that the run will not repeat
-    to the bit. Both arguments come from Runtime.record."""
+    to the bit. Both arguments come from Runtime.record; for "kernels" older checkpoints hold whether there were any."""
+    if isinstance(before.get("kernels"), bool):
+        now = now | {"kernels": bool(now["kernels"])}
     changed = [f"{name} {before[name]} -> {value}" for name, value in now.items() if before.get(name, value) != value]
     if changed:
         note("warning", f"not bitwise the same run any more: {', '.join(changed)}")

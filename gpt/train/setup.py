@@ -13,7 +13,7 @@ import torch
 from gpt.config import flatten
 from gpt.errors import InputError, Stopped, note
 from gpt.kernels.cuda_graph import CudaGraph
-from gpt.model import GPT, REFERENCE, flops_per_token
+from gpt.model import GPT, flops_per_token
 from gpt.text.corpus import Corpus
 from gpt.text.windows import Prefetch
 from gpt.train import memory
@@ -93,6 +93,8 @@ def open_run(
     curves of the run folder `out`. Raises Stopped if a signal ended the loop."""
     config, progress, corpus = start.config, start.progress, start.corpus
     machine = Runtime(config.machine, ranks, start.checkpoint)
+    if config.machine.kernels == "on":
+        machine.check_kernels(config.model)
     memory.check_fits(config.model, corpus.tokenizer.vocab_size, machine.device, config.optim.optimizer)
     model, origin = first_model(start)
     with (
@@ -140,7 +142,7 @@ def build_state(start: Start, model: GPT, machine: Runtime, accumulate: Accumula
     flops = flops_of_run(start, model, machine)
     compiled = machine.compiles(config.machine.compile, flops)
     ops = machine.ops(config.machine.kernels, config.model, compiled, flops)
-    record = machine.record(compiled, ops is not REFERENCE, progress.micro_batch_size)
+    record = machine.record(compiled, ops, progress.micro_batch_size)
     if checkpoint:
         if checkpoint.step > 0:  # before the first step the optimizer holds nothing
             load_optimizer(optimizer, model, checkpoint)

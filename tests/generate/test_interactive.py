@@ -1,6 +1,7 @@
 """The interactive mode: what is typed, what is answered, and what a key press ends."""
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -11,7 +12,7 @@ import sys
 import time
 
 import pytest
-from generation_helpers import replace_decode, scripted_decode, small_generator, start
+from generation_helpers import replace_decode, scripted_decode, small_generator
 
 from gpt.errors import InputError
 from gpt.generate.interactive import every_key, interact
@@ -239,7 +240,7 @@ def test_a_stdin_that_cannot_be_read_is_refused(generator, monkeypatch, tmp_path
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_stdout_without_space_ends_the_session_in_exit_5():
+def test_a_stdout_without_space_ends_the_session_in_exit_5(start):
     with open("/dev/full", "wb") as full:
         process = start("--interactive", "--seed", "1", stdin=-1, stdout=full)
     _, err = process.communicate(b"abc\nabc\n", timeout=60)
@@ -269,7 +270,7 @@ ENDLESS = ("--interactive", "--max_new_tokens", "100000000", "--seed", "1")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_fault_093_an_interrupt_ends_the_text_under_way_and_the_text_so_far_stays():
+def test_fault_093_an_interrupt_ends_the_text_under_way_and_the_text_so_far_stays(start):
     process = start(*ENDLESS, before=WRITES_A, stdin=-1)
     process.stdin.write(b"abc\n")
     process.stdin.flush()
@@ -282,16 +283,20 @@ def test_fault_093_an_interrupt_ends_the_text_under_way_and_the_text_so_far_stay
     assert b"max_new_tokens     = 3\n" in err
 
 
+@pytest.fixture
+def terminal(start, tmp_path):
+    """terminal(*flags) -> a context with (process, see, press): see `on_terminal`."""
+    return functools.partial(on_terminal, start, tmp_path)
+
+
 @contextlib.contextmanager
-def terminal(tmp_path, *flags):
+def on_terminal(start, tmp_path, *flags):
     """A process on a pseudo-terminal: see(text) waits for a text, returning what came before; press(bytes)."""
     pytest.importorskip("termios")
     master, slave = os.openpty()
-    environment = {**os.environ, "TERM": "dumb", "XDG_STATE_HOME": str(tmp_path / "state")}
-    process = start(
-        *flags, before=WRITES_A, stdin=slave, stdout=slave, stderr=slave, env=environment,
-        preexec_fn=lambda: os.login_tty(slave),
-    )  # fmt: skip
+    environment = {"TERM": "dumb", "XDG_STATE_HOME": str(tmp_path / "state")}
+    streams = {"stdin": slave, "stdout": slave, "stderr": slave, "terminal": True}
+    process = start(*flags, before=WRITES_A, env=environment, **streams)
     os.close(slave)
     held = b""
 
@@ -315,8 +320,8 @@ def terminal(tmp_path, *flags):
 
 
 @pytest.mark.skipif(not hasattr(os, "login_tty"), reason="needs pseudo-terminals")
-def test_fault_093_on_a_terminal_ctrl_c_ends_one_text_then_one_line_and_ctrl_d_leaves(tmp_path):
-    with terminal(tmp_path, *ENDLESS) as (process, see, press):
+def test_fault_093_on_a_terminal_ctrl_c_ends_one_text_then_one_line_and_ctrl_d_leaves(terminal):
+    with terminal(*ENDLESS) as (process, see, press):
         see(b"> ")
         press(b"abc\n")
         see(b"a" * 30)
@@ -340,8 +345,8 @@ def test_fault_093_on_a_terminal_ctrl_c_ends_one_text_then_one_line_and_ctrl_d_l
 @pytest.mark.skipif(not hasattr(os, "login_tty"), reason="needs pseudo-terminals")
 @pytest.mark.parametrize("pasted", [b"one\ntwo\n", b"one\n\n\xc3\xa9\nfour\n", b"one\rtwo\r", b"one\n/set x\n"])
 @pytest.mark.parametrize("end", [b"", b"unfinished"])
-def test_lines_that_are_pasted_together_are_one_turn_and_those_typed_are_turns_of_their_own(tmp_path, pasted, end):
-    with terminal(tmp_path, "--interactive", "--max_new_tokens", "2", "--seed", "1") as (process, see, press):
+def test_lines_that_are_pasted_together_are_one_turn_and_those_typed_are_turns_of_their_own(terminal, pasted, end):
+    with terminal("--interactive", "--max_new_tokens", "2", "--seed", "1") as (process, see, press):
         see(b"> ")
         press(pasted + end)
         if end:
@@ -372,8 +377,8 @@ def test_lines_that_are_pasted_together_are_one_turn_and_those_typed_are_turns_o
         (b"/set top_k 3\n\x04", 0),
     ],
 )
-def test_keys_that_are_pressed_while_the_model_writes_count_at_the_next_prompt(tmp_path, early, turns):
-    with terminal(tmp_path, "--interactive", "--max_new_tokens", "300", "--seed", "1") as (process, see, press):
+def test_keys_that_are_pressed_while_the_model_writes_count_at_the_next_prompt(terminal, early, turns):
+    with terminal("--interactive", "--max_new_tokens", "300", "--seed", "1") as (process, see, press):
         see(b"> ")
         press(b"abc\n")
         see(b"a" * 30)
@@ -401,11 +406,11 @@ def test_the_terminal_is_as_before_after_the_session_and_shows_keys_during_it(mo
 
 
 @pytest.mark.skipif(not hasattr(os, "login_tty"), reason="needs pseudo-terminals")
-def test_ctrl_c_twice_leaves_and_the_lines_are_kept_for_the_owner_alone(tmp_path):
+def test_ctrl_c_twice_leaves_and_the_lines_are_kept_for_the_owner_alone(terminal, tmp_path):
     pytest.importorskip("readline")
     history = tmp_path / "state/gpt-text-generator/history"
     for session in range(2):
-        with terminal(tmp_path, "--interactive", "--max_new_tokens", "2", "--seed", "1") as (process, see, press):
+        with terminal("--interactive", "--max_new_tokens", "2", "--seed", "1") as (process, see, press):
             see(b"> ")
             press(b"first line\n" if session == 0 else b"\x10\n")  # the second session fetches it with "up"
             see(b"aa\r\n")
@@ -422,9 +427,9 @@ def test_ctrl_c_twice_leaves_and_the_lines_are_kept_for_the_owner_alone(tmp_path
 
 
 @pytest.mark.skipif(not hasattr(os, "login_tty"), reason="needs pseudo-terminals")
-def test_a_history_that_cannot_be_written_is_no_error(tmp_path):
+def test_a_history_that_cannot_be_written_is_no_error(terminal, tmp_path):
     (tmp_path / "state").write_text("a file where a folder should be")
-    with terminal(tmp_path, "--interactive", "--max_new_tokens", "2", "--seed", "1") as (process, see, press):
+    with terminal("--interactive", "--max_new_tokens", "2", "--seed", "1") as (process, see, press):
         see(b"> ")
         press(b"abc\n")
         see(b"aa\r\n")

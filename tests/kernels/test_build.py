@@ -1,6 +1,7 @@
 """The build of the native libraries: one at a time, no verdict from a build that was cut short, nothing left over."""
 
 import errno
+import itertools
 import os
 import re
 import shutil
@@ -391,12 +392,18 @@ def test_the_code_for_other_cpus_gives_no_warning_and_multiplies_bytes_as_they_d
     compiler, disassembler = f"{machine}-linux-gnu-g++", f"{machine}-linux-gnu-objdump"
     if not shutil.which(compiler):
         pytest.skip(f"needs a compiler for another CPU: apt-get install g++-{machine.replace('_', '-')}-linux-gnu")
-    sources = [str(build.FOLDER / name) for names in build.SOURCES.values() for name in names]
-    library = str(tmp_path / "library.so")
     warnings = ["-Wall", "-Werror", "-Wno-maybe-uninitialized"]  # the last is false in GCC 12's own <immintrin.h>
-    subprocess.run([compiler, *build.COMMON, flag, *warnings, *sources, "-o", library], check=True)
-    code = subprocess.run([disassembler, "--disassemble", "--demangle", library], capture_output=True, text=True)
-    products = [function for function in code.stdout.split("\n\n") if re.match(r".* <.*\btile<.*\bInt8,", function)]
+
+    def functions(source):
+        """Returns the assembler code of each function."""
+        code = str(tmp_path / f"{source}.o")
+        subprocess.run([compiler, *build.COMMON, flag, *warnings, "-c", build.FOLDER / source, "-o", code], check=True)
+        shown = subprocess.run([disassembler, "--disassemble", "--demangle", code], capture_output=True, text=True)
+        return shown.stdout.split("\n\n")
+
+    with ThreadPoolExecutor() as threads:
+        found = threads.map(functions, itertools.chain(*build.SOURCES.values()))
+        products = [code for code in itertools.chain(*found) if re.match(r".* <.*\btile<.*\bInt8,", code)]
     assert products and all(instruction in product for product in products)
 
 

@@ -8,8 +8,8 @@ import torch
 from gpt.attention import causal_attention
 from gpt.kernels import build
 from gpt.kernels.native_attention import NativeAttention
-from gpt.kernels.select import native_ops
-from gpt.model import GPT, REFERENCE, ModelConfig
+from gpt.kernels.select import native_kernels, native_names
+from gpt.model import GPT, REFERENCE, ModelConfig, Ops
 from gpt.train.runtime import MachineConfig, Runtime
 
 SHAPES = [  # rows, positions, heads, width of a head
@@ -133,12 +133,12 @@ def test_a_models_losses_and_gradients_are_those_of_plain_torch(dtype, bound, ke
     ids = torch.randint(211, (3, 41), generator=torch.Generator().manual_seed(0))
     targets = ids[:, 1:].clone()
     targets[0, :10] = -1
-    found = []
-    for native in (False, True):
+    found, config = [], ModelConfig(2, 3, 48, 40)
+    for ops in (REFERENCE, Ops(**native_kernels(native_names(config, run.dtype), wait=False))):
         torch.manual_seed(0)
-        model = GPT(ModelConfig(2, 3, 48, 40), 211)
+        model = GPT(config, 211)
         with run.autocast():
-            losses = model(ids[:, :-1], targets, ops=native_ops(wait=False) if native else REFERENCE)
+            losses = model(ids[:, :-1], targets, ops=ops)
         losses.sum().backward()
         found.append([losses.detach(), *(p.grad for p in model.parameters())])
     for theirs, mine in zip(*found, strict=True):

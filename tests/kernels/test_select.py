@@ -3,6 +3,8 @@
 import contextlib
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from gpt.kernels import build, select
 from gpt.kernels.select import pick_dtype
-from gpt.model import GPT, ModelConfig
+from gpt.model import GPT, REFERENCE, ModelConfig
 from gpt.quantize import to_int8
 
 VOCABULARY = 300
@@ -89,6 +91,61 @@ def test_a_missing_library_is_built_now_only_for_those_who_wait(monkeypatch, cap
     for backend in ("eager", "compiled"):
         assert select.decode_library(backend, 1000, large, 50257) is None
     assert calls[6:] == []
+
+
+# ---- training
+
+SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=24)
+
+
+def test_of_the_training_kernels_each_is_chosen_by_its_own_measurement(monkeypatch):
+    for fast in ("attention", "gelu"):
+        called = []
+
+        def spy(name, called=called):
+            return lambda *arguments: (called.append(name), getattr(REFERENCE, name)(*arguments))[1]
+
+        def faster(_, contest, fast=fast, called=called):
+            called.clear()
+            contest()[1]()
+            return called == [fast]
+
+        monkeypatch.setattr(select, "faster", faster)
+        assert select.faster_kernels({name: spy(name) for name in select.NATIVE_OPS}, SHAPE, torch.float32) == [fast]
+
+
+@pytest.mark.parametrize(("dtype", "names"), [(torch.float32, ["attention", "gelu"]), (torch.bfloat16, ["attention"])])
+def test_a_training_kernel_is_measured_forward_and_backward_beside_torchs(kernels, monkeypatch, dtype, names):
+    contests, passed = [], []
+    made = select.native_kernels(select.native_names(SHAPE, dtype), wait=False)
+    assert list(made) == names
+
+    def spy(name):
+        def kernel(x, *arguments):
+            x.register_hook(lambda gradient: passed.append((name, gradient.dtype)))
+            return made[name](x, *arguments)
+
+        return kernel
+
+    monkeypatch.setattr(select, "faster", lambda _, contest: contests.append(contest))
+    select.faster_kernels({name: spy(name) for name in names}, SHAPE, dtype)
+    for contest in contests:
+        plain, native = contest()
+        plain()
+        native()
+    assert passed == [(name, dtype) for name in names]
+
+
+def test_each_training_kernel_shape_precision_and_library_has_a_measurement_of_its_own(monkeypatch):
+    questions, both = [], {"attention": None, "gelu": None}
+    monkeypatch.setattr(select, "faster", lambda question, _: questions.append(question))
+    shapes = [SHAPE, *(replace(SHAPE, **change) for change in ({"n_head": 4}, {"n_embd": 64}, {"block_size": 48}))]
+    for shape in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            select.faster_kernels(both, shape, dtype)
+    monkeypatch.setattr(build, "library_path", lambda _: Path("/a/training-1.so"))
+    select.faster_kernels(both, SHAPE, torch.float32)
+    assert len(set(questions)) == 2 * (2 * len(shapes) + 1)
 
 
 # ---- GPUs

@@ -83,8 +83,9 @@ def test_captured_steps_are_those_taken_one_by_one(cpu, monkeypatch, optimizer, 
     assert (not wanted[WARM_UPS:, 2].all()) == (scale > 1)  # the gate closes in replays too
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"), [("adamw", "fp32"), ("adamw", "bf16"), ("adamw", "fp16"), ("muon", "fp16")]
+)
 def test_on_a_gpu_the_host_reads_nothing_in_a_step(cpu, optimizer, dtype):
     gpu, run, state = FakeGpu(), cpu("fp32"), new_state(optimizer, 2.0 if dtype == "fp16" else 1.0, dropout=0.1)
     run.dtype = DTYPES[dtype]

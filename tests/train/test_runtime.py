@@ -4,7 +4,7 @@ import platform
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,11 +16,11 @@ from gpt import device
 from gpt.config import refuse
 from gpt.errors import InputError, ResourceError
 from gpt.kernels import build, select
-from gpt.model import REFERENCE, ModelConfig
+from gpt.model import REFERENCE, ModelConfig, Ops
 from gpt.train import runtime
 from gpt.train.cost import KERNELS_PAY
 from gpt.train.ranks import Ranks
-from gpt.train.runtime import MachineConfig, Runtime, StopFlag, own_device, seed_step
+from gpt.train.runtime import MachineConfig, Runtime, StopFlag, check_runtime, own_device, seed_step
 
 
 @pytest.fixture
@@ -63,13 +63,13 @@ def test_fp32_means_no_shorter_products(settings_back):
 def test_on_a_cpu_a_run_is_deterministic_and_its_record_says_what_bits_depend_on(settings_back):
     run = Runtime(MachineConfig(device="cpu", dtype="bf16", threads=1))
     assert torch.are_deterministic_algorithms_enabled()
-    assert run.record(compiled=False, kernels=True, micro_batch_size=4) == {
+    assert run.record(compiled=False, ops=Ops(attention=print), micro_batch_size=4) == {
         "torch": torch.__version__,
         "device": device.device_name(run.device),
         "threads": 1,
         "precision": "bfloat16",
         "compile": False,
-        "kernels": True,
+        "kernels": ["attention"],
         "micro_batch_size": 4,
         "deterministic": True,
         "world_size": 1,
@@ -83,7 +83,7 @@ def test_compilation_is_off_on_a_cpu_unless_it_is_asked_for(settings_back):
 
 def test_a_run_that_is_continued_on_the_same_device_stays_compiled_or_not(settings_back):
     run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
-    before = run.record(compiled=True, kernels=False, micro_batch_size=4)
+    before = run.record(compiled=True, ops=REFERENCE, micro_batch_size=4)
     again = continued(before)
     assert [again.compiles(setting, 1e21) for setting in ("auto", "on", "off")] == [True, True, False]
     assert not continued(before | {"device": "another"}).compiles("auto", 1e21)
@@ -124,10 +124,15 @@ def continued(record, config=None):
 
 @pytest.fixture
 def kernels_win(monkeypatch):
-    """The measurement says that the C++ is faster; a list to which its questions are added."""
+    """The measurement says that all C++ is faster; a list of the kernels that were measured."""
     asked = []
-    monkeypatch.setattr(runtime, "native_ops_are_faster", lambda *question: asked.append(question) or True)
+    monkeypatch.setattr(runtime, "faster_kernels", lambda kernels, *_: asked.extend(kernels) or list(kernels))
     return asked
+
+
+def native(ops):
+    """The fields of `ops` that are not torch's."""
+    return [field.name for field in fields(Ops) if getattr(ops, field.name) is not getattr(REFERENCE, field.name)]
 
 
 def test_a_long_run_waits_for_its_kernels_and_a_short_one_has_them_built_for_the_next(
@@ -156,34 +161,61 @@ def test_kernels_are_for_uncompiled_runs_on_a_cpu_in_bf16_without_dropout_or_in_
     assert builds == []
     fp32 = Runtime(MachineConfig(device="cpu", dtype="fp32"))
     assert fp32.ops("auto", SHAPE, True, 1e21) is REFERENCE
-    for shape in (SHAPE, replace(SHAPE, dropout=0.1), replace(SHAPE, n_embd=30)):  # with dropout, GELU alone gains
-        assert fp32.ops("auto", shape, False, 1e21) is not REFERENCE
+    for shape, names in (
+        (SHAPE, ["attention", "gelu"]),
+        (replace(SHAPE, n_embd=30), ["attention", "gelu"]),
+        (replace(SHAPE, dropout=0.1), ["gelu"]),
+    ):
+        assert [native(fp32.ops(setting, shape, False, 1e21)) for setting in ("auto", "on")] == [names, names]
     with pytest.raises(InputError, match="exclude each other"):
         refuse(MachineConfig(kernels="on", compile="on").problems())
 
 
-def test_auto_uses_kernels_only_where_a_measurement_finds_them_faster(settings_back, builds, monkeypatch):
-    run = bf16_runtime()
-    for faster in (True, False):
-        monkeypatch.setattr(runtime, "native_ops_are_faster", lambda *_, faster=faster: faster)
-        assert (run.ops("auto", SHAPE, False, 1e21) is not REFERENCE) == faster
-        assert run.ops("on", SHAPE, False, 1) is not REFERENCE
+def test_auto_uses_each_kernel_only_where_a_measurement_finds_it_faster(settings_back, builds, monkeypatch):
+    run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
+    for fast in ([], ["attention"], ["gelu"], ["attention", "gelu"]):
+        monkeypatch.setattr(runtime, "faster_kernels", lambda *_, fast=fast: fast)
+        ops = run.ops("auto", SHAPE, False, 1e21)
+        assert native(ops) == run.record(False, ops, 4)["kernels"] == fast
+        assert native(run.ops("on", SHAPE, False, 1)) == ["attention", "gelu"]
 
 
 def test_a_run_that_is_continued_keeps_to_its_kernels_or_to_plain_torch(settings_back, builds, kernels_win):
-    run = bf16_runtime()
-    before = run.record(False, kernels=False, micro_batch_size=4)
-    assert continued(before).ops("auto", SHAPE, False, 1e21) is REFERENCE
+    config = MachineConfig(device="cpu", dtype="fp32")
+    before = Runtime(config).record(False, REFERENCE, micro_batch_size=4)
+    assert continued(before, config).ops("auto", SHAPE, False, 1e21) is REFERENCE
     assert builds == []
-    assert continued(before | {"kernels": True}).ops("auto", SHAPE, False, 1) is not REFERENCE
-    assert builds == ["built"]
+    for names in (["attention"], ["gelu"], ["attention", "gelu"]):
+        assert native(continued(before | {"kernels": names}, config).ops("auto", SHAPE, False, 1)) == names
+    assert builds == ["built"] * 3
     assert kernels_win == []
-    assert continued(before | {"device": "another"}).ops("auto", SHAPE, False, 1e21) is not REFERENCE
-    assert len(kernels_win) == 1
+    another = continued(before | {"device": "another", "kernels": ["gelu"]}, config)
+    assert native(another.ops("auto", SHAPE, False, 1e21)) == kernels_win == ["attention", "gelu"]
+
+
+def test_checkpoints_that_hold_only_whether_there_were_kernels_continue_with_all_or_none(
+    settings_back, builds, kernels_win, capsys
+):
+    for dtype, used, names in (
+        ("fp32", True, ["attention", "gelu"]),
+        ("bf16", True, ["attention"]),
+        ("fp32", False, []),
+        ("bf16", False, []),
+    ):
+        config = MachineConfig(device="cpu", dtype=dtype)
+        before = Runtime(config).record(False, REFERENCE, 4) | {"kernels": used}
+        run = continued(before, config)
+        ops = run.ops("auto", SHAPE, False, 1e21)
+        assert native(ops) == names
+        check_runtime(before, run.record(False, ops, 4))
+        assert capsys.readouterr().err == ""
+        check_runtime(before, run.record(False, REFERENCE if used else Ops(gelu=print), 4))
+        assert "warning: not bitwise the same run any more: kernels" in capsys.readouterr().err
+    assert kernels_win == []
 
 
 def test_a_run_that_is_continued_keeps_its_precision_unless_another_is_asked_for(settings_back, monkeypatch):
-    before = Runtime(MachineConfig(device="cpu", dtype="fp32")).record(False, False, 4)
+    before = Runtime(MachineConfig(device="cpu", dtype="fp32")).record(False, REFERENCE, 4)
     monkeypatch.setattr(select, "bf16_is_faster", lambda: True)
     auto = MachineConfig(device="cpu")
     assert Runtime(auto).dtype == torch.bfloat16
@@ -218,13 +250,14 @@ class Linked(Ranks):
 
 
 @pytest.mark.parametrize("names", [("A100", "A100"), ("A100", "H100"), ("H100", "A100")])
-@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("kernels", [["attention"], []])
 def test_ranks_with_different_devices_follow_rank_0_and_take_part_in_the_same_calls(
     settings_back, builds, kernels_win, monkeypatch, names, kernels
 ):
     """One collective call more on one rank would hang the run."""
     monkeypatch.setattr(runtime, "pick_dtype", lambda *_: torch.bfloat16)
-    record = Runtime(MachineConfig(device="cpu", dtype="bf16")).record(False, kernels, 4) | {"device": "A100"}
+    plain = Runtime(MachineConfig(device="cpu", dtype="bf16")).record(False, REFERENCE, 4)
+    record = plain | {"device": "A100", "kernels": kernels}
     checkpoint, leader, outcomes = SimpleNamespace(state={"runtime": record}), None, []
     for name in names:
         monkeypatch.setattr(runtime, "device_name", lambda _, name=name: name)
@@ -244,18 +277,59 @@ def test_rank_0_alone_measures_which_precision_is_faster(settings_back, monkeypa
     assert Runtime(MachineConfig(device="cpu"), Linked(leader)).dtype == torch.bfloat16
 
 
-def test_where_kernels_cannot_be_had_auto_goes_without_and_on_is_an_error(settings_back, monkeypatch):
+def test_rank_0_alone_measures_which_kernels_are_faster(settings_back, builds, monkeypatch):
+    run = Runtime(MachineConfig(device="cpu", dtype="fp32"))
+    leader, found = None, []
+    for fast in (["gelu"], None):
+        monkeypatch.setattr(runtime, "faster_kernels", fast and (lambda *_: ["gelu"]))
+        run.ranks = leader = Linked(leader)
+        found.append((native(run.ops("auto", SHAPE, False, 1e21)), leader.calls))
+    assert found[0] == found[1]
+    assert found[0][0] == ["gelu"]
+
+
+def test_where_kernels_cannot_be_built_auto_goes_without_and_on_is_an_error(settings_back, monkeypatch):
     for name in ("load_library", "build_now", "start_background_build"):
         monkeypatch.setattr(build, name, lambda purpose: None)
     run = bf16_runtime()
     assert run.ops("auto", SHAPE, False, 1e21) is REFERENCE
-    with pytest.raises(ResourceError, match="kernels on: the library could not be built"):
+    with pytest.raises(ResourceError, match="kernels on: the C\\+\\+ library could not be built; use auto"):
         run.ops("on", SHAPE, False, 1e21)
-    with pytest.raises(InputError, match=r"kernels on: .* needs a CPU, fp32 or bf16, and a C\+\+ compiler"):
-        Runtime(MachineConfig(device="cpu", dtype="fp16", kernels="on"))
-    monkeypatch.setattr(build, "compiler", lambda: None)
-    with pytest.raises(InputError, match=r"kernels on: .* needs a CPU, fp32 or bf16, and a C\+\+ compiler"):
-        bf16_runtime(kernels="on")
+
+
+NEEDS = "in bf16 the C++ needs dropout 0 and heads of an even width (n_embd / n_head)"
+
+
+@pytest.mark.parametrize(
+    ("reason", "dtype", "changes", "compiled"),
+    [
+        ("the C++ runs on a CPU, not on cuda", "bf16", {}, False),
+        ("the C++ computes fp32 and bf16, not float16", "fp16", {}, False),
+        (
+            "in bf16 the C++ needs dropout 0 and heads of an even width (n_embd / n_head)",
+            "bf16",
+            {"dropout": 0.1},
+            False,
+        ),
+        (NEEDS, "bf16", {"n_embd": 30}, False),
+        ("the run is compiled, and the compiler makes its own", "fp32", {}, True),
+        ("no C++ compiler found", "fp32", {}, False),
+    ],
+)
+def test_where_the_cpp_computes_nothing_auto_goes_without_and_on_says_why(
+    settings_back, builds, kernels_win, monkeypatch, reason, dtype, changes, compiled
+):
+    run = Runtime(MachineConfig(device="cpu", dtype=dtype, kernels="on"))
+    if "cuda" in reason:
+        run.device = torch.device("cuda")
+    if "compiler found" in reason:
+        monkeypatch.setattr(build, "compiler", lambda: None)
+    shape = replace(SHAPE, **changes)
+    assert run.ops("auto", shape, compiled, 1e21) is REFERENCE
+    with pytest.raises(InputError) as raised:
+        run.ops("on", shape, compiled, 1e21)
+    assert str(raised.value) == f"kernels on: {reason}; use auto"
+    assert builds == []
 
 
 @pytest.mark.parametrize(("variable", "path"), [(None, ""), ("no-such-compiler", None), ("", None)])

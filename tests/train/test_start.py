@@ -326,8 +326,8 @@ def test_a_fine_tune_continues_by_its_own_config_file_when_its_base_is_gone(made
 def test_kernels_that_a_model_cannot_use_are_refused_before_anything_is_made(flags, made, tmp_path):
     settings = ("--kernels", "on", "--dtype", "bf16", *EIGHT_STEPS, *flags)
     done = train_here("tiny", "--data", made / "data", "--out", tmp_path / "out", *settings)
-    assert done.code == 2
-    assert "kernels on needs dropout 0 and heads of an even width" in done.last
+    needs = "in bf16 the C++ needs dropout 0 and heads of an even width (n_embd / n_head)"
+    assert (done.code, done.last) == (2, f"error: kernels on: {needs}; use auto")
     assert not (tmp_path / "out").exists()
 
 
