@@ -18,9 +18,9 @@ from training_helpers import (
 
 import train
 from gpt.checkpoint.read import load_pretrained
-from gpt.kernels.select import native_ops
+from gpt.kernels.select import NATIVE_OPS, native_kernels
 from gpt.loss import IGNORED, inputs_and_targets
-from gpt.model import REFERENCE
+from gpt.model import REFERENCE, Ops
 from gpt.text.example_stream import ExampleStream
 from gpt.text.reader import TokenReader, read_masks
 from gpt.text.shards import open_dataset
@@ -106,7 +106,7 @@ def test_examples_in_padded_batches_give_the_gradients_of_each_alone(
     kernels_cache, monkeypatch, tmp_path, machine, engine, micro_batch_size
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", kernels_cache)
-    ops = native_ops(wait=True) if engine == "kernels" else REFERENCE
+    ops = Ops(**native_kernels(list(NATIVE_OPS), wait=True)) if engine == "kernels" else REFERENCE
     model, stream = tiny_model(block_size=100).train(), stream_of(tmp_path, random_examples(12, longest=130))
     expected, loss = one_by_one(model, stream, 12, machine)
     batch = tensors(stream.share(0, 12, 0, 1, micro_batch_size))

@@ -104,8 +104,7 @@ def open_run(
         memory.out_of_memory_errors(progress, config.model.block_size),
     ):
         state, record = build_state(start, model, machine, accumulate)
-        direct = record["compile"] or config.profile or not corpus.training.one_shape
-        step = stepper(config, state, machine, direct, train_step)
+        step = stepper(config, state, machine, record["compile"], corpus.training.one_shape, train_step)
         log = start_log(config, progress, start.budget, draw) if ranks.leads else None
         recorder = Recorder(log, config.rhythm.log_every, state, start.budget, corpus.training, machine)
         stop.slot = Slot(config.length.stop_after_minutes, 12 * model.num_parameters())  # weights and two moments, fp32
@@ -221,17 +220,16 @@ def warm_up(state: State, block_size: int, machine: Runtime, accumulate: Accumul
 
 
 def stepper(
-    config: Any, state: State, machine: Runtime, direct: bool, train_step: TrainStep
+    config: Any, state: State, machine: Runtime, compiled: bool, one_shape: bool, train_step: TrainStep
 ) -> Callable[[Any, Any], torch.Tensor]:
     """Returns `train_step` as a function of batch and learning rate. The function replays a CUDA graph if launching
-    kernels takes much of a step's time, unless steps must be `direct`: compiled, profiled (a profile shows kernels by
-    the operations that launched them), or with batches of several shapes."""
+    kernels takes much of a step's time; `one_shape`: all batches have the same shape, which that needs."""
 
     def step(batch: Any, lr: Any) -> torch.Tensor:
         return train_step(state, batch, lr, config.optim.grad_clip, machine)
 
     tokens = state.progress.micro_batch_size * config.model.block_size
     flops = tokens * flops_per_token(config.model, state.model.vocab_size)
-    if direct or not machine.captures(flops, config.model.n_layer):
-        return step
+    if compiled or config.profile or not (one_shape and machine.captures(flops, config.model.n_layer)):
+        return step  # a profile shows kernels by the operations that launched them
     return GraphedStep(step, CudaGraph(machine.device), state.optimizer.zero_grad)
