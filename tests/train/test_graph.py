@@ -166,9 +166,10 @@ def test_neither_a_compiled_run_nor_a_profile_is_captured(cpu, monkeypatch):
     monkeypatch.setattr(Runtime, "captures", lambda *_: True)
     monkeypatch.setattr(setup, "CudaGraph", lambda device: "a graph")
     plain, profiled = (train.TrainConfig(data="none", length=LENGTH, profile=on) for on in (False, True))
-    assert setup.stepper(plain, state, run, False, train.train_step).graph == "a graph"
-    assert not isinstance(setup.stepper(plain, state, run, True, train.train_step), GraphedStep)
-    assert not isinstance(setup.stepper(profiled, state, run, False, train.train_step), GraphedStep)
+    assert setup.stepper(plain, state, run, False, True, train.train_step).graph == "a graph"
+    assert not isinstance(setup.stepper(plain, state, run, True, True, train.train_step), GraphedStep)
+    assert not isinstance(setup.stepper(plain, state, run, False, False, train.train_step), GraphedStep)  # examples
+    assert not isinstance(setup.stepper(profiled, state, run, False, True, train.train_step), GraphedStep)
 
 
 # ---- where
