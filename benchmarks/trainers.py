@@ -91,7 +91,7 @@ class Ours(Trainer):
 
     def __init__(self, folder, options, threads, device, grad_clip):
         super().__init__(folder, options, device, grad_clip)
-        import gpt
+        import gpt.kernels.waiting  # before torch, as train.py does
 
         self.threads, self.version = threads, gpt.__version__
         undone = sorted(set(options) & UNDONE)
