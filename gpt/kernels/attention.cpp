@@ -92,7 +92,7 @@ void tile(Left<Kind> a, Right<Kind> b, int units, bool adds, float *c, size_t st
         Units left, right[COUNT];
         for (int v = 0; v < COUNT; v++) right[v] = in_register(read<Units>(b.data + unit * b.stride + v * LANES));
         auto multiply = [&](Floats &sum, int row, int v) {
-            // The subtraction broadcasts the unit. The compiler leaves it out, as it could not an addition: -0 + 0 is 0.
+            // Subtracting broadcasts the unit. The compiler leaves out x - 0; not x + 0, as -0 + 0 is 0.
             if (v == 0) left = in_register(a.data[row * a.stride + unit * a.step] - Units{});
             Kind::multiply(sum, left, right[v]);
         };
