@@ -84,14 +84,6 @@ template <class Kind> struct Right {  // element (unit, column) at unit * stride
     size_t stride;
 };
 
-// Keeps x in a register: GCC 12 would read it from memory again for each product with it.
-template <class Vector> inline Vector in_register(Vector x) {
-#ifdef __AVX__
-    asm("" : "+v"(x));
-#endif
-    return x;
-}
-
 template <int COUNT, class Kind, size_t... I>  // COUNT vectors of columns. I: the numbers of the sums
 void tile(Left<Kind> a, Right<Kind> b, int units, bool adds, float *c, size_t stride, std::index_sequence<I...>) {
     using Units = typename Kind::Units;
@@ -100,6 +92,7 @@ void tile(Left<Kind> a, Right<Kind> b, int units, bool adds, float *c, size_t st
         Units left, right[COUNT];
         for (int v = 0; v < COUNT; v++) right[v] = in_register(read<Units>(b.data + unit * b.stride + v * LANES));
         auto multiply = [&](Floats &sum, int row, int v) {
+            // Subtracting broadcasts the unit. The compiler leaves out x - 0; not x + 0, as -0 + 0 is 0.
             if (v == 0) left = in_register(a.data[row * a.stride + unit * a.step] - Units{});
             Kind::multiply(sum, left, right[v]);
         };

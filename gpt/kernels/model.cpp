@@ -65,27 +65,28 @@ template <class T> inline void prefetch(const T *from, size_t count) {  // at mo
 }
 
 // Computes one head of QUERIES tokens at consecutive positions from `position` on: q and out (QUERIES, stride), keys
-// and values (S, D), memory for scores (QUERIES, S). Computes COLUMNS vectors of an output at once; if that is more
-// than one, D must be a multiple of their lanes.
-template <class T, int QUERIES, int COLUMNS>
-void attend(const float *q, size_t stride, const T *keys, const T *values, int position, int D, float *scores, int S,
-            float *out) {
+// and values (capacity, D), memory for scores (QUERIES, line). Computes VECTORS vectors of an output at once; if that
+// is more than one, D must be a multiple of their lanes.
+template <class T, int QUERIES, int VECTORS>
+void attend(const float *q, size_t stride, const T *keys, const T *values, int position, int D, int capacity,
+            float *scores, int line, float *out) {
     float scale = 1.0f / std::sqrt(float(D)), inverse[QUERIES];
     prefetch(values, size_t(position + QUERIES) * D);
-    prefetch(keys + size_t(S) * D, size_t(position + QUERIES) * D);  // of the next head
+    prefetch(keys + size_t(capacity) * D, size_t(position + QUERIES) * D);  // of the next head
     for (int start = 0; start < position + QUERIES; start += LANES) {
         Floats sums[QUERIES][LANES] = {};
         for (int i = 0; i < std::min(LANES, position + QUERIES - start); i++)
             for (int d = 0; d < D; d += LANES) {
-                Floats key = load(keys + size_t(start + i) * D + d, D - d);
+                int lanes = VECTORS > 1 ? LANES : D - d;
+                Floats key = load(keys + size_t(start + i) * D + d, lanes);
                 for (int query = 0; query < QUERIES; query++)
-                    sums[query][i] = multiply_add(load(q + query * stride + d, D - d), key, sums[query][i]);
+                    sums[query][i] = multiply_add(load(q + query * stride + d, lanes), key, sums[query][i]);
             }
         for (int query = 0; query < QUERIES; query++)
-            store(scores + query * S + start, totals<LANES>(sums[query]) * scale);
+            store(scores + query * line + start, totals<LANES>(sums[query]) * scale);
     }
     for (int query = 0; query < QUERIES; query++) {
-        float *score = scores + query * S, most = score[0];
+        float *score = scores + query * line, most = score[0];
         int count = position + query + 1;
         for (int i = 1; i < count; i++) most = score[i] > most ? score[i] : most;
         Floats sum = {};
@@ -96,20 +97,20 @@ void attend(const float *q, size_t stride, const T *keys, const T *values, int p
         }
         inverse[query] = 1.0f / total(sum);
     }
-    for (int d = 0; d < D; d += COLUMNS * LANES) {
-        int lanes = COLUMNS > 1 ? LANES : D - d;
-        Floats sums[QUERIES][COLUMNS] = {};
+    for (int d = 0; d < D; d += VECTORS * LANES) {
+        int lanes = VECTORS > 1 ? LANES : D - d;
+        Floats sums[QUERIES][VECTORS] = {};
         auto add = [&](int query, int at) {
-            for (int c = 0; c < COLUMNS; c++)
+            for (int c = 0; c < VECTORS; c++)
                 sums[query][c] = multiply_add(load(values + size_t(at) * D + d + c * LANES, lanes),
-                                              Floats{} + scores[query * S + at], sums[query][c]);
+                                              Floats{} + scores[query * line + at], sums[query][c]);
         };
         for (int at = 0; at <= position; at++)
             for (int query = 0; query < QUERIES; query++) add(query, at);
         for (int query = 1; query < QUERIES; query++)
             for (int at = position + 1; at <= position + query; at++) add(query, at);
         for (int query = 0; query < QUERIES; query++)
-            for (int c = 0; c < COLUMNS; c++)
+            for (int c = 0; c < VECTORS; c++)
                 store(out + query * stride + d + c * LANES, sums[query][c] * inverse[query], lanes);
     }
 }
@@ -198,11 +199,11 @@ template <class Kind, class T> struct Call {
     void attend_group(int layer, int thread, int token, int size, int head) const {
         const T *keys = cached(cache.keys[layer], batch.rows[token], head, 0);
         const T *values = cached(cache.values[layer], batch.rows[token], head, 0);
-        auto *function = D % PADDING ? (size == 1 ? attend<T, 1, 1> : attend<T, GROUP, 1>)
-                                     : (size == 1 ? attend<T, 1, 4> : attend<T, GROUP, COLUMNS>);
+        auto *function = size == 1 ? (D % (4 * LANES) ? attend<T, 1, 1> : attend<T, 1, 4>)
+                                   : (D % (COLUMNS * LANES) ? attend<T, GROUP, 1> : attend<T, GROUP, COLUMNS>);
         size_t at = token * WIDE + head * D;
         float *own_scores = scores + thread * GROUP * SCORES;
-        function(mixed + at, WIDE, keys, values, batch.positions[token], D, own_scores, SCORES, wide + at);
+        function(mixed + at, WIDE, keys, values, batch.positions[token], D, S, own_scores, SCORES, wide + at);
     }
     void normalised(const float *scale, const float *shift) const {
         each(N, [&](int token) {

@@ -30,7 +30,7 @@ struct Output {  // (N, rows)
     bool adds;  // adds to what is there, instead of overwriting it
 };
 
-// Computes the products of ROWS weight rows and TOKENS inputs into out, (TOKENS, ROWS). For one token it reads the rows
+// Computes the products of ROWS weight rows and TOKENS inputs into out, (ROWS, TOKENS). For one token it reads the rows
 // one after another, which is fastest from memory; for more, all at once, which loads the inputs less often. The FIRST
 // tile of a stripe has a later stripe fetched from memory. I are the numbers of the sums: GCC 12 keeps sums in
 // registers only if their numbers are constants.
@@ -46,17 +46,22 @@ __attribute__((noinline)) void tile(const typename Kind::Weight *weight, size_t 
         const uint8_t *span = input;
         for (size_t left = width, count; left; left -= count, from += count, ahead += count, span += Kind::SPAN_BYTES) {
             count = std::min(Kind::SPAN, left);
-            typename Kind::Sum sums[] = {Kind::start(span + I / TOGETHER * stride)...};
+            typename Kind::Sum sums[] = {Kind::start(span + I % TOKENS * stride)...};
             auto step = [&](size_t k, size_t count) __attribute__((always_inline)) {
                 typename Kind::Vector rows[TOGETHER];
                 typename Kind::Input inputs[TOKENS];
-                for (int row = 0; row < TOGETHER; row++) {
+                auto read_row = [&](int row) __attribute__((always_inline)) {
                     rows[row] = Kind::weights(from + row * width + k, count);
                     if (FIRST && TOGETHER > 1 && k * BYTES % 64 == 0)
                         __builtin_prefetch(ahead + row * width + k, 0, 2);
-                }
+                };
+                auto multiply = [&](typename Kind::Sum &sum, int row, int token) __attribute__((always_inline)) {
+                    if (Kind::BY_ROW && token == 0) read_row(row);
+                    Kind::multiply(sum, inputs[token], rows[row]);
+                };
+                for (int row = 0; row < TOGETHER && !Kind::BY_ROW; row++) read_row(row);
                 for (int token = 0; token < TOKENS; token++) inputs[token] = Kind::input(span + token * stride, k);
-                (Kind::multiply(sums[I], inputs[I / TOGETHER], rows[I % TOGETHER]), ...);
+                (multiply(sums[I], I / TOKENS, I % TOKENS), ...);
             };
             size_t k = 0;
             if constexpr (Kind::UNROLLED)
@@ -65,7 +70,7 @@ __attribute__((noinline)) void tile(const typename Kind::Weight *weight, size_t 
             else
                 for (; k + Kind::WIDTH <= count; k += Kind::WIDTH) step(k, Kind::WIDTH);
             if (k < count) step(k, count - k);
-            ((spans[I] = Kind::finish(spans[I], sums[I], span + I / TOGETHER * stride)), ...);
+            ((spans[I] = Kind::finish(spans[I], sums[I], span + I % TOKENS * stride)), ...);
         }
         ((results[first + I] = spans[I]), ...);
     }
@@ -83,9 +88,9 @@ int stripe(const Matrix &m, int first, size_t width, const Inputs &x, int token,
         auto *function = token ? tile<Kind, ROWS, TOKENS, false, I...> : tile<Kind, ROWS, TOKENS, true, I...>;
         function(weight, width, x.data + token * x.stride, x.stride, sums, numbers);
         for (int i = 0; i < TOKENS * ROWS; i++) {
-            int row = first + i % ROWS;
+            int row = first + i / TOKENS;
             float y = (m.scale ? sums[i] * m.scale[row] : sums[i]) + (m.bias ? m.bias[row] : 0.0f);
-            float *to = out.data + (token + i / ROWS) * out.stride + row;
+            float *to = out.data + (token + i % TOKENS) * out.stride + row;
             *to = out.adds ? y + *to : y;
         }
     }
@@ -103,6 +108,8 @@ void stripes(const Matrix &m, int first, size_t width, const Inputs &x, int toke
 // Computes x @ weight.T + bias for all tokens.
 template <class Kind>
 void product(int threads, const Matrix &m, int rows, size_t width, const Inputs &x, int tokens, const Output &out) {
+    if constexpr (!std::is_same_v<Kind, typename Prompt<Kind>::Type>)
+        if (tokens > 8) return product<typename Prompt<Kind>::Type>(threads, m, rows, width, x, tokens, out);
     threads::share(threads, rows, 16, [&](int, int row, int end) {
         for (; tokens == 1 && row + 8 <= end; row += 8) stripes<Kind, 8, 1>(m, row, width, x, 0, tokens, out);
         for (; row + 4 <= end; row += 4) stripes<Kind, 4, Kind::TOKENS>(m, row, width, x, 0, tokens, out);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #ifdef __SSE2__
 #include <immintrin.h>
@@ -68,6 +69,14 @@ inline void store(uint16_t *to, Floats x, int count = LANES) {
 }
 
 // ---- arithmetic
+
+// Keeps x in a register: GCC 12 would read it from memory again for each product with it.
+template <class Vector> inline Vector in_register(Vector x) {
+#ifdef __AVX__
+    asm("" : "+v"(x));
+#endif
+    return x;
+}
 
 // Returns a * b + c. With -ffp-contract=off the compiler fuses nothing itself: it would do so in some loops only, and
 // the same sum would round differently in another tile.

@@ -7,6 +7,7 @@
 //     bytes, prepare, input   inputs of a token -> memory of `bytes` bytes -> registers
 //     start, finish           begin and end of the sum of SPAN inputs, whose memory is SPAN_BYTES long
 //     TOKENS, UNROLLED        tokens in a tile of 4 rows; whether its loop is unrolled; found by trial
+//     BY_ROW                  whether a tile reads its weights row by row: see the kinds of prompts below
 #pragma once
 #include "vectors.h"
 
@@ -23,7 +24,7 @@ struct Fp32 {
     using Sum = Floats;
     static constexpr size_t WIDTH = LANES, SPAN = SIZE_MAX, SPAN_BYTES = 0;  // one span
     static constexpr int TOKENS = 4;
-    static constexpr bool UNROLLED = LANES < 16;
+    static constexpr bool UNROLLED = LANES < 16, BY_ROW = false;
     static size_t bytes(size_t width) { return 4 * width; }
     static void prepare(const float *x, size_t width, uint8_t *to) { memcpy(to, x, 4 * width); }
     static Vector weights(const float *from, size_t count = WIDTH) { return load(from, count); }
@@ -131,7 +132,7 @@ struct Int8 {
     using Sum = Ints;
     static constexpr size_t WIDTH = 4 * LANES, SPAN = 256;
     static constexpr int TOKENS = 4;
-    static constexpr bool UNROLLED = LANES < 8;  // with AVX2, tiles of 4 tokens become slower
+    static constexpr bool UNROLLED = LANES < 8, BY_ROW = false;  // with AVX2, tiles of 4 tokens become slower
     struct Span {
         int8_t inputs[SPAN];
         Ints offset;  // -ADDED * sum of the inputs, as one lane of several
@@ -172,5 +173,36 @@ struct Int8 {
         return multiply_add(__builtin_convertvector(sum, Floats), ((const Span *)span)->scale, before);
     }
 };
+
+// ---- prompts
+//
+// For many tokens the time is that of the products. Of 16 registers, 12 hold the sums of 3 tokens, 3 their inputs, and
+// one the weights of one row after another. The other kinds read 4 rows at once, which is faster from memory.
+
+struct Fp32Prompt : Fp32 {
+    static constexpr int TOKENS = 3;
+    static constexpr bool BY_ROW = true;
+    static Vector weights(const float *from, size_t count = WIDTH) { return in_register(Fp32::weights(from, count)); }
+    static Input input(const uint8_t *span, size_t k) { return in_register(Fp32::input(span, k)); }
+};
+template <class Kind> struct Prompt { using Type = Kind; };
+template <> struct Prompt<Fp32> { using Type = std::conditional_t<REGISTERS < 32, Fp32Prompt, Fp32>; };
+
+#ifndef __AVX512BF16__
+struct Bf16Prompt : Bf16 {
+    using Vector = Input;
+    static constexpr int TOKENS = 3;
+    static constexpr bool UNROLLED = false, BY_ROW = true;
+    static Vector weights(const uint16_t *from, size_t count = WIDTH) {
+        Ints pairs = Bf16::weights(from, count);
+        return {in_register((Floats)(pairs << 16)), in_register((Floats)(pairs & -65536))};
+    }
+    static void multiply(Sum &sum, const Input &input, const Vector &weight) {
+        sum = multiply_add(input.even, weight.even, sum);
+        sum = multiply_add(input.odd, weight.odd, sum);
+    }
+};
+template <> struct Prompt<Bf16> { using Type = std::conditional_t<REGISTERS < 32, Bf16Prompt, Bf16>; };
+#endif
 
 }  // namespace

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARY = 211
 KINDS = ("fp32", "bf16", "int8", "int8 in bf16")
 WIDE = (12, 768)  # heads and width of the smallest GPT-2
-SHAPES = [(3, 24), (2, 30), (1, 7), (4, 96), (2, 128), WIDE]  # width of a head: 8, 15, 7, 24, 64, 64
+SHAPES = [(3, 24), (2, 30), (1, 7), (4, 96), (2, 96), (2, 128), WIDE]  # width of a head: 8, 15, 7, 24, 48, 64, 64
 
 
 def make_model(heads=2, width=30, block_size=2 * CHUNK + 22, layers=2):
@@ -178,7 +178,7 @@ def test_what_it_stores_can_be_continued_by_plain_torch_and_the_reverse(kernels,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("heads", "width"), [(2, 30), (2, 128)])
+@pytest.mark.parametrize(("heads", "width"), [(2, 30), (2, 96), (2, 128)])
 def test_the_bits_of_a_row_depend_on_nothing_but_its_own_ids(kernels, heads, width, kind):
     model = as_kind(make_model(heads, width), kind)
     native, ids, lengths = NativeModel(model, kernels), random_ids(11, 60), [20, 1, 7, 33, 20, 2, 50, 3, 4, 5, 6]
