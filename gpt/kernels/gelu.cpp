@@ -16,8 +16,10 @@ struct Gelu {  // as native_gelu.py declares it
 };
 
 inline Floats slope(Floats x) {
+    Floats damage = x - x;  // 0; nan of infinities and nan
+    x = x > 100.0f ? Floats{} + 100.0f : x < -100.0f ? Floats{} - 100.0f : x;  // or x * x * GELU_3 would overflow
     Floats e = exp(x * (x * x * -GELU_3 - GELU_1)), s = 1.0f / (1.0f + e);
-    return s + x * s * (e * s) * (x * x * (3 * GELU_3) + GELU_1);
+    return s + x * s * (e * s) * (x * x * (3 * GELU_3) + GELU_1) + damage;
 }
 
 }  // namespace
