@@ -37,9 +37,9 @@ def ids_of(vocabulary: bytes) -> bytes:
 
 def our_losses(config, path: Path) -> tuple[Callable, int]:
     """Returns (losses(ids, targets) -> (B, T), context) of a snapshot of ours."""
-    from gpt.checkpoint.weights import load_model
+    from gpt.checkpoint.weights import load_model, open_folder
 
-    model = load_model(path)
+    model = load_model(open_folder(path))
     return model, model.config.block_size
 
 

@@ -26,9 +26,9 @@ class Reference:
     """The model of `folder` in fp32."""
 
     def __init__(self, folder: Path, device: str):
-        from gpt.checkpoint.weights import load_model
+        from gpt.checkpoint.weights import load_model, open_folder
 
-        self.model = load_model(folder).to(device).eval()
+        self.model = load_model(open_folder(folder)).to(device).eval()
 
     def agreement(self, prompts: list[list[int]], texts: list[list[int]]) -> Agreement:
         """Returns the Agreement of `texts`, each a greedy continuation of its prompt. All prompts have one length, all

@@ -106,9 +106,9 @@ class Ours(Trainer):
         self.take_step = None
 
     def fresh(self):
-        from gpt.checkpoint.weights import load_model
+        from gpt.checkpoint.weights import load_model, open_folder
 
-        return load_model(self.folder)
+        return load_model(open_folder(self.folder))
 
     def build(self, model, batch):
         import train

@@ -48,10 +48,10 @@ def load_transformers():
     return transformers
 
 
-def theirs_of(tokenizer, folder, **changes):
+def theirs_of(tokenizer, folder, seed=0, **changes):
     """Returns a random GPT2LMHeadModel of transformers, saved in `folder` with its tokenizer."""
     transformers = load_transformers()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     values = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": tokenizer.vocab_size}
     config = transformers.GPT2Config(**(values | {"bos_token_id": 256, "eos_token_id": 256} | changes))
     model = transformers.GPT2LMHeadModel(config).eval()
@@ -73,6 +73,26 @@ def change_weights(folder, change):
     path = folder / "model.safetensors"
     values = change({name: value.clone() for name, value in load_file(path).items()})
     save_file({name: value.contiguous() for name, value in values.items()}, path, metadata={"format": "pt"})
+
+
+def pickle_weights(folder, dtype=torch.float32, as_archive=True, files=1):
+    """Replaces model.safetensors by what transformers wrote before, one file or shards with an index, with the
+    tied head and the masks of attention."""
+    tensors = {name: value.to(dtype) for name, value in load_file(folder / "model.safetensors").items()}
+    context = len(tensors["transformer.wpe.weight"])
+    tensors |= {"transformer.h.0.attn.bias": torch.ones(1, 1, context, context, dtype=torch.uint8).tril()}
+    tensors |= {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    names, places = sorted(tensors), {}
+    for number in range(files):
+        name = f"pytorch_model-{number + 1:05d}-of-{files:05d}.bin" if files > 1 else "pytorch_model.bin"
+        part = {key: tensors[key] for key in names[number::files]}
+        torch.save(part, folder / name, _use_new_zipfile_serialization=as_archive)
+        places |= dict.fromkeys(part, name)
+    if files > 1:
+        index = {"metadata": {}, "weight_map": places}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
 
 
 def change_config(folder, **values):
@@ -99,3 +119,13 @@ def flip_a_bit(path):
     place = random.Random(path.name).randrange(len(content))
     content[place] ^= 1
     path.write_bytes(content)
+
+
+class Canary:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))

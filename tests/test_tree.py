@@ -186,6 +186,7 @@ def test_nothing_outside_the_tests_imports_transformers(path):
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "os.system", "os.popen"}
 FORBIDDEN_CALLS |= {"torch.distributed.checkpoint.load", "dcp.load", "yaml.load"}
+FORBIDDEN_CALLS |= {"torch.jit.load", "torch.export.load", "torch.hub.load", "torch.hub.load_state_dict_from_url"}
 
 
 def dotted(node):
@@ -201,6 +202,9 @@ def dangers(path):
     """Returns the lines of a file that read pickles, evaluate text or start a shell."""
     lines = [name for name in imported(path) if name.split(".")[0] in FORBIDDEN_MODULES]
     for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            lines += [f"line {node.lineno}: {name}" for name in sorted(names & FORBIDDEN_CALLS)]
         if not isinstance(node, ast.Call):
             continue
         if dotted(node.func) in FORBIDDEN_CALLS:
@@ -212,9 +216,21 @@ def dangers(path):
     return lines
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=name_of)
+PICKLES = ROOT / "gpt/checkpoint/pickles.py"
+
+
+@pytest.mark.parametrize("path", [path for path in PRODUCT if path != PICKLES], ids=name_of)
 def test_fault_105_no_pickle_no_evaluation_no_shell(path):
     assert dangers(path) == []
+
+
+def test_fault_105_one_function_opens_pickles_and_by_weights_only():
+    assert [line.split(": ")[1] for line in dangers(PICKLES)] == ["torch.load"]
+    [reader] = [node for node in tree_of(PICKLES).body if getattr(node, "name", "") == "read_pickle"]
+    [call] = [node for node in ast.walk(reader) if isinstance(node, ast.Call) and dotted(node.func) == "torch.load"]
+    [safely] = [keyword.value for keyword in call.keywords if keyword.arg == "weights_only"]
+    assert isinstance(safely, ast.Constant)
+    assert safely.value is True
 
 
 @pytest.mark.parametrize(
@@ -223,6 +239,8 @@ def test_fault_105_no_pickle_no_evaluation_no_shell(path):
         "import pickle",
         "from pickle import loads",
         "import torch\ntorch.load('x')",
+        "from torch import load",
+        "import torch\ntorch.jit.load('x')",
         "eval('1')",
         "import numpy as np\nnp.load('x', allow_pickle=True)",
         "import subprocess\nsubprocess.run('x', shell=flag)",

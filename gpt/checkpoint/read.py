@@ -16,19 +16,20 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 
+from gpt.checkpoint.adapters import base_name, with_adapter
 from gpt.checkpoint.hub import fetch_from_hub, is_hub_name
-from gpt.checkpoint.weights import TOKENIZER_FILES, load_model, read_config, weight_files
+from gpt.checkpoint.nanogpt import CHECKPOINT, SUFFIXES, open_checkpoint
+from gpt.checkpoint.weights import GPT2_VOCABULARIES, StoredModel, load_model, open_folder
 from gpt.errors import Error, InputError, IntegrityError, ResourceError, note
 from gpt.files import STEP_FOLDER, inside, is_folder, read_json, read_pointer, sha256_of, step_folders, step_number
 from gpt.model import GPT, ModelConfig, count_parameters
-from gpt.text.foreign import kind_of_folder, kind_of_weights
+from gpt.text.foreign import ADAPTER_CONFIG, has_tokenizer, kind_of_weights, models_within, tell_model_within
 from gpt.text.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
 MANIFEST = "training/manifest.json"
 OPTIMIZER = "training/optimizer.safetensors"
 STATE = "training/state.json"
-GPT2_VOCABULARIES = range(50257, 50305)  # GPT-2's size, up to its padding to a multiple of 64
 THREADS_LOCK = threading.Lock()
 
 MOST_READINGS = 10  # of a run's pointers, while the run deletes step folders
@@ -130,30 +131,45 @@ def find_model_folder(path: str | Path) -> Path:
 
 
 def candidates(path: str | Path) -> list[Path]:
-    """Returns the folders to try for `path`, in this order: for a model folder, itself; for a run folder, its best step
-    folder, then the others, newest first; for a hub name, the folder in Hugging Face's cache. Raises InputError if
-    there is no such model."""
+    """Returns the folders and files to try for `path`, in this order: for a model folder or a file of nanoGPT, itself;
+    for a run folder, its best step folder, then the others, newest first; for another folder, see `models_in`; for a
+    hub name, the folder in Hugging Face's cache. Raises InputError if there is no such model."""
     folder = Path(path)
     if os.path.exists(folder / "config.json"):  # Path.exists raises for a name that is too long
         is_alias = folder.is_symlink() or folder.name in ("", "..")  # a step folder's name is checked
         return [folder.resolve() if is_alias else folder]
     if is_folder(folder):
         best = read_pointer(folder, "best")
-        steps = sorted(steps_of_run(folder), key=lambda step: step != best)
-        if not steps:
-            raise not_a_model(folder)
-        return steps
+        return sorted(steps_of_run(folder), key=lambda step: step != best) or models_in(folder)
+    if os.path.isfile(folder) and folder.suffix in SUFFIXES:
+        return [folder]
     if os.path.exists(folder):
         what = kind_of_weights(folder) or "a file, not a folder; give a step folder, a run folder or a GPT-2 folder"
         raise InputError(f"{path}: {what}")
     if not is_hub_name(str(path)):
         raise InputError(f"{path}: no such checkpoint folder; give a step folder, a run folder or a hub name")
-    return [fetch_from_hub(str(path))]
+    fetched = fetch_from_hub(str(path))
+    return [fetched] if (fetched / "config.json").exists() else models_in(fetched)
+
+
+def models_in(folder: Path) -> list[Path]:
+    """Returns the folders and files to try for a folder without a config.json and step folders: itself, if it is an
+    adapter; nanoGPT's checkpoint in it; the checkpoints of a Trainer, newest first; the snapshot in the hub's cache.
+    Raises InputError if there are none."""
+    if (folder / ADAPTER_CONFIG).exists():
+        return [folder]
+    if (folder / CHECKPOINT).exists():
+        return [folder / CHECKPOINT]
+    models = models_within(folder)
+    if not models:
+        raise not_a_model(folder)
+    tell_model_within(folder, models[0])
+    return models
 
 
 def not_a_model(folder: Path) -> InputError:
-    """Returns the error for a folder without a config.json and step folders."""
-    what = kind_of_folder(folder) or kind_of_weights(folder)
+    """Returns the error for a folder without a model."""
+    what = kind_of_weights(folder)
     if what is None and is_hub_name(str(folder)):
         what = f"no checkpoint in this folder; if the hub's {folder} is meant, rename the folder or work in another one"
     return InputError(f"{folder}: {what or 'no checkpoint here; give a step folder, a run folder or a GPT-2 folder'}")
@@ -191,7 +207,7 @@ def first_of(folders: list[Path], use: Callable[[Path], T], watch: bool = True) 
         try:
             return use(folder)
         except (Error, OSError, SafetensorError) as error:
-            if watch and (version_of(folder) != before or not folder.is_dir()):
+            if watch and (version_of(folder) != before or not folder.exists()):
                 raise FolderChanged from None
             if len(folders) == 1 or not isinstance(error, IntegrityError):
                 raise
@@ -223,6 +239,26 @@ def verified(folder: Path) -> Path:
 # ---- loading
 
 
+def open_model(path: Path) -> StoredModel:
+    """Returns the model at `path`, a result of find_model_folder: a GPT-2 folder, an adapter with its base, or a
+    checkpoint of nanoGPT. Raises InputError or IntegrityError as their readers do."""
+    if path.is_file():
+        return open_checkpoint(path)
+    if (path / "config.json").exists() or not (path / ADAPTER_CONFIG).exists():
+        return open_folder(path)
+    return with_adapter(path, open_base(path))
+
+
+def open_base(adapter: Path) -> StoredModel:
+    """Returns the base model of the adapter in a folder. Raises the errors of finding and opening it, which then name
+    the adapter."""
+    name = base_name(adapter)
+    try:
+        return open_folder(find_model_folder(name))
+    except Error as error:
+        raise type(error)(f"{adapter}: an adapter; its base, by {ADAPTER_CONFIG}: {error}") from None
+
+
 def load_pretrained(
     path: str | Path, dtype: Precision = torch.float32, device: torch.device | str = "cpu", together: bool = False
 ) -> Loaded:
@@ -250,10 +286,10 @@ def chosen_dtype(folder: Path, choose: Callable[[ModelConfig, int], torch.dtype]
     """Returns the type that `choose` returns for the model of a folder; float32 if the folder is damaged, or describes
     a model larger than its files: load_folder and the manifest say what is wrong."""
     with contextlib.suppress(Error, OSError):
-        config, vocab_size = read_config(folder)
-        stored = sum(path.stat().st_size for path in weight_files(folder))
-        if not config.problems() and count_parameters(config, vocab_size) <= stored:
-            return choose(config, vocab_size)
+        stored = open_model(folder)
+        size = sum(path.stat().st_size for path in stored.files)
+        if not stored.config.problems() and count_parameters(stored.config, stored.vocab_size) <= size:
+            return choose(stored.config, stored.vocab_size)
     return torch.float32
 
 
@@ -271,24 +307,31 @@ def one_thread() -> Iterator[None]:
 
 
 def load_folder(folder: Path, **options: Any) -> Loaded:
-    """Returns what load_pretrained returns for the model folder `folder`, without verifying it. Raises IntegrityError
-    if model and tokenizer do not belong together. `options` are those of load_model."""
-    model = load_model(folder, **options)
-    tokenizer = tokenizer_of(folder, model.vocab_size)
+    """Returns what load_pretrained returns for the model at `folder`, a result of find_model_folder, without verifying
+    it. `options` are those of load_model."""
+    return load_stored(open_model(folder), **options)
+
+
+def load_stored(stored: StoredModel, **options: Any) -> Loaded:
+    """Returns what load_pretrained returns for a stored model. Raises IntegrityError if model and tokenizer do not
+    belong together. `options` are those of load_model."""
+    model = load_model(stored, **options)
+    tokenizer = tokenizer_of(stored)
     if model.vocab_size < tokenizer.vocab_size:
         raise IntegrityError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}; "
+            f"{stored.path}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}; "
             "they do not belong together"
         )
     model.vocab_size = tokenizer.vocab_size
     model.token.weight.detach()[tokenizer.vocab_size :] = 0  # padding of the vocabulary that some checkpoints store
-    return model, tokenizer, read_json(folder / "generation_config.json") or {}
+    return model, tokenizer, read_json(stored.path / "generation_config.json") or {}
 
 
-def tokenizer_of(folder: Path, vocab_size: int) -> Tokenizer:
-    """Returns the Tokenizer in a model folder. If the folder has no tokenizer but the model has the vocabulary size of
+def tokenizer_of(stored: StoredModel) -> Tokenizer:
+    """Returns the Tokenizer of a stored model. If its folder has no tokenizer but the model has the vocabulary size of
     GPT-2, returns GPT-2's tokenizer."""
-    if vocab_size not in GPT2_VOCABULARIES or any((folder / name).exists() for name in TOKENIZER_FILES):
+    folder = stored.tokenizer_folder
+    if stored.vocab_size not in GPT2_VOCABULARIES or has_tokenizer(folder):
         return load_tokenizer(folder)
-    note("info", f"{folder} holds no tokenizer; assuming gpt2's")
+    note("info", f"{stored.path} holds no tokenizer; assuming gpt2's")
     return load_tokenizer("gpt2")

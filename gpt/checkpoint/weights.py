@@ -1,8 +1,10 @@
-"""Hugging Face's GPT-2 folders: names and layout of the weights, config.json, and a GPT read from both."""
+"""Hugging Face's GPT-2 folders: names and layout of the weights, config.json. A GPT, read from any stored model."""
 
 import hashlib
 import json
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +13,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gpt.checkpoint.pickles import read_pickle
 from gpt.device import empty_together
 from gpt.errors import InputError, IntegrityError, ResourceError
 from gpt.files import inside, read_json, refuse_lfs_pointer, sha256_of
 from gpt.model import GPT, ModelConfig
-from gpt.text.foreign import kind_of_folder, kind_of_weights
-from gpt.text.huggingface import FOREIGN_TOKENIZERS
+from gpt.text.foreign import kind_of_weights, tokenizer_home
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    *FOREIGN_TOKENIZERS,
-)
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+GPT2_VOCABULARIES = range(50257, 50305)  # GPT-2's size, up to its padding to a multiple of 64
 
 PREFIX = "transformer."
 NAMES = {  # part of our name -> part of Hugging Face's name
@@ -60,6 +56,30 @@ GPT2_ONLY = {
 }
 EQUIVALENT = {"activation_function": "gelu_pytorch_tanh"}
 
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A GPT-2 on disk, in any form that is read."""
+
+    path: Path
+    """the folder or file"""
+    config: ModelConfig
+    vocab_size: int
+    files: list[Path]
+    """the files that hold the weights"""
+    tokenizer_folder: Path
+    """the folder for its tokenizer's files; it may have none"""
+    read: Callable[[], Tensors]
+    """returns the tensors by Hugging Face's names without PREFIX, in Hugging Face's layout"""
+    deltas: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    """name of a tensor -> function that returns, in fp32, what an adapter adds to it"""
+
+    def sha256(self) -> str:
+        """Returns a sha256 over the files: it identifies the base model of a fine-tune."""
+        return hashlib.sha256("".join(map(sha256_of, self.files)).encode()).hexdigest()
+
 
 # ---- from our weights to Hugging Face's
 
@@ -79,7 +99,7 @@ def as_stored(model: GPT, name: str, parameter: Tensor) -> Tensor:
     return parameter.t() if name.endswith(TRANSPOSED) else parameter
 
 
-def weights_of(model: GPT) -> dict[str, Tensor]:
+def weights_of(model: GPT) -> Tensors:
     """Returns the tensors of model.safetensors: name -> contiguous fp32 tensor on the CPU."""
     weights = {}
     for name, parameter in model.named_parameters():
@@ -120,28 +140,47 @@ def config_json(config: ModelConfig, vocab_size: int, role_ids: dict[str, int]) 
 # ---- the files of a folder
 
 
+def open_folder(folder: Path) -> StoredModel:
+    """Returns the model of a Hugging Face GPT-2 folder. Raises InputError if config.json is missing or describes
+    another architecture, or if there are no weights; IntegrityError if config.json or the index of the weights is
+    malformed."""
+    config, vocab_size = read_config(folder)
+    files = weight_files(folder)
+    return StoredModel(folder, config, vocab_size, files, tokenizer_home(folder), lambda: stored_weights(files))
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the paths of a folder's safetensors files: a single file, or the shards that an index lists. Raises
-    InputError if there are none, IntegrityError if the index is malformed."""
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    index = read_json(folder / INDEX)
-    if index is not None:
-        try:
-            return [inside(folder, name) for name in sorted(set(index["weight_map"].values()))]
-        except (KeyError, AttributeError, TypeError):
-            raise IntegrityError(f"{folder / INDEX}: not a weight index; restore it") from None
-    what = kind_of_folder(folder) or kind_of_weights(folder) or f"no {WEIGHTS}; give a GPT-2 checkpoint folder"
-    raise InputError(f"{folder}: {what}")
+    """Returns the paths of a folder's weights: a single file, or the shards that an index lists; safetensors before
+    pickled ones. Raises InputError if there are none, IntegrityError if the index is malformed."""
+    for name, index_name in ((WEIGHTS, INDEX), (PICKLED, PICKLED_INDEX)):
+        if (folder / name).exists():
+            return [folder / name]
+        index = read_json(folder / index_name)
+        if index is not None:
+            try:
+                return [inside(folder, shard) for shard in sorted(set(index["weight_map"].values()))]
+            except (KeyError, AttributeError, TypeError):
+                raise IntegrityError(f"{folder / index_name}: not a weight index; restore it") from None
+    raise InputError(f"{folder}: {kind_of_weights(folder) or f'no {WEIGHTS}; give a GPT-2 checkpoint folder'}")
 
 
-def weights_hash(folder: Path) -> str:
-    """Returns a sha256 over a folder's weight files: it identifies the base model of a fine-tune."""
-    digests = "".join(map(sha256_of, weight_files(folder)))
-    return hashlib.sha256(digests.encode()).hexdigest()
+def read_tensors(path: Path) -> Tensors:
+    """Returns the tensors of a safetensors file, or of a file of torch.save. Raises as their readers do."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    return only_tensors(path, read_pickle(path))
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def only_tensors(path: Path, values: Any) -> Tensors:
+    """Returns `values`, what the file `path` holds. Raises IntegrityError unless they are name -> tensor."""
+    if not isinstance(values, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in values.items()
+    ):
+        raise IntegrityError(f"{path}: holds other things than tensors by name; use another checkpoint")
+    return values
+
+
+def read_safetensors(path: Path) -> Tensors:
     """Returns the tensors of a file. They are mapped into memory, so values are read at their first use.
 
     Raises IntegrityError if the file is missing or malformed, has a header above HEADER_LIMIT or gives a name twice
@@ -168,12 +207,12 @@ def refuse_repeated_names(pairs: list[tuple[str, Any]]) -> None:
         raise ValueError("a name is given twice")
 
 
-def stored_weights(folder: Path) -> dict[str, Tensor]:
+def stored_weights(files: list[Path]) -> Tensors:
     """Returns name without PREFIX -> tensor, for the weight files of a folder. Leaves out the buffers of MASKS. Raises
     IntegrityError if a name is stored twice or a file is damaged."""
-    tensors: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        for stored_name, value in read_safetensors(path).items():
+    tensors: Tensors = {}
+    for path in files:
+        for stored_name, value in read_tensors(path).items():
             name = stored_name.removeprefix(PREFIX)
             if name in tensors:
                 raise IntegrityError(f"{path}: {name} is stored twice; restore the folder")
@@ -192,8 +231,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, int]:
     another architecture, IntegrityError if it is malformed."""
     values = read_json(folder / "config.json")
     if values is None:
-        what = kind_of_folder(folder) or "no config.json; give a GPT-2 checkpoint folder, a run folder or a hub name"
-        raise InputError(f"{folder}: {what}")
+        raise InputError(f"{folder}: no config.json; give a GPT-2 checkpoint folder, a run folder or a hub name")
     for name, wanted in GPT2_ONLY.items():
         if values.get(name, wanted) not in (wanted, EQUIVALENT.get(name, wanted)):
             raise InputError(f"{folder}: {name} is {values[name]!r}, GPT-2 has {wanted!r}; use another model")
@@ -215,31 +253,35 @@ def read_config(folder: Path) -> tuple[ModelConfig, int]:
 
 @torch.no_grad()
 def load_model(
-    folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", together: bool = False
+    stored: StoredModel, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", together: bool = False
 ) -> GPT:
-    """Returns the GPT of a Hugging Face GPT-2 folder, with weights of type `dtype` on `device`. On a CPU, `together`
-    puts the weights into one block of memory, which is faster to read and can be freed only as a whole. Does not verify
-    the folder, as load_pretrained does. Raises InputError for another architecture, IntegrityError for damaged
-    files."""
-    config, vocab_size = read_config(folder)
-    tensors = stored_weights(folder)
+    """Returns the GPT of a stored model, with weights of type `dtype` on `device`. On a CPU, `together` puts the
+    weights into one block of memory, which is faster to read and can be freed only as a whole. Does not verify a
+    folder, as load_pretrained does. Raises InputError for another architecture, IntegrityError for damaged files."""
+    config, vocab_size, tensors = stored.config, stored.vocab_size, stored.read()
     # Even on the meta device 10^9 layers take hours to build, and torch cannot count the bytes of much larger tensors.
     if config.n_layer > len(tensors) or max(config.n_embd, config.block_size, vocab_size) > 1 << 28:
-        raise IntegrityError(f"{folder}/config.json: describes a model larger than the weights; restore it")
+        where = stored.path / "config.json" if stored.path.is_dir() else stored.path
+        raise IntegrityError(f"{where}: describes a model larger than the weights; restore it")
     with torch.device("meta"):
         model = GPT(config, vocab_size)
-    check_weights(folder, model, tensors)
+    check_weights(stored.path, model, tensors)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     block = empty_together(shapes.values(), dtype) if together and torch.device(device).type == "cpu" else None
     targets = block or (torch.empty(shape, dtype=dtype, device=device) for shape in shapes.values())
     weights = dict(zip(shapes, targets, strict=True))
+    tensors.pop(HEAD, None)
     for name, target in weights.items():
-        fill(target, name, tensors[huggingface_name(name)].float(), folder)
+        stored_name = huggingface_name(name)
+        value = tensors.pop(stored_name).float()  # what was read into memory is freed here
+        if stored_name in stored.deltas:
+            value = value + stored.deltas[stored_name]()
+        fill(target, name, value, stored.path)
     model.load_state_dict(weights, assign=True)  # not Module.to_empty: it imports sympy, which takes half a second
     return model.eval()
 
 
-def check_weights(folder: Path, model: GPT, tensors: dict[str, Tensor]) -> None:
+def check_weights(folder: Path, model: GPT, tensors: Tensors) -> None:
     """Raises IntegrityError if tensors are missing, unknown or of another shape or type than in `model`, and names up
     to five of them; InputError if there is a head that differs from the embedding. `model` may be on the meta
     device."""

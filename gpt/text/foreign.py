@@ -1,21 +1,39 @@
-"""Recognises folders and files that hold something else than a GPT-2 with a tokenizer, and says what helps."""
+"""Folders that lead to a model, and files that are not a GPT-2 with a tokenizer: the line that says what helps."""
 
 import fnmatch
 import os
 import re
 from pathlib import Path
 
-from gpt.files import read_json
+from gpt.errors import note
+from gpt.files import read_limited
 
 TRAINER_FOLDER = re.compile(r"^checkpoint-(\d+)$")
 HUB_CACHE = re.compile(r"^models--(.+)$")
+ADAPTER_CONFIG = "adapter_config.json"
+FOREIGN_TOKENIZERS = {
+    "vocab.txt": "WordPiece",
+    "spiece.model": "sentencepiece",
+    "sentencepiece.bpe.model": "sentencepiece",
+    "spm.model": "sentencepiece",
+    "tokenizer.model": "sentencepiece",
+}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    *FOREIGN_TOKENIZERS,
+)
 MODEL = "from transformers import AutoModelForCausalLM as M; M.from_pretrained"
 SAFE = "give a folder with config.json and model.safetensors"
 # Pattern of a file's name -> what the file holds; what helps, where {folder}, {name} and {new} are put in.
 FORMATS = {
     "pytorch_model*.bin": (
-        "pickled weights, which are not read",
-        f'write them as safetensors: python -c "{MODEL}({{folder}}).save_pretrained({{folder}})"',
+        "pickled weights without the files beside them",
+        "give a folder with config.json and, for several files, pytorch_model.bin.index.json",
     ),
     "*.h5": (
         "weights of TensorFlow",
@@ -31,39 +49,48 @@ FORMATS = {
     ),
     "*.onnx": ("an exported graph", "give the folder that it was exported from"),
     "*.ckpt*.index": ("weights in OpenAI's own format", f"give the hub's gpt2, or {SAFE}"),
-    "*ckpt*.pt": ("a pickled checkpoint, as nanoGPT writes it, which is not read", SAFE),
-    "*.bin": ("pickled weights, which are not read", SAFE),
-    "*.p[tk]*": ("pickled weights, which are not read", SAFE),
-    "*.ckpt": ("pickled weights, which are not read", SAFE),
+    "*.bin": ("pickled weights", SAFE),
+    "*.p[tk]*": ("pickled weights", f"give the file itself if nanoGPT wrote it, else {SAFE}"),
+    "*.ckpt": ("pickled weights", SAFE),
 }
 
 
-def kind_of_folder(folder: Path) -> str | None:
-    """Returns "what the folder is; what to do", or None for a folder that it does not recognise: a Trainer's output
-    folder, an adapter, the hub's cache."""
-    steps = [path for path in folder.iterdir() if TRAINER_FOLDER.match(path.name)]
-    if steps:
-        newest = max(steps, key=lambda path: int(path.name.split("-")[1]))
-        return f"a Trainer's output folder; give its newest checkpoint, {newest}"
-    if (folder / "adapter_config.json").exists():
-        return kind_of_adapter(folder)
-    snapshots = sorted((folder / "snapshots").iterdir()) if HUB_CACHE.match(folder.name) else []
-    if snapshots:
-        name = folder.name.removeprefix("models--").replace("--", "/")
-        return f"the hub's cache of {name}; give {name}, or {snapshots[-1]}"
-    return None
+def has_tokenizer(folder: Path) -> bool:
+    """Returns whether a folder has any file of a tokenizer."""
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
-def kind_of_adapter(folder: Path) -> str:
-    """Returns "what the folder is; what to do" for a folder that peft wrote."""
-    base = (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
-    new = f"{folder}-merged"
-    return (
-        f"an adapter for {base}, not a model; merge them and give {new}: "
-        'python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; '
-        f"M.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained({new!r}); "
-        f'T.from_pretrained({base!r}).save_pretrained({new!r})"'
-    )
+def tokenizer_home(folder: Path) -> Path:
+    """Returns the folder with the tokenizer of the model in `folder`: the folder itself; for a checkpoint of a Trainer
+    without one, the folder above it, where some scripts save it."""
+    above = TRAINER_FOLDER.match(folder.name) and not has_tokenizer(folder) and has_tokenizer(folder.parent)
+    return folder.parent if above else folder
+
+
+def models_within(folder: Path) -> list[Path]:
+    """Returns the model folders that a folder leads to, the one to take first: the checkpoints in a Trainer's output
+    folder, newest first; the snapshot of a model in the hub's cache; none for any other folder, as one with a model."""
+    if (folder / "config.json").exists() or (folder / ADAPTER_CONFIG).exists():
+        return []
+    if HUB_CACHE.match(folder.name) and (folder / "snapshots").is_dir():
+        return snapshots(folder)
+    steps = [path for path in folder.iterdir() if TRAINER_FOLDER.match(path.name) and path.is_dir()]
+    return sorted(steps, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def snapshots(folder: Path) -> list[Path]:
+    """Returns the snapshot of a model in the hub's cache that its refs/main names, else the newest; none if there is
+    none."""
+    named = (read_limited(folder / "refs/main") or b"").decode("utf-8", "replace").strip()
+    known = {path.name: path for path in (folder / "snapshots").iterdir() if path.is_dir()}
+    newest = sorted(known.values(), key=lambda path: path.stat().st_mtime)[-1:]
+    return [known[named]] if named in known else newest
+
+
+def tell_model_within(folder: Path, model: Path) -> None:
+    """Prints which model is taken of those that `folder` leads to."""
+    what = "the hub's cache" if HUB_CACHE.match(folder.name) else "a Trainer's output folder"
+    note("info", f"{folder}: {what}; taking {model.relative_to(folder)}")
 
 
 def kind_of_weights(path: Path) -> str | None:

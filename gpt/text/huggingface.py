@@ -35,7 +35,7 @@ from gpt.text.added_tokens import (
     roles_of,
     stop_ids,
 )
-from gpt.text.foreign import kind_of_folder
+from gpt.text.foreign import ADAPTER_CONFIG, FOREIGN_TOKENIZERS
 
 # The spellings of each known pattern: tiktoken's spelling (possessive, hence fast), Hugging Face's spelling, others.
 # Hugging Face's engine reads `{1,3}+` as a repeated group and `$` as the end of any line: it must get its own spelling.
@@ -56,13 +56,6 @@ O200K_PATTERNS = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 ) * 2  # one spelling serves both
-FOREIGN_TOKENIZERS = {
-    "vocab.txt": "WordPiece",
-    "spiece.model": "sentencepiece",
-    "sentencepiece.bpe.model": "sentencepiece",
-    "spm.model": "sentencepiece",
-    "tokenizer.model": "sentencepiece",
-}
 PATTERNS = {"gpt2": GPT2_PATTERNS, "cl100k": CL100K_PATTERNS, "o200k": O200K_PATTERNS}
 
 Pair = tuple[bytes, ...]
@@ -245,8 +238,10 @@ def read_folder(folder: Path) -> Vocabulary:
     for name, kind in FOREIGN_TOKENIZERS.items():
         if (folder / name).exists():
             raise refused(folder / name, f"a tokenizer of the kind {kind}")
-    what = kind_of_folder(folder) or "no tokenizer in it; needs tokenizer.json, or vocab.json and merges.txt"
-    raise InputError(f"{folder}: {what}")
+    if (folder / ADAPTER_CONFIG).exists():
+        base = (read_json(folder / ADAPTER_CONFIG) or {}).get("base_model_name_or_path")
+        raise InputError(f"{folder}: an adapter without a tokenizer; give that of its base, {base}")
+    raise InputError(f"{folder}: no tokenizer in it; needs tokenizer.json, or vocab.json and merges.txt")
 
 
 def from_tokenizer_json(path: Path, stored: dict[str, Any], config: dict[str, Any]) -> Vocabulary:

@@ -16,6 +16,7 @@ import tiktoken
 from gpt.errors import InputError, IntegrityError, note
 from gpt.files import read_pointer, step_folders
 from gpt.text.added_tokens import END_OF_TEXT, Additions, matcher
+from gpt.text.foreign import has_tokenizer, models_within
 from gpt.text.huggingface import (
     BYTE_OF,
     GPT2_PATTERNS,
@@ -199,13 +200,16 @@ def load_tokenizer(source: str | Path, training_text: Iterable[str] | None = Non
     if source.endswith(".tiktoken"):
         return tokenizer_from(read_rank_file(Path(source)), source)
     if Path(source).is_dir():
-        return tokenizer_from(read_folder(step_folder(Path(source))), source)
+        return tokenizer_from(read_folder(folder_within(Path(source))), source)
     raise InputError(f"no tokenizer named {source}; choices: {', '.join(choices())}, x.tiktoken, or a folder with one")
 
 
-def step_folder(folder: Path) -> Path:
-    """Returns the best step folder of a run folder, else the newest; returns any other folder itself."""
-    return read_pointer(folder, "best") or next(iter(step_folders(folder)), folder)
+def folder_within(folder: Path) -> Path:
+    """Returns the folder whose tokenizer is that of the model at `folder`: the best step folder of a run folder, else
+    the newest; the newest checkpoint of a Trainer's output folder, and the snapshot of the hub's cache, if they have
+    one; any other folder itself."""
+    steps = [read_pointer(folder, "best"), *step_folders(folder)]
+    return next(filter(None, [*steps, *filter(has_tokenizer, models_within(folder)[:1])]), folder)
 
 
 def choices() -> list[str]:

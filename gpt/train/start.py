@@ -9,8 +9,15 @@ from typing import Any
 
 import torch
 
-from gpt.checkpoint.read import Checkpoint, find_model_folder, load_folder, newest_checkpoint, verify_checkpoint
-from gpt.checkpoint.weights import TOKENIZER_FILES, load_model, read_config, weights_hash
+from gpt.checkpoint.read import (
+    Checkpoint,
+    find_model_folder,
+    load_stored,
+    newest_checkpoint,
+    open_model,
+    verify_checkpoint,
+)
+from gpt.checkpoint.weights import StoredModel, load_model, open_folder
 from gpt.config import find_preset, flatten, list_presets, make_config, parse_flags, read_toml, refuse
 from gpt.errors import InputError, IntegrityError, ResourceError, ignore_write_errors, note, say, tell
 from gpt.files import STEP_FOLDER, is_folder, step_folders
@@ -18,6 +25,7 @@ from gpt.model import GPT, ModelConfig
 from gpt.text.corpus import Corpus
 from gpt.text.example_stream import index_examples
 from gpt.text.fit import shrink_to_data, shrink_to_examples
+from gpt.text.foreign import has_tokenizer
 from gpt.text.reader import read_masks
 from gpt.text.shards import SPLITS, Dataset, open_dataset
 from gpt.text.tokenizer import Tokenizer, choices, load_tokenizer
@@ -43,7 +51,7 @@ MAY_CHANGE = names(LengthConfig) | names(RhythmConfig) | names(MachineConfig) | 
 def read_settings(
     command_line: type, config: type, argv: list[str], presets: Path, description: str
 ) -> tuple[Any, Any, set[str]]:
-    """Returns (settings of type `config`, folder of the base model or None, names of the flags) of a command line.
+    """Returns (settings of type `config`, base model or None, names of the flags) of a command line.
     Flags override the preset, the preset the settings of the checkpoint or base model, and these the defaults. Raises
     InputError for bad settings."""
     flags = parse_flags(command_line, argv, description, presets)
@@ -70,16 +78,16 @@ def read_settings(
     return settings, base, set(flags)
 
 
-def base_model(init: str, out: str) -> tuple[Path | None, dict[str, Any]]:
-    """Returns the folder of the base model `init`, and its architecture, setting -> value; (None, {}) if `init` is
+def base_model(init: str, out: str) -> tuple[StoredModel | None, dict[str, Any]]:
+    """Returns the base model `init`, and its architecture, setting -> value; (None, {}) if `init` is
     empty. If the base model is gone, a run in `out` that began with it can continue: then returns None and the
     architecture of that run."""
     if not init:
         return None, {}
-    base = find_or_newest_of(find_model_folder, init, out)
+    base = find_or_newest_of(lambda source: open_model(find_model_folder(source)), init, out)
     if isinstance(base, Checkpoint):
         return None, {name: base.state["config"][name] for name in ARCHITECTURE}
-    return base, asdict(read_config(base)[0])
+    return base, asdict(base.config)
 
 
 def find_or_newest_of(find: Callable[[str], Any], source: str, out: str | None) -> Any:
@@ -108,9 +116,10 @@ def check_architecture(model: ModelConfig, given: set[str], base: dict[str, Any]
         note("info", f"context cropped from {base['block_size']} to {model.block_size} tokens")
 
 
-def check_base_is_elsewhere(base: Path, out: str) -> None:
-    """Raises InputError if the run folder `out` is the folder of the base model, `base`, or the folder above it."""
-    if Path(out).resolve() in (base.resolve(), base.resolve().parent):
+def check_base_is_elsewhere(base: StoredModel, out: str) -> None:
+    """Raises InputError if the run folder `out` is a folder with weights of the base model, or the folder above one."""
+    folders = {folder for file in base.files for folder in file.resolve().parents[:2]}
+    if Path(out).resolve() in folders | {base.path.resolve(), base.path.resolve().parent}:
         raise InputError(f"{out}: out holds the base checkpoint; give another --out")
 
 
@@ -123,8 +132,8 @@ class Start:
 
     config: Any
     """the TrainConfig"""
-    base: Path | None
-    """folder of the base model of a fine-tune, else None"""
+    base: StoredModel | None
+    """the base model of a fine-tune, else None"""
     corpus: Corpus
     budget: Budget
     checkpoint: Checkpoint | None
@@ -148,7 +157,7 @@ class Start:
             say(f"nothing to do: step {self.progress.step} of {self.budget.total_steps(self.progress)}{why}")
 
 
-def find_start(config: Any, base: Path | None, typed: set[str], ranks: Ranks) -> Start:
+def find_start(config: Any, base: StoredModel | None, typed: set[str], ranks: Ranks) -> Start:
     """Returns the Start of a run. `typed` are the settings given as flags. Raises InputError if settings, data or
     tokenizer do not fit together or to the checkpoint, or differ between ranks; IntegrityError if data or checkpoints
     are damaged."""
@@ -200,7 +209,9 @@ def fit_settings(
     return config, asked
 
 
-def compare_with_checkpoint(config: Any, base: Path | None, corpus: Corpus, checkpoint: Checkpoint | None) -> None:
+def compare_with_checkpoint(
+    config: Any, base: StoredModel | None, corpus: Corpus, checkpoint: Checkpoint | None
+) -> None:
     """Raises InputError if tokenizer or settings of the checkpoint that the run continues differ from those of the run,
     IntegrityError if the data differ. Prints where the run begins."""
     if checkpoint is None:
@@ -327,7 +338,7 @@ def first_model(start: Start) -> tuple[GPT, dict[str, str] | None]:
     base model gives to tokens, so that the run saves them too."""
     config, corpus = start.config, start.corpus
     if start.checkpoint:
-        model, origin = load_model(start.checkpoint.path), start.checkpoint.state["base"]
+        model, origin = load_model(open_folder(start.checkpoint.path)), start.checkpoint.state["base"]
         corpus.tokenizer = corpus.tokenizer.with_roles_of(load_tokenizer(start.checkpoint.path))
     elif start.base:
         model, base_tokenizer, origin = load_base(start.base, config.init, config.model.block_size, corpus)
@@ -339,19 +350,20 @@ def first_model(start: Start) -> tuple[GPT, dict[str, str] | None]:
     return model, origin
 
 
-def load_base(folder: Path, init: str, block_size: int, corpus: Corpus) -> tuple[GPT, Tokenizer, dict[str, str]]:
+def load_base(base: StoredModel, init: str, block_size: int, corpus: Corpus) -> tuple[GPT, Tokenizer, dict[str, str]]:
     """Returns the model to fine-tune, its context cropped to `block_size`, its tokenizer, and a record of it: the name
     `init` that the user gave, and the sha256 of the weights. Raises InputError if its tokenizer is not that of the
     data."""
-    model, tokenizer, _ = load_folder(folder)
-    corpus.check_tokenizer(init, tokenizer.manifest_entry, tokenizer_source(init, folder, tokenizer))
+    model, tokenizer, _ = load_stored(base)
+    corpus.check_tokenizer(init, tokenizer.manifest_entry, tokenizer_source(init, base, tokenizer))
     model.crop_context(block_size)
-    return model, tokenizer, {"init": init, "sha256": weights_hash(folder)}
+    return model, tokenizer, {"init": init, "sha256": base.sha256()}
 
 
-def tokenizer_source(init: str, folder: Path, tokenizer: Tokenizer) -> str:
-    """Returns what data/prepare.py takes as --tokenizer for `tokenizer`, that of the base model `init` in `folder`. A
-    hub name is not enough, but for gpt2."""
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+def tokenizer_source(init: str, base: StoredModel, tokenizer: Tokenizer) -> str:
+    """Returns what data/prepare.py takes as --tokenizer for `tokenizer`, that of the base model `init`. A hub name is
+    not enough, but for gpt2."""
+    if not has_tokenizer(base.tokenizer_folder):
         return tokenizer.name
-    return init if Path(init).is_dir() or init in choices() else str(folder)
+    in_init = Path(init).is_dir() and base.tokenizer_folder == base.path
+    return init if in_init or init in choices() else str(base.tokenizer_folder)

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_helpers import FILES, assert_same_outputs, flip_a_bit, save, theirs_of
+from checkpoint_helpers import FILES, Canary, assert_same_outputs, flip_a_bit, save, theirs_of
+from foreign_helpers import write
 from paths import ROOT
 from safetensors.torch import load_file, save_file
 from training_helpers import (
@@ -337,16 +338,6 @@ def test_weights_of_gpt2s_vocabulary_without_any_tokenizer_get_gpt2s(bpe_cache, 
 # ---- hostile files
 
 
-class Canary:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return (open, (self.path, "w"))
-
-
 @pytest.fixture
 def payload(tmp_path):
     """(bytes of a pickle that creates the canary, and of the same as torch.save writes it; path of the canary)."""
@@ -386,11 +377,50 @@ def test_fault_103_a_pickle_named_model_safetensors_is_said_to_be_no_safetensors
             load_pretrained(folder)
 
 
-def test_fault_103_a_pt_file_is_no_checkpoint(payload, tmp_path):
-    assert in_process(sample.main, "sample.py", tmp_path / "saved.pt", "--prompt", "a").code == 2
-    assert train_here("tiny", "--data", tmp_path, "--init", tmp_path / "saved.pt").code == 2
-    with pytest.raises(InputError):
-        load_pretrained(tmp_path / "saved.pt")
+def folder_of_pickles(name, content, folder, byte):
+    """Writes a folder of a model whose weights are the pickle `content`: transformers', nanoGPT's or an adapter."""
+    theirs_of(byte, folder / "base")
+    if name == "ckpt.pt":
+        folder = folder / "nano"
+    elif name == "adapter_model.bin":
+        settings = {"peft_type": "LORA", "base_model_name_or_path": str(folder / "base")}
+        folder = folder / "adapter"
+        write(folder, adapter_config=settings)
+    else:
+        folder = folder / "base"
+        (folder / "model.safetensors").unlink()
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["pickle", "torch.save"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "ckpt.pt", "adapter_model.bin"])
+def test_fault_103_a_payload_in_pickled_weights_is_not_run(name, kind, payload, byte, tmp_path):
+    folder = folder_of_pickles(name, payload[kind], tmp_path / "model", byte)
+    data = make_data(tmp_path / "data", train_size=2000)
+    before = snapshot(folder)
+    for done in (
+        in_process(sample.main, "sample.py", folder, "--prompt", "a"),
+        train_here("tiny", "--data", data, "--init", folder, "--out", tmp_path / "out"),
+    ):
+        assert done.code == 3
+        assert "its pickle wants to call" in done.last
+        assert done.last.startswith(f"error: {folder / name}: ")
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert snapshot(folder) == before
+
+
+def test_fault_103_a_pickle_of_other_things_is_no_checkpoint(byte, tmp_path):
+    folder = folder_of_pickles("ckpt.pt", b"", tmp_path / "model", byte)
+    torch.save({"model": {}}, folder / "ckpt.pt")
+    with pytest.raises(InputError, match="not a checkpoint of nanoGPT, which has model and model_args"):
+        load_pretrained(folder)
+    folder = folder_of_pickles("pytorch_model.bin", b"", tmp_path / "other", byte)
+    torch.save([torch.zeros(3)], folder / "pytorch_model.bin")
+    with pytest.raises(IntegrityError, match=r"pytorch_model\.bin: holds other things than tensors by name"):
+        load_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", ["dataset.json", "tokenizer.json", "tokenizer_config.json", "train_000000.bin"])

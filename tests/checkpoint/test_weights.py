@@ -14,6 +14,7 @@ from checkpoint_helpers import (
     change_config,
     change_weights,
     load_theirs,
+    pickle_weights,
     released_size,
     save,
     theirs_of,
@@ -108,6 +109,40 @@ def test_sharded_weights_are_read_through_their_index_and_a_missing_shard_is_nam
         load_pretrained(tmp_path)
 
 
+PICKLED = {  # how the weights are pickled: the type of the numbers, torch's format, the number of files
+    "fp32": (torch.float32, True, 1),
+    "fp16": (torch.float16, True, 1),
+    "older format": (torch.float32, False, 1),
+    "shards": (torch.float32, True, 3),
+    "shards in fp16 and the older format": (torch.float16, False, 2),
+}
+
+
+@pytest.mark.parametrize("kind", PICKLED)
+def test_pickled_weights_are_read_as_safetensors_are(kind, byte, tmp_path):
+    theirs = theirs_of(byte, tmp_path)
+    pickle_weights(tmp_path, *PICKLED[kind])
+    ours = load_pretrained(tmp_path)[0]
+    expected = theirs.to(PICKLED[kind][0]).float()
+    assert_same_outputs(ours, expected, 257)
+    stored = expected.state_dict()
+    assert all(torch.equal(value, stored[name]) for name, value in weights_of(ours).items())
+
+
+def test_safetensors_are_taken_before_pickled_weights(byte, tmp_path):
+    theirs = theirs_of(byte, tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
+    assert_same_outputs(load_pretrained(tmp_path)[0], theirs, 257)
+
+
+def test_a_missing_shard_of_pickled_weights_is_named(byte, tmp_path):
+    theirs_of(byte, tmp_path)
+    pickle_weights(tmp_path, files=2)
+    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(IntegrityError, match=r"pytorch_model-00002-of-00002\.bin: missing"):
+        load_pretrained(tmp_path)
+
+
 def test_a_hub_caches_folder_of_links_is_read_through(byte, tmp_path):
     theirs = theirs_of(byte, tmp_path / "blobs")
     (tmp_path / "snapshot").mkdir()
@@ -180,13 +215,6 @@ def test_an_untied_head_is_refused(byte, tmp_path):
     theirs_of(byte, tmp_path)
     change_weights(tmp_path, lambda values: values | {"lm_head.weight": values["transformer.wte.weight"] + 1e-3})
     with pytest.raises(InputError, match="untied head"):
-        load_pretrained(tmp_path)
-
-
-def test_a_folder_with_pickle_weights_alone_is_refused_and_they_are_not_opened(byte, tmp_path):
-    theirs_of(byte, tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(InputError, match="pickled weights, which are not read; write them as safetensors: python -c"):
         load_pretrained(tmp_path)
 
 

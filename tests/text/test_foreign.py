@@ -1,15 +1,16 @@
-"""Folders and files that are not what the user thinks: one line names them, and the command that helps."""
+"""Folders that lead to a model are followed, and said so; what is no GPT-2 is named, with the command that helps."""
 
 import json
+import os
 
 import pytest
 import torch
-from checkpoint_helpers import change_weights, theirs_of
+from checkpoint_helpers import assert_same_outputs, change_weights, theirs_of
 from foreign_helpers import write
 
 from gpt.checkpoint.read import find_model_folder, load_pretrained
 from gpt.errors import InputError
-from gpt.text.foreign import kind_of_folder, kind_of_weights
+from gpt.text.foreign import kind_of_weights, models_within
 from gpt.text.tokenizer import load_tokenizer
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
@@ -33,35 +34,82 @@ def touch(path):
     return path
 
 
-def test_a_trainers_folder_names_its_newest_checkpoint(tmp_path):
-    for step in (500, 1500, 900):
-        write(tmp_path / f"checkpoint-{step}", config={"model_type": "gpt2"})
-    newest = tmp_path / "checkpoint-1500"
-    assert refusal(tmp_path) == f"{tmp_path}: a Trainer's output folder; give its newest checkpoint, {newest}"
-    with pytest.raises(InputError, match="give its newest checkpoint"):
-        load_tokenizer(tmp_path)
+def trainer_folder(byte, folder):
+    """Writes what a Trainer leaves: numbered checkpoints, the newest last by number alone. Returns the newest model."""
+    made = {step: theirs_of(byte, folder / f"checkpoint-{step}", seed=step) for step in (900, 1500, 95)}
+    (folder / "runs").mkdir()
+    return made[1500]
 
 
-def test_an_adapter_names_its_base_and_the_command_that_merges_them(tmp_path):
-    folder = tmp_path / "tuned"
-    write(folder, adapter_config={"peft_type": "LORA", "base_model_name_or_path": "org/base"})
-    touch(folder / "adapter_model.safetensors")
-    line = refusal(folder)
-    assert line.startswith(
-        f"{folder}: an adapter for org/base, not a model; merge them and give {folder}-merged: python"
-    )
-    code = line.split('python -c "')[1].removesuffix('"')
-    compile(code, "command", "exec")
-    assert "merge_and_unload" in code
-    assert f"T.from_pretrained('org/base').save_pretrained('{folder}-merged')" in code
+def test_a_trainers_folder_gives_its_newest_checkpoint_and_says_so(byte, tmp_path, capsys):
+    newest = trainer_folder(byte, tmp_path)
+    assert_same_outputs(load_pretrained(tmp_path)[0], newest, 257)
+    assert f"{tmp_path}: a Trainer's output folder; taking checkpoint-1500" in capsys.readouterr().err
+    assert find_model_folder(tmp_path) == tmp_path / "checkpoint-1500"
+    assert load_tokenizer(tmp_path).identity == byte.identity
 
 
-def test_the_hubs_cache_names_the_model_and_the_snapshot(tmp_path):
+def test_a_trainers_newest_checkpoint_that_is_damaged_gives_the_one_before_it_with_a_warning(byte, tmp_path, capsys):
+    trainer_folder(byte, tmp_path)
+    (tmp_path / "checkpoint-1500/model.safetensors").write_bytes(b"cut")
+    expected = load_pretrained(tmp_path / "checkpoint-900")[0]
+    assert torch.equal(load_pretrained(tmp_path)[0].token.weight, expected.token.weight)
+    assert "not a safetensors file; trying checkpoint-900" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_model_saved_at_the_top_of_a_trainers_folder_is_the_result(byte, tmp_path):
+    trainer_folder(byte, tmp_path)
+    final = theirs_of(byte, tmp_path, seed=7)
+    assert_same_outputs(load_pretrained(tmp_path)[0], final, 257)
+    assert models_within(tmp_path) == []
+
+
+def test_a_tokenizer_above_a_trainers_checkpoints_is_theirs(byte, tmp_path):
+    trainer_folder(byte, tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "checkpoint-1500" / name).rename(tmp_path / name)
+    for path in (tmp_path, tmp_path / "checkpoint-1500"):
+        assert load_pretrained(path)[1].identity == byte.identity
+    assert load_tokenizer(tmp_path).identity == byte.identity
+
+
+def hub_cache(byte, folder, commits):
+    """Writes a model of the hub's cache as huggingface_hub lays it out, each snapshot a folder of links."""
+    for seed, commit in enumerate(commits):
+        theirs_of(byte, folder / f"blobs-{commit}", seed=seed)
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        for path in (folder / f"blobs-{commit}").iterdir():
+            (folder / "snapshots" / commit / path.name).symlink_to(path)
+        os.utime(folder / "snapshots" / commit, (seed, seed))
+
+
+@pytest.mark.parametrize(
+    ("ref", "taken"), [("aaa", "aaa"), ("bbb\n", "bbb"), (None, "bbb"), ("../../x", "bbb"), ("gone", "bbb")]
+)
+def test_a_folder_of_the_hubs_cache_gives_the_snapshot_that_its_ref_names_else_the_newest(
+    ref, taken, byte, tmp_path, capsys
+):
     folder = tmp_path / "models--org--tiny"
-    (folder / "snapshots/0123abc").mkdir(parents=True)
-    assert refusal(folder) == f"{folder}: the hub's cache of org/tiny; give org/tiny, or {folder}/snapshots/0123abc"
-    (tmp_path / "models--gpt2/snapshots/4567").mkdir(parents=True)
-    assert "give gpt2, or" in refusal(tmp_path / "models--gpt2")
+    hub_cache(byte, folder, ["aaa", "bbb"])
+    if ref:
+        (folder / "refs").mkdir()
+        (folder / "refs/main").write_text(ref)
+    assert find_model_folder(folder) == folder / "snapshots" / taken
+    assert f"the hub's cache; taking snapshots/{taken}" in capsys.readouterr().err
+    expected = load_pretrained(folder / f"blobs-{taken}")[0]
+    assert torch.equal(load_pretrained(folder)[0].token.weight, expected.token.weight)
+    assert load_tokenizer(folder).identity == byte.identity
+
+
+def test_an_empty_folder_of_the_hubs_cache_holds_no_checkpoint(tmp_path):
+    (tmp_path / "models--gpt2/snapshots").mkdir(parents=True)
+    assert "no checkpoint here" in refusal(tmp_path / "models--gpt2")
+
+
+def test_an_adapter_without_a_tokenizer_names_that_of_its_base(tmp_path):
+    write(tmp_path, adapter_config={"peft_type": "LORA", "base_model_name_or_path": "org/base"})
+    with pytest.raises(InputError, match="an adapter without a tokenizer; give that of its base, org/base"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_folder_that_hides_a_hub_name_is_named(tmp_path, monkeypatch):
@@ -74,15 +122,17 @@ def test_a_folder_that_hides_a_hub_name_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("pytorch_model.bin", ["pickled weights, which are not read", "M.from_pretrained('{folder}').save_pretrained"]),
-        ("pytorch_model-00001-of-00002.bin", ["pickled weights"]),
+        (
+            "pytorch_model-00001-of-00002.bin",
+            ["pickled weights without", "config.json", "pytorch_model.bin.index.json"],
+        ),
+        ("weights.bin", ["pickled weights; give a folder with config.json and model.safetensors"]),
         ("tf_model.h5", ["weights of TensorFlow; with transformers 4", "from_tf=True"]),
         ("flax_model.msgpack", ["weights of Flax; with transformers 4", "from_flax=True"]),
         ("tiny-q8.gguf", ["a model of llama.cpp", "gguf_file='tiny-q8.gguf'"]),
         ("model.onnx", ["an exported graph; give the folder that it was exported from"]),
-        ("ckpt.pt", ["a pickled checkpoint, as nanoGPT writes it", "config.json and model.safetensors"]),
         ("model.ckpt-1000.index", ["weights in OpenAI's own format; give the hub's gpt2"]),
-        ("model.pth", ["pickled weights"]),
+        ("model.pkl", ["pickled weights", "config.json and model.safetensors"]),
     ],
 )
 def test_weights_in_another_format_are_named_in_a_folder_and_as_a_file(name, parts, tmp_path):
@@ -101,7 +151,8 @@ def test_weights_in_another_format_are_named_in_a_folder_and_as_a_file(name, par
 
 def test_other_folders_and_files_stay_as_they_are_called(tmp_path):
     touch(tmp_path / "notes.txt")
-    assert kind_of_folder(tmp_path) is kind_of_weights(tmp_path) is kind_of_weights(tmp_path / "notes.txt") is None
+    assert kind_of_weights(tmp_path) is kind_of_weights(tmp_path / "notes.txt") is None
+    assert models_within(tmp_path) == []
     assert "no checkpoint here" in refusal(tmp_path)
     assert "a file, not a folder" in refusal(tmp_path / "notes.txt")
 
@@ -137,9 +188,3 @@ def test_tokenizers_of_other_kinds_are_recognised_by_their_files(name, kind, row
     assert f"{name}: a tokenizer of the kind {kind} is not supported" in refusal(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
     assert f"a tokenizer of the kind {kind}" in refusal(tmp_path)
-
-
-def test_find_model_folder_names_them_too(tmp_path):
-    write(tmp_path / "checkpoint-5", config={})
-    with pytest.raises(InputError, match="a Trainer's output folder"):
-        find_model_folder(tmp_path)

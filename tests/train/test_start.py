@@ -12,7 +12,9 @@ import torch
 from prepare_helpers import prepare_here
 from training_helpers import EIGHT_STEPS, in_process, make_data, save_step, snapshot, state_of, step_names, train_here
 
-from gpt.checkpoint.read import find_model_folder, load_pretrained, verify_checkpoint
+from gpt.checkpoint.read import find_model_folder, load_pretrained, open_model, verify_checkpoint
+from gpt.checkpoint.weights import StoredModel
+from gpt.model import ModelConfig
 from gpt.text.corpus import Corpus
 from gpt.text.shards import open_dataset
 from gpt.text.tokenizer import load_tokenizer, train_bpe
@@ -240,7 +242,7 @@ def test_fault_079_a_shorter_context_is_cropped_and_said_and_a_longer_one_refuse
     corpus = Corpus(open_dataset(made / "data"), "", "size", 16, 8, 1)
     assert (tuned.config.block_size, tuned.position.weight.shape) == (16, (16, 32))
     base, _, _ = load_pretrained(run)
-    cropped, _, _ = load_base(find_model_folder(run), str(run), 16, corpus)
+    cropped, _, _ = load_base(open_model(find_model_folder(run)), str(run), 16, corpus)
     corpus.close()
     assert torch.equal(cropped.position.weight, base.position.weight[:16])
     ids = torch.arange(16)[None]
@@ -469,7 +471,8 @@ def test_fault_023_the_refusal_gives_the_command_that_prepares_the_same_text(run
 def test_a_bases_tokenizer_is_named_so_that_prepare_finds_it(init, files, expected, tmp_path):
     for name in files:
         (tmp_path / name).touch()
-    named = tokenizer_source(init.replace("FOLDER", str(tmp_path)), tmp_path, load_tokenizer("byte"))
+    base = StoredModel(tmp_path, ModelConfig(), 257, [], tmp_path, dict)
+    named = tokenizer_source(init.replace("FOLDER", str(tmp_path)), base, load_tokenizer("byte"))
     assert named == expected.replace("FOLDER", str(tmp_path))
 
 
