@@ -8,9 +8,13 @@ import threading
 import urllib.parse
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from checkpoint_helpers import pickle_weights
+from foreign_helpers import write
+from safetensors.torch import load_file, save_file
 from training_helpers import make_data, metrics, save_step, tiny_model, train_here
 
+from gpt.checkpoint.adapters import ADAPTER
 from gpt.checkpoint.read import find_model_folder
 from gpt.errors import InputError
 
@@ -122,6 +126,40 @@ def test_a_hub_name_is_sampled_like_the_folder_and_comes_from_the_cache_when_the
     hub.stop()
     second = sample(name)
     assert (second.code, second.stdout) == (0, expected.stdout), second.stderr
+
+
+def test_pickled_weights_are_fetched_where_there_are_no_others(hub, sample):
+    expected = sample(hub.folder)
+    pickle_weights(hub.folder)
+    (hub.folder / "training_args.bin").write_bytes(b"never fetched")
+    assert sample("gpt2").stdout == expected.stdout
+    fetched = {path.rsplit("/", 1)[1] for path in hub.requests if "/resolve/" in path}
+    assert "pytorch_model.bin" in fetched
+    assert "training_args.bin" not in fetched
+    hub.stop()
+    second = sample("gpt2")
+    assert (second.code, second.stdout) == (0, expected.stdout), second.stderr
+
+
+def test_an_adapter_here_finds_its_base_on_the_hub_and_one_there_is_taken_by_name(hub, sample, tmp_path):
+    expected = sample(hub.folder)
+    folder = tmp_path / "adapter"
+    write(folder, adapter_config={"peft_type": "LORA", "base_model_name_or_path": "gpt2", "lora_alpha": 4})
+    name = "base_model.model.transformer.h.0.attn.c_attn.lora_"
+    save_file({f"{name}A.weight": torch.ones(1, 32), f"{name}B.weight": torch.zeros(96, 1)}, folder / ADAPTER)
+    done = sample(folder)
+    assert (done.code, done.stdout) == (0, expected.stdout), done.stderr
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    write(folder, adapter_config=settings | {"base_model_name_or_path": "someone/else"})
+    done = sample(folder)
+    assert done.code == 2
+    assert "an adapter; its base, by adapter_config.json: someone/else: neither a folder here nor" in done.last
+    for path in hub.folder.iterdir():
+        if path.is_file():
+            path.unlink()
+    write(hub.folder, adapter_config=settings | {"base_model_name_or_path": str(tmp_path / "gone")})
+    (folder / ADAPTER).rename(hub.folder / ADAPTER)
+    assert f"its base, by adapter_config.json: {tmp_path / 'gone'}" in sample("someone/tiny-gpt2").last
 
 
 def test_init_takes_a_hub_name(hub, processes, environment, tmp_path):
