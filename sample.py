@@ -5,7 +5,8 @@
     python sample.py gpt2 --prompts asked.jsonl --out answers.jsonl --seed 1
     python sample.py gpt2 --interactive
 
-CHECKPOINT is a step folder, a run folder (its best, else its newest), any Hugging Face GPT-2 folder, or a hub name."""
+CHECKPOINT is a step folder, a run folder (its best, else its newest), any Hugging Face GPT-2 folder or hub name, a LoRA
+adapter of PEFT, or nanoGPT's ckpt.pt."""
 
 import gpt.kernels.waiting  # noqa: F401 (before torch)
 
@@ -74,7 +75,8 @@ class EngineConfig:
 @dataclass(frozen=True)
 class SampleConfig:
     checkpoint: str = positional("CHECKPOINT")
-    """step folder, run folder (its best, else its newest), Hugging Face GPT-2 folder, or hub name such as gpt2"""
+    """step folder, run folder (its best, else its newest), Hugging Face GPT-2 folder, hub name such as gpt2, PEFT's
+    adapter, or nanoGPT's ckpt.pt"""
     source: SourceConfig = field(default_factory=SourceConfig)
     generation: GenerationParams = field(default_factory=GenerationParams)
     output: OutputConfig = field(default_factory=OutputConfig)

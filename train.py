@@ -50,7 +50,7 @@ class TrainConfig:
     out: str = ""
     """run folder for checkpoints, metrics and settings (default: out/PRESET)"""
     init: str = ""
-    """start from the weights of this checkpoint, GPT-2 folder or hub name (gpt2, gpt2-medium, org/name): fine-tuning"""
+    """fine-tune this model: a run, GPT-2 folder, hub name (gpt2, gpt2-medium, org/name), PEFT's adapter, ckpt.pt"""
     resume: str = "auto"
     """auto continues the run in --out if there is one; a run or step folder continues that; "" never continues"""
     tokenizer: str = ""

@@ -36,6 +36,7 @@ from gpt.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 STAGING = "prepare.tmp"  # folder inside the output folder; holds the new files until all are complete
 OURS = re.compile(r"prepare\.tmp|dataset\.json|tokenizer(_config)?\.json|(train|val)_\d{6}\.(bin|mask)")
+OPTIONS = ("split_on", "encoding", "errors", "keep_crlf", "allow_special")  # they change the ids; see also the field
 SHOWN = 5  # files that a note names
 MANY_ENDS = 10  # from so many typed <|endoftext|> on, a note says that they are ordinary text
 SMALL_BYTES = 5_000_000  # with less text, a vocabulary of 50,000 is too large
@@ -74,6 +75,8 @@ class PrepareConfig:
     that cannot be read"""
     keep_crlf: bool = False
     """keep CRLF and CR; otherwise they become line breaks (LF)"""
+    allow_special: bool = False
+    """read special tokens in the text, such as <|endoftext|>, as tokens; else they are ordinary text"""
     workers: int = 0
     """threads; 0 = one per core"""
     shard_tokens: int = 100_000_000
@@ -229,9 +232,9 @@ def write_shards(
         save_tokenizer(tokenizer, folder)
     names = ("train",) if data.split.rule == "none" else ("train", "val")
     writers = {split: ShardWriter(folder, split, dtype, config.shard_tokens) for split in names}
-    added = tokenizer.additions.ordinary
+    added = [*tokenizer.additions.ordinary, *(tokenizer.special_tokens if config.allow_special else ())]
     units = (unit for parts in (data.parts(), data.val_parts()) for unit in units_of(parts, tokenizer.pattern, added))
-    results = encode_batches(batches_of(units), tokenizer, config.workers or cores())
+    results = encode_batches(batches_of(units), tokenizer, config.workers or cores(), config.allow_special)
     bar = tqdm(total=data.count("bytes"), unit="B", unit_scale=True, disable=None)
     try:
         with contextlib.closing(results), bar:
@@ -279,8 +282,7 @@ def source_of(config: PrepareConfig, typed: Container[str], data: GatheredInput)
         **{name: data.count(name) for name in counts},
         "split": {"rule": data.split.rule, "fraction": data.split.fraction, "cut": data.split.cut},
         "overlap": {"files": data.survey.repeated, "hash": 0}.get(data.split.rule),  # documents in both splits, or None
-        "options": {name: getattr(config, name) for name in ("split_on", "encoding", "errors", "keep_crlf")}
-        | {"field": ", ".join(data.fields())},
+        "options": {name: getattr(config, name) for name in OPTIONS} | {"field": ", ".join(data.fields())},
         "encodings": {printable(name): encoding for name, encoding in data.encodings().items()},  # where not UTF-8
         "lost": {printable(name): lost.counts for name, lost in data.lost().items()},
         "recipe": recipe_of(config, typed),
@@ -330,7 +332,7 @@ def summarise(
     for split, entries in splits.items():
         tokens = total(entries, "tokens")
         say(f"{split}: {tokens:,} tokens, {total(entries, 'source_bytes') / tokens:.3f} bytes per token")
-    for text in notes(data):
+    for text in notes(data, config.allow_special):
         say(f"note: {text}")
     if data.survey.repeated:
         say(f"note: {data.survey.repeated:,} training documents are also validation documents")
@@ -351,16 +353,17 @@ def train_command(program: str) -> str:
     return f"python {shlex.quote(os.path.normpath(os.path.join(os.path.dirname(program), '..', 'train.py')))}"
 
 
-def notes(data: GatheredInput) -> Iterator[str]:
-    """Yields what a user should know of the text: what it lost, and documents that may be many texts."""
+def notes(data: GatheredInput, allow_special: bool) -> Iterator[str]:
+    """Yields what a user should know of the text: what it lost, and documents that may be many texts. With
+    `allow_special`, a typed <|endoftext|> divides them."""
     lost = [f"{printable(name)} ({lost})" for name, lost in data.lost().items()]
     if lost and data.reading.errors != "strict":
         more = f" and {len(lost) - SHOWN:,} more files" if len(lost) > SHOWN else ""
         yield f"text was lost in {', '.join(lost[:SHOWN])}{more}"
-    if (ends := data.count("typed_ends")) >= MANY_ENDS:
+    if (ends := data.count("typed_ends")) >= MANY_ENDS and not allow_special:
         yield (
             f'the text spells <|endoftext|> {ends:,} times, which is ordinary text; --split_on "<|endoftext|>" makes '
-            "documents of what stands between"
+            "documents of what stands between, --allow_special reads it as the token"
         )
     for name, lines in (data.survey.list_like, data.val_survey.list_like):
         if lines and ends < MANY_ENDS:

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import foreign_helpers
 import pytest
 import tiktoken
 from paths import ROOT
@@ -412,3 +413,20 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         assert status == 0, process.communicate()[1]
         peaks.append(usage.ru_maxrss)
     assert peaks[1] < 1.2 * peaks[0]
+
+
+@pytest.mark.parametrize("allow_special", [False, True])
+def test_a_bases_added_and_special_tokens_are_read_as_transformers_reads_them(allow_special, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    foreign_helpers.added_both(tmp_path / "base")
+    text = " ".join([foreign_helpers.MIXED, "<|user|>fox\nthe[PAD]<mask>"] * 3000)  # several chunks
+    (tmp_path / "text.txt").write_bytes(text.encode())
+    settings = {"tokenizer": str(tmp_path / "base"), "val_fraction": 0.0, "workers": 2, "allow_special": allow_special}
+    manifest = prepare_here(tmp_path / "data", tmp_path / "text.txt", **settings)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "base", split_special_tokens=not allow_special)
+    ids = ids_of(tmp_path / "data").tolist()
+    assert ids == [theirs.eos_token_id, *theirs(text).input_ids]
+    assert (ids.count(theirs.eos_token_id) > 3000) == (ids.count(theirs.pad_token_id) > 3000) == allow_special
+    assert ("--allow_special" in manifest["source"]["recipe"]) == allow_special
+    assert manifest["source"]["options"]["allow_special"] == allow_special
+    assert ("times, which is ordinary text" in capsys.readouterr().out) == (not allow_special)

@@ -22,6 +22,7 @@ from torch import Tensor
 from gpt.errors import Error, IntegrityError, ResourceError
 from gpt.files import refuse_lfs_pointer
 
+SAFE_TORCH = "2.10"  # CVE-2025-32434 before 2.6, CVE-2026-24747 before 2.10
 PICKLE_LIMIT = 1 << 20  # bytes; 5,000 tensors need them. As many bytes of empty dictionaries take 80 MB and 2 s
 ARCHIVE = b"PK\x03\x04"
 ENTRY = struct.Struct("<4s6H3I5H2I")  # of a zip archive's directory; name, extra field and comment follow
@@ -36,7 +37,11 @@ def read_pickle(path: Path) -> Any:
     memory, so values are read at their first use.
 
     Raises IntegrityError if the file holds anything else, is damaged, or claims more than it holds; ResourceError if it
-    cannot be read."""
+    cannot be read, or if torch is too old to read it safely."""
+    if torch.__version__ < SAFE_TORCH:
+        raise ResourceError(
+            f"{path}: torch {torch.__version__} reads pickles unsafely; update to {SAFE_TORCH} or later"
+        )
     try:
         refuse_lfs_pointer(path)
         size = path.stat().st_size

@@ -57,7 +57,7 @@ def units_of(
     parts: Iterable[Part], pattern: str, added: Iterable[str] = (), size: int = CHUNK_CHARACTERS
 ) -> Iterator[Unit]:
     """Yields `parts` as Units of about `size` characters. Encoding the Units gives the ids of encoding each document
-    whole, or each side of a document that the split divides. `added`: the tokenizer's ordinary added tokens.
+    whole, or each side of a document that the split divides. `added`: the added tokens that a text may become.
 
     A document stays whole if it has no sure place to cut, if its pattern is unknown, or if a cut could divide an added
     token."""
@@ -99,14 +99,17 @@ def batches_of(units: Iterable[Unit], size: int = CHUNK_CHARACTERS) -> Iterator[
         yield batch
 
 
-def encode_batches(batches: Iterable[list[Unit]], tokenizer: Tokenizer, workers: int) -> Generator[Encoded, None, None]:
+def encode_batches(
+    batches: Iterable[list[Unit]], tokenizer: Tokenizer, workers: int, allow_special: bool = False
+) -> Generator[Encoded, None, None]:
     """Yields the Encoded of each batch and split, in order, from `workers` threads. At most three batches per thread
-    are under way. Threads are enough: tiktoken releases Python's lock while it encodes."""
+    are under way. Threads are enough: tiktoken releases Python's lock while it encodes. `allow_special`: see
+    Tokenizer.encode."""
     pool = ThreadPoolExecutor(workers)
     under_way: deque[Future[list[Encoded]]] = deque()
     try:
         for batch in batches:
-            under_way.append(pool.submit(encode_batch, tokenizer, batch))
+            under_way.append(pool.submit(encode_batch, tokenizer, batch, allow_special))
             if len(under_way) >= 3 * workers:
                 yield from under_way.popleft().result()
         while under_way:
@@ -115,20 +118,21 @@ def encode_batches(batches: Iterable[list[Unit]], tokenizer: Tokenizer, workers:
         pool.shutdown(cancel_futures=True)  # after a failure, do not encode what is still queued
 
 
-def encode_batch(tokenizer: Tokenizer, batch: list[Unit]) -> list[Encoded]:
+def encode_batch(tokenizer: Tokenizer, batch: list[Unit], allow_special: bool) -> list[Encoded]:
     """Returns the Encoded of a batch for each split that it holds."""
     splits = sorted({unit.split for unit in batch})
-    return [encode_units(tokenizer, split, [unit for unit in batch if unit.split == split]) for split in splits]
+    units = {split: [unit for unit in batch if unit.split == split] for split in splits}
+    return [encode_units(tokenizer, split, units[split], allow_special) for split in splits]
 
 
-def encode_units(tokenizer: Tokenizer, split: str, units: list[Unit]) -> Encoded:
+def encode_units(tokenizer: Tokenizer, split: str, units: list[Unit], allow_special: bool) -> Encoded:
     """Returns the Encoded of units of one split. If a document cannot be encoded, raises InputError, which names it."""
     ids: list[np.ndarray] = []
     for unit in units:
         if unit.starts:
             ids.append(np.array([tokenizer.eot], np.uint32))
         try:
-            ids.append(tokenizer.encode_to_numpy(unit.text))
+            ids.append(tokenizer.encode_to_numpy(unit.text, allow_special))
         except InputError as error:
             raise InputError(f"{unit.name}: {error}") from None
     source_bytes = sum(len(unit.text.encode("utf-8")) for unit in units)

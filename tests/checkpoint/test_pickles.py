@@ -16,9 +16,10 @@ import pytest
 import torch
 from checkpoint_helpers import Canary
 from paths import ROOT
+from torch.torch_version import TorchVersion
 
 from gpt.checkpoint.pickles import PICKLE_LIMIT, read_pickle
-from gpt.errors import InputError, IntegrityError
+from gpt.errors import InputError, IntegrityError, ResourceError
 
 VALUES = {"model": {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(5, dtype=torch.float16)}, "steps": 600_000}
 FORMATS = {"archive": True, "older format": False}
@@ -215,6 +216,14 @@ def test_fault_106_an_archive_that_other_programs_would_read_differently_is_refu
 def test_what_is_no_file_of_torch_save_is_refused(content, tmp_path):
     (tmp_path / "x.pt").write_bytes(content)
     assert "not a file of tensors as torch.save writes it" in refusal(tmp_path / "x.pt")
+
+
+def test_fault_104_a_torch_that_reads_pickles_unsafely_is_refused(canary, tmp_path, monkeypatch):
+    torch.save(canary, tmp_path / "x.pt")
+    for old in ("2.5.1", "2.9.1+cpu"):
+        monkeypatch.setattr(torch, "__version__", TorchVersion(old))
+        with pytest.raises(ResourceError, match=r"reads pickles unsafely; update to 2\.10"):
+            read_pickle(tmp_path / "x.pt")
 
 
 def test_a_missing_file_and_a_git_lfs_pointer_are_named(tmp_path):

@@ -159,7 +159,7 @@ def test_fault_013_a_worker_that_fails_ends_the_job(error):
     class Failing:
         eot = byte.eot
 
-        def encode_to_numpy(self, text):
+        def encode_to_numpy(self, text, allow_special=False):
             if text.startswith("20 "):
                 raise error
             return byte.encode_to_numpy(text)
@@ -178,7 +178,7 @@ def test_after_a_failure_queued_batches_are_not_encoded(ending):
     class Slow:
         eot = byte.eot
 
-        def encode_to_numpy(self, text):
+        def encode_to_numpy(self, text, allow_special=False):
             encoded.append(text)
             if text == "1" and ending == "failure":
                 raise InputError("x")
