@@ -29,6 +29,7 @@ EMBEDDING = "wte.weight"
 LORA_NAME = re.compile(r"(.+)\.lora_([AB])\.weight")
 LITERAL = re.compile(r"[\w.]+")  # a name of modules, in patterns that PEFT reads as regular expressions
 SIZES = {"attn.c_attn": (1, 3), "attn.c_proj": (1, 1), "mlp.c_fc": (1, 4), "mlp.c_proj": (4, 1)}  # in, out / n_embd
+MODULE = re.compile(rf"h\.(0|[1-9][0-9]{{0,8}})\.({'|'.join(map(re.escape, SIZES))})")
 # Settings under which W + scale * (B @ A).T is not the merged matrix, even if the names of the tensors are the usual.
 OTHER_SETTINGS = ("use_dora", "use_qalora", "alora_invocation_tokens", "layer_replication", "target_parameters")
 USUAL_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # others change the base's weights too
@@ -111,10 +112,11 @@ def check_tensors(
         raise unsupported(folder, "an embedding that is not the head's")
     other = f"{folder}: made for another base than {base.path}"
     for module, (a, b) in pairs.items():
-        layer, _, kind = module.removeprefix("h.").partition(".")
-        if kind not in SIZES:
+        found = MODULE.fullmatch(module)
+        if not found:
             raise unsupported(folder, f"lora_A of {module}")
-        if not layer.isdecimal() or int(layer) >= base.config.n_layer:
+        layer, kind = found.groups()
+        if int(layer) >= base.config.n_layer:
             raise InputError(f"{other}, which has {base.config.n_layer} layers and no {module}; give that base")
         wanted = tuple(base.config.n_embd * times for times in SIZES[kind])
         if a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1] or (a.shape[1], len(b)) != wanted:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from gpt.checkpoint.adapters import base_name, with_adapter
 from gpt.checkpoint.hub import fetch_from_hub, is_hub_name
 from gpt.checkpoint.nanogpt import CHECKPOINT, SUFFIXES, open_checkpoint
-from gpt.checkpoint.weights import GPT2_VOCABULARIES, StoredModel, load_model, open_folder
+from gpt.checkpoint.weights import GPT2_VOCABULARIES, StoredModel, has_weights, load_model, open_folder
 from gpt.errors import Error, InputError, IntegrityError, ResourceError, note
 from gpt.files import STEP_FOLDER, inside, is_folder, read_json, read_pointer, sha256_of, step_folders, step_number
 from gpt.model import GPT, ModelConfig, count_parameters
@@ -244,9 +244,9 @@ def open_model(path: Path) -> StoredModel:
     checkpoint of nanoGPT. Raises InputError or IntegrityError as their readers do."""
     if path.is_file():
         return open_checkpoint(path)
-    if (path / "config.json").exists() or not (path / ADAPTER_CONFIG).exists():
-        return open_folder(path)
-    return with_adapter(path, open_base(path))
+    if (path / ADAPTER_CONFIG).exists() and not has_weights(path):  # some programs save config.json beside an adapter
+        return with_adapter(path, open_base(path))
+    return open_folder(path)
 
 
 def open_base(adapter: Path) -> StoredModel:

@@ -149,6 +149,11 @@ def open_folder(folder: Path) -> StoredModel:
     return StoredModel(folder, config, vocab_size, files, tokenizer_home(folder), lambda: stored_weights(files))
 
 
+def has_weights(folder: Path) -> bool:
+    """Returns whether a folder has weights of a model, whether they can be read or not."""
+    return any((folder / name).exists() for name in (WEIGHTS, INDEX, PICKLED, PICKLED_INDEX))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Returns the paths of a folder's weights: a single file, or the shards that an index lists; safetensors before
     pickled ones. Raises InputError if there are none, IntegrityError if the index is malformed."""

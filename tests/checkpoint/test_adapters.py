@@ -3,11 +3,12 @@ adapted layer adds scale * B(A(x))."""
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from adapter_helpers import SETTINGS, adapted, save_adapter
-from checkpoint_helpers import assert_same_outputs, change_config, theirs_of
+from checkpoint_helpers import assert_same_outputs, change_config, load_theirs, theirs_of
 from foreign_helpers import write
 from safetensors.torch import load_file, save_file
 
@@ -89,6 +90,16 @@ def test_a_trainers_newest_checkpoint_may_be_an_adapter(base, tmp_path, capsys):
     assert_same_outputs(load_pretrained(tmp_path / "out")[0], adapted(base, tensors, lambda _: 3.0), 257)
 
 
+def test_a_config_json_beside_an_adapter_changes_nothing_and_a_merged_model_comes_before_it(base, tmp_path):
+    tensors = save_adapter(tmp_path / "adapter", base)
+    shutil.copy(base / "config.json", tmp_path / "adapter")
+    merged = adapted(base, tensors, lambda module: 3.0)
+    assert_same_outputs(load_pretrained(tmp_path / "adapter")[0], merged, 257)
+    shutil.copy(base / "model.safetensors", tmp_path / "adapter")
+    shutil.copy(base / "tokenizer.json", tmp_path / "adapter")
+    assert_same_outputs(load_pretrained(tmp_path / "adapter")[0], load_theirs(base), 257)
+
+
 # ---- refused
 
 
@@ -134,6 +145,8 @@ def test_an_adapter_of_a_classifier_is_named(base, tmp_path):
     [
         ({"transformer.wte.lora_embedding_A": torch.zeros(4, 257)}, "an adapter with wte.lora_embedding_A"),
         ({"transformer.h.0.attn.c_attn.lora_magnitude_vector": torch.zeros(96)}, "lora_magnitude_vector"),
+        ({f"transformer.wte.lora_{half}.weight": torch.zeros(4, 4) for half in "AB"}, "lora_A of wte"),
+        ({f"transformer.h.01.mlp.c_fc.lora_{half}.weight": torch.zeros(4, 4) for half in "AB"}, "lora_A of h.01.mlp"),
         ({"transformer.wte.weight": torch.zeros(257, 32)}, "an embedding that is not the head's"),
         ({"lm_head.weight": torch.zeros(257, 32)}, "untied head"),
         ({"score.weight": torch.zeros(2, 32)}, "the head of a classifier"),
