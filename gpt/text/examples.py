@@ -250,6 +250,14 @@ def chat_template(tokenizer: Tokenizer) -> str:
     )
 
 
+def require_template(tokenizer: Tokenizer, name: str) -> None:
+    """Raises InputError, which begins with `name`, unless the tokenizer of a model has this program's template."""
+    template = tokenizer.additions.chat_template
+    if template != chat_template(tokenizer):
+        why = "has a chat template of another program" if template else "has not learned from messages"
+        raise InputError(f"{name}: this model {why}; give it a prompt, or fine-tune it on messages")
+
+
 # ---- for the user's eyes
 
 
