@@ -42,7 +42,7 @@ PAIRS = (  # names of the fields with a prompt and its completion
     ("input", "output"),
 )
 CONTEXTS = ("input", "context")  # names of a field with more of an instruction
-GREEN, GRAY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
+GREEN, GRAY, PLAIN, REVERSE, FORWARD = "\x1b[32m", "\x1b[90m", "\x1b[0m", "\x1b[7m", "\x1b[27m"
 
 
 class Turn(NamedTuple):
@@ -262,17 +262,29 @@ def require_template(tokenizer: Tokenizer, name: str) -> None:
 
 
 def shown_example(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer, in_colour: bool) -> str:
-    """Returns the text of an example, in which learned text is green and the rest gray, or each in lines that name
-    it."""
+    """Returns the text of an example: in colour, where learned text is green and the rest gray, or in lines that name
+    which is which."""
     learned = (np.asarray(mask) & TARGET).tolist()
     parts = []
     for is_target, run in itertools.groupby(
         zip(np.asarray(ids).tolist(), learned, strict=True), key=lambda pair: pair[1]
     ):
-        text = tokenizer.decode([rank for rank, _ in run])
+        text = shown_text([rank for rank, _ in run], tokenizer, in_colour)
         if in_colour:
-            parts.append(f"{GREEN if is_target else GRAY}{printable(text)}{PLAIN}")
+            parts.append(f"{GREEN if is_target else GRAY}{text}{PLAIN}")
         else:
-            line = printable(json.dumps(text, ensure_ascii=False))
-            parts.append(f"  {'learned' if is_target else 'given'}: {line}\n")
+            parts.append(f"  {'learned' if is_target else 'given'}: {text}\n")
     return "".join(parts).removesuffix("\n")
+
+
+def shown_text(ids: list[int], tokenizer: Tokenizer, in_colour: bool) -> str:
+    """Returns the text of ids. An end-of-text id differs from text that spells it: it is shown in reverse video, or,
+    without colour, outside of the quotation marks."""
+    parts = []
+    for is_end, run in itertools.groupby(ids, key=lambda rank: rank == tokenizer.eot):
+        text = tokenizer.decode(list(run))
+        if in_colour:
+            parts.append(f"{REVERSE}{text}{FORWARD}" if is_end else printable(text))
+        else:
+            parts.append(text if is_end else printable(json.dumps(text, ensure_ascii=False)))
+    return ("" if in_colour else " ").join(parts)

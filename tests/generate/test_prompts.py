@@ -222,7 +222,10 @@ def test_messages_in_place_of_a_prompt_are_a_conversation_to_answer(tmp_path):
         ("a", "expected a list of messages"),
         ([{"role": "user"}], "message 1: its content is null"),
         ([{"role": "tool", "content": "a"}], 'message 1: unknown role "tool"'),
-        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "the conversation ends with the assistant"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "the conversation ends with the assistant",
+        ),
         ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "message 2: a system message must be"),
     ],
 )

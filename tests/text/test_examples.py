@@ -8,6 +8,7 @@ import random
 
 import numpy as np
 import pytest
+from example_helpers import conversations
 from prepare_helpers import EOT, checksums, ids_of, jsonl, prepare_here, write
 from tokenizer_helpers import byte_ranks, small_tokenizer, write_rank_file
 
@@ -334,15 +335,16 @@ def test_a_preview_shows_the_first_training_examples_in_words_or_two_colours(tmp
     lines = capsys.readouterr().out.splitlines()
     at = next(number for number, line in enumerate(lines) if line.startswith("example 1"))
     assert lines[at].endswith("x.jsonl:1: 35 tokens, 8 of them learned")
-    assert lines[at + 1] == r'  given: "<|endoftext|>user\nquestion 0<|endoftext|>assistant\n"'
-    assert lines[at + 2] == r'  learned: "an\u001bswer<|endoftext|>"'
+    assert lines[at + 1] == r'  given: <|endoftext|> "user\nquestion 0" <|endoftext|> "assistant\n"'
+    assert lines[at + 2] == r'  learned: "an\u001bswer" <|endoftext|>'
     assert lines[at + 3].startswith("example 2") and not any(line.startswith("example 3") for line in lines)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
     prepare_records(tmp_path, *records, preview=1)
     out = capsys.readouterr().out
-    assert "\x1b[90m<|endoftext|>user\nquestion 0<|endoftext|>assistant\n\x1b[0m" in out
-    assert "\x1b[32man\\x1bswer<|endoftext|>\x1b[0m" in out
+    end = "\x1b[7m<|endoftext|>\x1b[27m"
+    assert f"\x1b[90m{end}user\nquestion 0{end}assistant\n\x1b[0m" in out
+    assert f"\x1b[32man\\x1bswer{end}\x1b[0m" in out
 
 
 def test_a_preview_of_plain_text_is_refused(tmp_path):
@@ -351,54 +353,18 @@ def test_a_preview_of_plain_text_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_preview_tells_an_end_of_text_from_text_that_spells_it():
+    ids, mask = encode_example((Turn("prompt", "<|endoftext|>"), Turn("completion", "a")), BYTE)
+    assert shown_example(ids, mask, BYTE, in_colour=False) == '  given: "<|endoftext|>"\n  learned: "a" <|endoftext|>'
+    assert "\x1b[90m<|endoftext|>\x1b[0m" in shown_example(ids, mask, BYTE, in_colour=True)
+
+
 def test_a_text_in_the_preview_that_is_cut_within_a_character_is_shown():
     ids = np.array([*"é".encode()])
     assert shown_example(ids, np.array([2, 1]), BYTE, in_colour=False) == '  given: "\ufffd"\n  learned: "\ufffd"'
 
 
 # ---- the same layout in transformers
-
-PARTS = [
-    "user",
-    "assistant",
-    "system",
-    "\n",
-    " ",
-    "\t",
-    "{{ messages }}",
-    "{% endif %}",
-    "{# x #}",
-    "'",
-    '"',
-    "\\n",
-    "\\",
-]
-PARTS += [
-    "😀",
-    "👩‍👩‍👧",
-    "é",
-    "e\u0301",
-    "日本",
-    "\u00a0",
-    "\u3000",
-    "\x1c",
-    "<|user|>",
-    "<|endoftext",
-    "|>",
-    "hello",
-    "World 12",
-    "\r\n",
-]
-PARTS += ["eos_token", "assistant\n", "\n\n", "raise_exception", "\x85", "\u200b", "\ufeff", "\0", "'s", "."]
-
-
-def conversations(count):
-    draw = random.Random(11)
-    for _ in range(count):
-        roles = (["system"] if draw.random() < 0.4 else []) + ["user", "assistant"] * draw.randint(1, 4)
-        contents = ["".join(draw.choices(PARTS, k=draw.randint(0, 12))) for _ in roles]
-        if not any("<|endoftext|>" in content for content in contents):
-            yield [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
 
 
 def turns(messages):
@@ -418,14 +384,12 @@ def test_apply_chat_template_gives_our_ids_for_hostile_conversations(tmp_path, t
     AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
     pytest.importorskip("jinja2")
     save_tokenizer(tokenizer.with_chat_template(chat_template(tokenizer)), tmp_path)
-    theirs, count = AutoTokenizer.from_pretrained(tmp_path), 0
-    for messages in conversations(220):
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for messages in conversations(200):
         ids, _ = encode_example(turns(messages), tokenizer)
         assert theirs.apply_chat_template(messages, return_dict=False) == ids.tolist()
         asked = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
         assert asked == encode_chat(turns(messages[:-1]), tokenizer)
-        count += 1
-    assert count >= 200
 
 
 def test_the_template_raises_where_transformers_would_read_a_token_or_the_roles_are_wrong(tmp_path):
