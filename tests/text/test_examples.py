@@ -294,6 +294,15 @@ def test_a_single_example_leaves_nothing_to_validate_on(tmp_path):
         prepare_records(tmp_path, chat("a", "b"), val_fraction=0.1)
 
 
+def test_examples_to_validate_on_may_come_from_a_file_of_their_own(tmp_path):
+    val = write(tmp_path / "v.csv", "prompt,completion\na,b\nc,\ne,f\n")
+    pairs = {"prompt": "a", "completion": "b"}, {"prompt": "x", "completion": "y"}
+    manifest = prepare_records(tmp_path, *pairs, val_fraction=0.05, val=(str(val),))
+    assert examples_of(tmp_path / "out") == ["a[b|]", "x[y|]"]
+    assert examples_of(tmp_path / "out", "val") == ["a[b|]", "e[f|]"]
+    assert (manifest["source"]["overlap"], manifest["source"]["empty_docs"]) == (1, 1)
+
+
 def test_the_number_of_workers_and_the_size_of_shards_change_no_example(tmp_path):
     records = [chat("question " * (n % 50), f"answer {n} 😀") for n in range(400)]
     one = prepare_records(tmp_path, *records, workers=1)
