@@ -105,6 +105,10 @@ class SampleConfig:
             (not typed or output.stream != "off", f"{name} always streams; leave out --stream off"),
             (not chat or not self.source.interactive, "--chat is interactive by itself; leave out --interactive"),
             (not chat or not generation.ignore_eot, "--chat ends turns at end-of-text; leave out --ignore_eot"),
+            (
+                not chat or not generation.allow_special,
+                "--chat reads special tokens as text; leave out --allow_special",
+            ),
         ]
         refuse(generation.problems() + [text for is_fine, text in rules if not is_fine])
 

@@ -129,7 +129,10 @@ def test_conversations_are_learned_and_talked_with_and_the_chat_template_goes_wh
 
     def train_on(text, name, *words):
         prepared = ["python", "data/prepare.py", f"my_texts/{text}", "--out", f"data/{name}", "--tokenizer", "byte"]
-        follow([prepared, ["python", "train.py", *words, "--data", f"data/{name}", "--out", f"out/{name}"]])
+        trained = follow([prepared, ["python", "train.py", *words, "--data", f"data/{name}", "--out", f"out/{name}"]])[
+            1
+        ]
+        assert trained.last.endswith(" --chat") == text.startswith("talks")
 
     def chat(name):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"2\n")))
