@@ -4,6 +4,7 @@
     echo "Once upon a time" | python sample.py gpt2 --num_samples 3 --seed 1
     python sample.py gpt2 --prompts asked.jsonl --out answers.jsonl --seed 1
     python sample.py gpt2 --interactive
+    python sample.py out/tuned --chat
 
 CHECKPOINT is a step folder, a run folder (its best, else its newest), any Hugging Face GPT-2 folder or hub name, a LoRA
 adapter of PEFT, or nanoGPT's ckpt.pt."""
@@ -23,8 +24,9 @@ from gpt.config import fields, make_config, parse_flags, positional, refuse, une
 from gpt.device import set_threads
 from gpt.errors import InputError, note, printable, run_main, stdout_errors, tell
 from gpt.generate.answers import AnswerBar, Answers, answer_line, open_answers, read_answers
+from gpt.generate.chat import Chat
 from gpt.generate.generator import TextGenerator
-from gpt.generate.interactive import interact
+from gpt.generate.interactive import Session, interact
 from gpt.generate.prompts import Prompt, from_flag, read_prompts, read_stdin
 from gpt.generate.sequence import GenerationParams, in_order
 
@@ -39,9 +41,13 @@ class SourceConfig:
     """read \n, \t and \\ in --prompt as a line break, a tab and a backslash"""
     prompts: str = ""
     """file of prompts: one a line, or .jsonl with {"prompt": ..., "id": ..., "temperature": ..., ...}: settings that
-    hold for that prompt alone, or .csv with such columns; answers are JSONL in the same order"""
+    hold for that prompt alone, or .csv with such columns; "messages" in place of "prompt" is a conversation to answer;
+    answers are JSONL in the same order"""
     interactive: bool = False
     """continue what is typed, line after line; --prompt counts as typed first; /help explains"""
+    chat: bool = False
+    """a conversation with a model that has learned from messages: --prompt and what is typed are messages, and each
+    answer ends at its end-of-text; /help explains"""
 
 
 @dataclass(frozen=True)
@@ -87,17 +93,24 @@ class SampleConfig:
         return bool(self.source.prompts or self.output.out)
 
     def __post_init__(self) -> None:
-        generation, output, jsonl, typed = self.generation, self.output, self.as_jsonl, self.source.interactive
+        generation, output, jsonl, chat = self.generation, self.output, self.as_jsonl, self.source.chat
+        typed, name = self.source.interactive or chat, "--chat" if chat else "--interactive"
         rules = [
             (self.engine.threads >= 0, f"threads {self.engine.threads} must be 0 or more"),
             (jsonl or not generation.logprobs, "--logprobs is for JSONL: add --out FILE or --prompts FILE"),
             (jsonl or not generation.top_logprobs, "--top_logprobs is for JSONL: add --out FILE or --prompts FILE"),
             (not jsonl or output.stream != "on", "--stream on is for text on stdout, not for JSONL"),
             (not jsonl or not output.raw, "--raw is for text on stdout, not for JSONL"),
-            (not typed or not self.source.prompts, "--interactive and --prompts exclude each other"),
-            (not typed or not output.out, "--interactive writes to stdout; leave out --out"),
-            (not typed or generation.num_samples == 1, "--interactive is one text at a time; leave out --num_samples"),
-            (not typed or output.stream != "off", "--interactive always streams; leave out --stream off"),
+            (not typed or not self.source.prompts, f"{name} and --prompts exclude each other"),
+            (not typed or not output.out, f"{name} writes to stdout; leave out --out"),
+            (not typed or generation.num_samples == 1, f"{name} is one text at a time; leave out --num_samples"),
+            (not typed or output.stream != "off", f"{name} always streams; leave out --stream off"),
+            (not chat or not self.source.interactive, "--chat is interactive by itself; leave out --interactive"),
+            (not chat or not generation.ignore_eot, "--chat ends turns at end-of-text; leave out --ignore_eot"),
+            (
+                not chat or not generation.allow_special,
+                "--chat reads special tokens as text; leave out --allow_special",
+            ),
         ]
         refuse(generation.problems() + [text for is_fine, text in rules if not is_fine])
 
@@ -123,10 +136,11 @@ def main() -> None:
     assert params.seed is not None
     if config.generation.seed is None:
         tell(f"seed: {params.seed}")
-    if config.source.interactive:
+    if config.source.interactive or config.source.chat:
         with stdout_errors():
             first = prompts[0].text if prompts else None
-            interact(generator, settings, params.seed, stdout_writer(config.output.raw), first)
+            kind = Chat if config.source.chat else Session
+            interact(generator, settings, params.seed, stdout_writer(config.output.raw), first, kind)
     elif config.as_jsonl:
         write_jsonl(generator, prompts, settings | {"seed": params.seed}, config.output.out, answers)
     else:
@@ -134,15 +148,15 @@ def main() -> None:
 
 
 def prompts_of(config: SampleConfig, flags: dict[str, Any]) -> list[Prompt]:
-    """Returns the prompts of --prompt, --prompts or stdin; [] for --interactive without --prompt. Raises InputError if
-    --prompt and --prompts are both given, or if the prompts cannot be read."""
+    """Returns the prompts of --prompt, --prompts or stdin; [] for --interactive or --chat without --prompt. Raises
+    InputError if --prompt and --prompts are both given, or if the prompts cannot be read."""
     if {"prompt", "prompts"} <= flags.keys():
         raise InputError("settings: --prompt and --prompts exclude each other; give one of them")
     if config.source.escape and "prompt" not in flags:
         raise InputError("settings: --escape is for --prompt; give both, or leave out --escape")
     if "prompts" in flags:
         return read_prompts(config.source.prompts)
-    if config.source.interactive and "prompt" not in flags:
+    if (config.source.interactive or config.source.chat) and "prompt" not in flags:
         return []
     return [Prompt(1, text_of(config.source) if "prompt" in flags else read_stdin())]
 
@@ -227,7 +241,8 @@ def write_jsonl(
     params_of = functools.cache(lambda own: generator.params(**settings | dict(own)))
     params = [params_of(tuple(prompt.settings.items())) for prompt in prompts]
     skip, total = answers.texts if answers else 0, sum(own.num_samples for own in params)
-    events = generator.events([prompt.text for prompt in prompts], params, [prompt.id for prompt in prompts], skip)
+    asked = [prompt.turns or prompt.text for prompt in prompts]
+    events = generator.events(asked, params, [prompt.id for prompt in prompts], skip)
     escape = not out and sys.stdout.isatty()
     with open_answers(out, answers) as file, AnswerBar(skip, total, shown=not escape) as bar:
         for sequence, _ in in_order(bar.count(events)):

@@ -1,12 +1,14 @@
 """Text to token shards:  python data/prepare.py INPUT… --out data/mine
 
 INPUT is files (text, CSV, JSON, JSONL, Parquet, HTML, Word, compressed or in zip and tar archives), folders of them,
-globs, or - for stdin; --corpus adds a built-in text.
+globs, or - for stdin; --corpus adds a built-in text. Records with prompts and completions, or with messages, become
+examples, of which only the answers are learned.
 The result is a folder of shards with its tokenizer and a manifest, which `train.py --data` reads. The same input and
 options give the same bytes, whatever the number of workers."""
 
 import codecs
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -28,9 +30,10 @@ from gpt.config import fields, make_config, parse_flags, positional, refuse, une
 from gpt.errors import InputError, ResourceError, note, printable, run_main, say
 from gpt.files import remove_tree
 from gpt.text.encode import batches_of, encode_batches, units_of
+from gpt.text.examples import MESSAGES, chat_template, encode_example, shown_example
 from gpt.text.fit import tokenizer_for, validation_share
 from gpt.text.gather import GatheredInput, gather_input, training_sample, with_validation_share
-from gpt.text.shards import MANIFEST, ShardWriter, write_manifest, writing
+from gpt.text.shards import MANIFEST, TARGET, ShardWriter, write_manifest, writing
 from gpt.text.sources import Reading
 from gpt.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
@@ -64,8 +67,8 @@ class PrepareConfig:
     val_split: Literal["auto", "hash", "tail"] = "auto"
     """hash: documents by their hash; tail: the end of the text; auto: hash for 100 documents or more of similar size"""
     field: str = ""
-    """the field of each record that is its text, also as a path a.b (default: text, content, body, …, else the only
-    field of text)"""
+    """the field of each record that is its text, also as a path a.b (default: the fields of examples, prompt and
+    completion or messages for instance, else text, content, body, …, else the only field of text)"""
     split_on: str = ""
     """what ends a document in a text file: lines, or a string such as "<|endoftext|>" (\\n is a line break)"""
     encoding: str = "auto"
@@ -83,6 +86,8 @@ class PrepareConfig:
     """ids per shard file"""
     dtype: Literal["auto", "uint16", "uint32"] = "auto"
     """how ids are stored; auto: uint16 where they fit"""
+    preview: int = 0
+    """show this many examples as they will be read, and what of them is learned"""
 
     def __post_init__(self) -> None:
         checks = [
@@ -93,6 +98,7 @@ class PrepareConfig:
             (0 <= self.val_fraction < 1, f"--val_fraction {self.val_fraction:g} must be at least 0 and below 1"),
             (0 <= self.workers <= 1024, f"--workers {self.workers} must be from 0 (all cores) to 1024"),
             (1 <= self.shard_tokens < 1 << 31, f"--shard_tokens {self.shard_tokens} must be from 1 to 2147483647"),
+            (self.preview >= 0, f"--preview {self.preview} must be 0 or more"),
             (is_encoding(self.encoding), f"--encoding {self.encoding} is not known to Python; try utf-8 or latin-1"),
             (self.split_on != "lines" or not self.keep_crlf, "--keep_crlf has no effect with --split_on lines"),
         ]
@@ -131,14 +137,18 @@ def prepare(config: PrepareConfig, typed: Container[str] = ()) -> None:
     if tokenizer:
         choose_dtype(config.dtype, tokenizer)
     data, name = gather(config, typed, existing_parent(out))
+    if config.preview and data.holds == "text":
+        raise InputError(f"--preview {config.preview}: the input is plain text, all of which is learned; leave it out")
     with contextlib.suppress(BrokenPipeError):  # the dataset is made whoever reads
         if config.tokenizer == "auto":
             size = readable(data.survey.bytes)
             say(f"tokenizer: {name}, which suits {size} of text (to fine-tune a model, give its own: --tokenizer gpt2)")
         tell_encodings(data)
         say(f"validation: {data.split.reason}")
-    tokenizer = tokenizer or load_tokenizer(name, training_sample(data))
+    tokenizer = with_template_of(data, tokenizer or load_tokenizer(name, training_sample(data)))
     dtype = choose_dtype(config.dtype, tokenizer)
+    with contextlib.suppress(BrokenPipeError):
+        show_examples(data, tokenizer, config.preview)
     with staging(out) as folder:
         splits = write_shards(config, data, tokenizer, dtype, folder)
         write_manifest(folder, tokenizer.manifest_entry, dtype, splits, source_of(config, typed, data))
@@ -200,6 +210,31 @@ def choose_dtype(asked: str, tokenizer: Tokenizer) -> str:
     return asked
 
 
+def with_template_of(data: GatheredInput, tokenizer: Tokenizer) -> Tokenizer:
+    """Returns the tokenizer with the chat template that the data follow: ours for messages, else none. Prints a note if
+    the tokenizer has another one."""
+    template = chat_template(tokenizer) if data.holds == MESSAGES else ""
+    if template and tokenizer.additions.chat_template not in ("", template):
+        note(
+            "info",
+            f"tokenizer {tokenizer.name} has another chat template; a model that learns these messages gets this "
+            "program's instead",
+        )
+    return tokenizer.with_chat_template(template)
+
+
+def show_examples(data: GatheredInput, tokenizer: Tokenizer, count: int) -> None:
+    """Prints the first `count` training examples as they will be read: in two colours on a terminal, else in words."""
+    in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    if count and in_colour:
+        say("learned text is green, the rest is gray")
+    for number, part in enumerate(itertools.islice((part for part in data.parts() if part.split == "train"), count), 1):
+        ids, mask = encode_example(part.turns, tokenizer)
+        learned = int((mask & TARGET).sum())
+        say(f"example {number}, {printable(part.name)}: {len(ids):,} tokens, {learned:,} of them learned")
+        say(shown_example(ids, mask, tokenizer, in_colour))
+
+
 # ---- writing
 
 
@@ -231,15 +266,16 @@ def write_shards(
     with writing(folder / "tokenizer.json"):
         save_tokenizer(tokenizer, folder)
     names = ("train",) if data.split.rule == "none" else ("train", "val")
-    writers = {split: ShardWriter(folder, split, dtype, config.shard_tokens) for split in names}
+    masks = data.holds != "text"
+    writers = {split: ShardWriter(folder, split, dtype, config.shard_tokens, masks) for split in names}
     added = [*tokenizer.additions.ordinary, *(tokenizer.special_tokens if config.allow_special else ())]
     units = (unit for parts in (data.parts(), data.val_parts()) for unit in units_of(parts, tokenizer.pattern, added))
     results = encode_batches(batches_of(units), tokenizer, config.workers or cores(), config.allow_special)
     bar = tqdm(total=data.count("bytes"), unit="B", unit_scale=True, disable=None)
     try:
         with contextlib.closing(results), bar:
-            for split, ids, documents, source_bytes in results:
-                writers[split].write(ids, documents, source_bytes)
+            for split, ids, documents, source_bytes, mask in results:
+                writers[split].write(ids, documents, source_bytes, mask=mask)
                 bar.update(source_bytes)
         splits = {split: writer.close() for split, writer in writers.items()}
     finally:
@@ -280,6 +316,7 @@ def source_of(config: PrepareConfig, typed: Container[str], data: GatheredInput)
         "val": list(map(printable, config.val)),
         **data.origin,
         **{name: data.count(name) for name in counts},
+        **({"holds": data.holds, "duplicates": data.count("duplicates")} if data.holds != "text" else {}),
         "split": {"rule": data.split.rule, "fraction": data.split.fraction, "cut": data.split.cut},
         "overlap": {"files": data.survey.repeated, "hash": 0}.get(data.split.rule),  # documents in both splits, or None
         "options": {name: getattr(config, name) for name in OPTIONS} | {"field": ", ".join(data.fields())},
@@ -295,7 +332,9 @@ def recipe_of(config: PrepareConfig, typed: Container[str]) -> list[str]:
     words = [*config.inputs]
     for name, field in fields(PrepareConfig).items():
         value = getattr(config, name)
-        if name in ("inputs", "out", "tokenizer", "dtype", "workers") or (value == field.default and name not in typed):
+        if name in ("inputs", "out", "tokenizer", "dtype", "workers", "preview") or (
+            value == field.default and name not in typed
+        ):
             continue
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no_{name}")
@@ -325,8 +364,9 @@ def summarise(
     config: PrepareConfig, data: GatheredInput, tokenizer: Tokenizer, splits: dict[str, Any], seconds: float
 ) -> None:
     out, size = printable(config.out), readable(data.count("bytes"))
+    what, empty = ("documents", "empty") if data.holds == "text" else ("examples", "with nothing to learn")
     say(
-        f"documents: {data.count('documents'):,} ({data.count('empty_docs'):,} empty and {data.count('undecodable'):,} "
+        f"{what}: {data.count('documents'):,} ({data.count('empty_docs'):,} {empty} and {data.count('undecodable'):,} "
         f"unreadable ones skipped, {data.count('replaced'):,} characters replaced)"
     )
     for split, entries in splits.items():
@@ -342,8 +382,11 @@ def summarise(
             "--tokenizer auto gives a better new model"
         )
     say(f"{out}: {size} of text in {seconds:.1f} s")
-    data_folder = printable(shlex.quote(config.out))
-    say(f"next: {train_command(sys.argv[0])} PRESET --data {data_folder}   (without PRESET it lists them)")
+    command, data_folder = train_command(sys.argv[0]), printable(shlex.quote(config.out))
+    if data.holds == "text":
+        say(f"next: {command} PRESET --data {data_folder}   (without PRESET it lists them)")
+    else:
+        say(f"next: {command} --init MODEL --data {data_folder}   (a model with this tokenizer, {tokenizer.name})")
 
 
 def train_command(program: str) -> str:
@@ -360,14 +403,32 @@ def notes(data: GatheredInput, allow_special: bool) -> Iterator[str]:
     if lost and data.reading.errors != "strict":
         more = f" and {len(lost) - SHOWN:,} more files" if len(lost) > SHOWN else ""
         yield f"text was lost in {', '.join(lost[:SHOWN])}{more}"
-    if (ends := data.count("typed_ends")) >= MANY_ENDS and not allow_special:
+    if data.holds != "text":
+        yield from notes_on_examples(data)
+    elif (ends := data.count("typed_ends")) >= MANY_ENDS and not allow_special:
         yield (
             f'the text spells <|endoftext|> {ends:,} times, which is ordinary text; --split_on "<|endoftext|>" makes '
             "documents of what stands between, --allow_special reads it as the token"
         )
     for name, lines in (data.survey.list_like, data.val_survey.list_like):
-        if lines and ends < MANY_ENDS:
+        if lines and data.count("typed_ends") < MANY_ENDS:
             yield f"{printable(name)}: {lines:,} short lines in one document; if each is a text, use --split_on lines"
+
+
+def notes_on_examples(data: GatheredInput) -> Iterator[str]:
+    """Yields what a user should know of examples."""
+    if spaces := data.count("space_ends"):
+        yield (
+            f"{spaces:,} prompts end in a space; most tokenizers join a space to the word behind it, so let the "
+            "completion begin with it"
+        )
+    if duplicates := data.count("duplicates"):
+        yield f"{duplicates:,} examples equal an earlier one; they stay"
+    if data.holds == MESSAGES and (ends := data.count("typed_ends")):
+        yield (
+            f"the messages spell <|endoftext|> {ends:,} times, which is ordinary text here; in other programs the chat "
+            "template refuses such messages"
+        )
 
 
 def readable(count: int) -> str:

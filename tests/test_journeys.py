@@ -1,5 +1,6 @@
 """README's commands for one's own text run as they are written, on texts of any size: prepare, train, write, tune."""
 
+import io
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ import sample
 import train
 from gpt.checkpoint.write import save_checkpoint
 from gpt.generate.sampling import SamplingParams
+from gpt.text.examples import chat_template
 from gpt.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,3 +114,37 @@ def test_data_with_another_tokenizer_than_the_base_are_refused_with_the_command_
     assert not (tmp_path / "out").exists()
     follow([["python", *shlex.split(command)]])
     follow([["python", "train.py", "--init", "gpt2", "--data", "data/mine-gpt2", "--out", "out/tuned"]])
+
+
+def test_conversations_are_learned_and_talked_with_and_the_chat_template_goes_where_messages_were_learned(
+    my_texts, tmp_path, monkeypatch
+):
+    turns = [("user", "{0}"), ("assistant", "{0}, {0}")]
+    talks = [[{"role": role, "content": text.format(n)} for role, text in turns] for n in range(40)]
+    my_texts("".join(json.dumps({"messages": messages}) + "\n" for messages in talks), "talks.jsonl")
+    my_texts(text_of(5_000))
+
+    def template(folder):
+        return load_tokenizer(tmp_path / folder).additions.chat_template
+
+    def train_on(text, name, *words):
+        prepared = ["python", "data/prepare.py", f"my_texts/{text}", "--out", f"data/{name}", "--tokenizer", "byte"]
+        trained = follow([prepared, ["python", "train.py", *words, "--data", f"data/{name}", "--out", f"out/{name}"]])[
+            1
+        ]
+        assert trained.last.endswith(" --chat") == text.startswith("talks")
+
+    def chat(name):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"2\n")))
+        return in_process(sample.main, "sample.py", f"out/{name}", "--chat", "--max_new_tokens", "4", "--device", "cpu")
+
+    train_on("talks.jsonl", "talks", "demo")
+    assert template("out/talks") == chat_template(load_tokenizer("byte"))
+    assert chat("talks").code == 0
+    train_on("a.txt", "more", "--init", "out/talks")
+    assert template("out/more") == template("out/talks") != template("data/more")
+    train_on("a.txt", "text", "demo")
+    assert template("out/text") == ""
+    assert "this model has not learned from messages" in chat("text").last
+    train_on("talks.jsonl", "tuned", "--init", "out/text")
+    assert template("out/tuned") == template("out/talks")

@@ -17,6 +17,7 @@ import sample
 from gpt.errors import run_main
 from gpt.generate import prompts as prompts_module
 from gpt.model import ModelConfig
+from gpt.text.examples import chat_template
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -252,6 +253,43 @@ def test_without_a_seed_one_is_printed_that_repeats_all_answers(cli, tmp_path):
     assert cli("--prompts", str(tmp_path / "p.jsonl"), "--seed", seed)[1] == out
 
 
+# ---- conversations
+
+
+def learn_messages(generator, monkeypatch):
+    """Gives the generator the tokenizer of a model that has learned from messages."""
+    tokenizer = generator.tokenizer.with_chat_template(chat_template(generator.tokenizer))
+    monkeypatch.setattr(generator, "tokenizer", tokenizer)
+
+
+def test_a_file_of_conversations_is_answered_and_goes_on_where_it_was_cut_off(cli, generator, monkeypatch, tmp_path):
+    out, messages = tmp_path / "answers.jsonl", [{"role": "user", "content": "Hi\ud800"}]
+    flags = ("--prompts", str(tmp_path / "p.jsonl"), "--out", str(out), "--seed", "1", "--max_new_tokens", "5")
+    write = [{"messages": messages, "id": n} for n in "ab"] + [{"prompt": "plain"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in write))
+    code, _, err = cli(*flags)
+    assert code == 2
+    assert "error: prompt a: this model has not learned from messages" in err
+    learn_messages(generator, monkeypatch)
+    assert cli(*flags)[0] == 0
+    whole = out.read_bytes()
+    first, second, plain = [json.loads(line) for line in whole.splitlines()]
+    prompt, settings = "<|endoftext|>user\nHi\ufffd<|endoftext|>assistant\n", {"seed": 1, "max_new_tokens": 5}
+    [[answer]] = generator.generate(prompt, ["a"], allow_special=True, **settings)
+    assert first["text"] == answer.text and "prompt" not in first
+    assert (first["messages"], second["id"], plain["prompt"]) == (messages, "b", "plain")
+    out.write_bytes(whole[: whole.index(b"\n") + 30])
+    assert cli(*flags)[0] == 0
+    assert out.read_bytes() == whole
+
+
+def test_a_chat_is_typed_and_answered(cli, generator, monkeypatch):
+    learn_messages(generator, monkeypatch)
+    replace_decode(monkeypatch, scripted_decode([*b"Hello", 256, *b"Bye", 256]))
+    flags = ("--chat", "--prompt", "Hi", "--seed", "1", "--max_new_tokens", "8")
+    assert cli(*flags, stdin=b"See you\n") == (0, "Hello\nBye\n", "")
+
+
 # ---- bad input
 
 
@@ -307,6 +345,9 @@ def test_fault_092_a_directory_and_a_file_over_the_cap_are_refused(cli, no_load,
         (["--prompts", "a", "--raw"], ["--raw is for text"]),
         (["--prompt", "a", "--top_logprobs", "3"], ["--top_logprobs is for JSONL"]),
         (["--interactive", "--prompts", "a", "--out", "b"], ["--interactive and --prompts exclude", "leave out --out"]),
+        (["--chat", "--prompts", "a", "--out", "b"], ["--chat and --prompts exclude", "--chat writes to stdout"]),
+        (["--chat", "--interactive", "--ignore_eot"], ["leave out --interactive", "leave out --ignore_eot"]),
+        (["--chat", "--allow_special", "--num_samples", "2"], ["leave out --allow_special", "leave out --num_samples"]),
         (["--interactive", "--num_samples", "2"], ["one text at a time; leave out --num_samples"]),
         (["--interactive", "--stream", "off", "--logprobs"], ["leave out --stream off", "--logprobs is for JSONL"]),
         (["--escape"], ["--escape is for --prompt"]),

@@ -24,8 +24,7 @@ SAME = f"give the prompts and --num_samples of before, or {OTHER}"
 def answer_line(prompt: Prompt, completion: Completion, escape: bool = False) -> str:
     """Returns the JSON line of a Completion, without a line break. With `escape`, the line is pure ASCII."""
     answer: dict[str, Any] = {
-        "id": prompt.id,
-        "prompt": prompt.text,
+        **prompt.asked,
         "text": completion.text,
         "tokens": completion.ids,
         "logprobs": completion.logprobs,
@@ -68,7 +67,7 @@ def read_answers(path: str, prompts: list[Prompt], samples: list[int]) -> Answer
 def read_answer(file: IO[bytes], prompt: Prompt, where: str) -> bool:
     """Reads a line and returns whether it is a whole answer to `prompt`: False at the end of the file, and for the
     beginning of an answer that a kill has cut off. Raises InputError, which begins with `where`, for any other line."""
-    known = json.dumps({"id": prompt.id, "prompt": prompt.text}, ensure_ascii=False).removesuffix("}")
+    known = json.dumps(prompt.asked, ensure_ascii=False).removesuffix("}")
     begin = known.encode("utf-8", "backslashreplace") + b', "text": "'
     line = file.read(len(begin))  # shorter than `begin` only at the end of the file
     if begin.startswith(line):

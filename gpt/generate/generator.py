@@ -24,6 +24,7 @@ from gpt.generate.step import row_bytes
 from gpt.kernels.select import decode_library, note_slow_int8, pick_decode_dtype, pick_dtype
 from gpt.model import GPT, ModelConfig
 from gpt.quantize import to_int8
+from gpt.text.examples import Turns, encode_chat, require_template
 from gpt.text.tokenizer import Tokenizer
 
 MOST_ROWS = {"cpu": 8, "mps": 16, "cuda": 64}  # row slots if the user sets no `rows`: more slots gain little
@@ -120,12 +121,18 @@ class TextGenerator:
         return params if params.seed is not None else dataclasses.replace(params, seed=secrets.randbelow(1 << 32))
 
     def events(
-        self, prompts: list[str], params: list[GenerationParams], prompt_ids: PromptIds = None, skip: int = 0
+        self,
+        prompts: Iterable[str | Turns],
+        params: list[GenerationParams],
+        prompt_ids: PromptIds = None,
+        skip: int = 0,
     ) -> Events:
         """Returns an iterator over events (Sequence, piece of text), in the order in which tokens are chosen; generate,
-        stream and sample.py use it. `params` has an entry per prompt; `rows` is read from the first. Leaves out the
-        first `skip` texts. Raises errors in settings and prints notes about the back end at the call, not during the
-        iteration, so a caller can print the prompt in between."""
+        stream and sample.py use it. A prompt is a text, or the turns of a conversation that the assistant answers.
+        `params` has an entry per prompt; `rows` is read from the first. Leaves out the first `skip` texts. Raises
+        errors in settings and prints notes about the back end at the call, not during the iteration, so a caller can
+        print the prompt in between."""
+        prompts = list(prompts)
         ids = list(range(1, len(prompts) + 1) if prompt_ids is None else prompt_ids)
         if len(ids) != len(prompts):
             raise InputError(f"prompt_ids: {len(ids)} for {len(prompts)} prompts; give one for each")
@@ -136,10 +143,15 @@ class TextGenerator:
         self.get_backend(backend)  # now, for its notes
         return self.decode(self.sequences(encoded, ids, params, skip), backend, rows, report)
 
-    def encode(self, prompt: str, name: str, params: GenerationParams) -> np.ndarray:
+    def encode(self, prompt: str | Turns, name: str, params: GenerationParams) -> np.ndarray:
         """Returns the ids of a prompt, int32 (T,); end-of-text alone for an empty one. If a prompt is longer than the
-        context, keeps its last ids if `params.truncate`, else raises InputError, which calls it `name`."""
-        ids = self.tokenizer.encode_prompt(prompt, params.allow_special)
+        context, keeps its last ids if `params.truncate`, else raises InputError, which calls it `name`. Also raises
+        InputError for a conversation if the model has not learned from messages."""
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode_prompt(prompt, params.allow_special)
+        else:
+            require_template(self.tokenizer, name)
+            ids = encode_chat(prompt, self.tokenizer)
         context = self.model.config.block_size
         if len(ids) > context and not params.truncate:
             raise InputError(f"{name} has {len(ids)} tokens, context is {context}; use --truncate")

@@ -34,18 +34,23 @@ Write = Callable[[str], object]
 
 
 def interact(
-    generator: TextGenerator, settings: dict[str, Any], seed: int, write: Write, first: str | None = None
+    generator: TextGenerator,
+    settings: dict[str, Any],
+    seed: int,
+    write: Write,
+    first: str | None = None,
+    kind: "type[Session] | None" = None,
 ) -> None:
     """Lets the model continue each line that is typed, and passes the text to `write`, until the input ends. `first`,
     if not None, is treated as if it were typed first. `settings` are the fields of GenerationParams that the user gave;
-    `seed` is used if they have no seed."""
-    session = Session(generator, settings, seed, write)
+    `seed` is used if they have no seed. `kind` is the class of the session, by default Session."""
+    session = (kind or Session)(generator, settings, seed, write)
     terminal = bool(sys.stdin and sys.stdin.isatty() and sys.stdout.isatty())
     with contextlib.ExitStack() as stack:
         if terminal:
             stack.enter_context(history())
             stack.enter_context(every_key())
-            tell("type what the model is to continue; /help explains, Ctrl-D leaves")
+            tell(session.greeting)
         if first is not None:
             attempt(session.extend, first)
         for line in typed_lines(terminal):
@@ -174,6 +179,9 @@ def history() -> Iterator[None]:
 class Session:
     """The text so far, and the settings with which the model continues it."""
 
+    help, beginning = HELP, "a new text begins"
+    greeting = "type what the model is to continue; /help explains, Ctrl-D leaves"
+
     def __init__(self, generator: TextGenerator, settings: dict[str, Any], seed: int, write: Write):
         self.generator, self.write = generator, write
         self.settings = {"seed": seed} | settings
@@ -192,7 +200,7 @@ class Session:
         elif line.strip() == "/reset":
             self.reset()
         elif line.strip() == "/help":
-            tell(HELP)
+            tell(self.help)
         else:
             raise InputError(f"{line}: no such command; /help lists them (a text may begin with a space)")
 
@@ -225,7 +233,7 @@ class Session:
         self.text, self.turn = "", 1
         if not self.keeps_seed:
             self.settings["seed"] = secrets.randbelow(1 << 32)
-        tell("a new text begins")
+        tell(self.beginning)
 
     def set(self, words: str) -> None:
         """Runs `/set` and `/set NAME VALUE`. Raises InputError for an unknown setting or a value that does not fit."""

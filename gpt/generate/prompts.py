@@ -1,4 +1,5 @@
-"""Reads prompts from a flag, stdin, a text file (a prompt a line), JSONL ({"id"?, "prompt", settings} a line) or CSV.
+"""Reads prompts from a flag, stdin, a text file (a prompt a line), JSONL ({"id"?, "prompt", settings} a line, or
+"messages" in place of the prompt) or CSV.
 
 Also checks settings that were read as JSON, from such a file or in the interactive mode."""
 
@@ -13,9 +14,10 @@ from typing import Any
 from gpt.config import fields, in_type, make_config, unescaped
 from gpt.config.names import OTHER_NAMES, suggestion
 from gpt.errors import InputError, note
-from gpt.files import json_object
+from gpt.files import json_object, parse_object
 from gpt.generate.sampling import SamplingParams
 from gpt.generate.sequence import GenerationParams
+from gpt.text.examples import ASSISTANT, Turns, message_turns
 from gpt.text.records import csv_records
 
 MOST_BYTES = 64 << 20
@@ -34,6 +36,13 @@ class Prompt:
     text: str
     settings: dict[str, Any] = field(default_factory=dict)  # settings for this prompt alone, by names in SETTINGS
     extra: dict[str, Any] = field(default_factory=dict)  # the other fields of its line, which its answers repeat
+    messages: list[Any] = field(default_factory=list)  # of a conversation, in place of a text; as they were read
+    turns: Turns = ()  # the same, checked
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What its answers say of it."""
+        return {"id": self.id} | ({"messages": self.messages} if self.turns else {"prompt": self.text})
 
 
 # ---- files
@@ -87,7 +96,10 @@ def from_jsonl(text: str, path: str | Path) -> list[Prompt]:
     prompts = []
     for number, line in lines:
         where = f"{path}:{number}"
-        prompts.append((number, where, prompt_of(json_object(line, "prompt", where), where, number)))
+        values = parse_object(line) or {}
+        if "prompt" in values or "messages" not in values:
+            values = json_object(line, "prompt", where)
+        prompts.append((number, where, prompt_of(values, where, number)))
     return with_own_ids(prompts)
 
 
@@ -122,7 +134,9 @@ def with_own_ids(found: list[tuple[int, str, Prompt]]) -> list[Prompt]:
 def prompt_of(values: dict[str, Any], where: str, number: int) -> Prompt:
     """Returns the Prompt of a line's `values`. If they have no id, `number` becomes the id. Raises InputError, which
     begins with `where`, for a bad value, and for a field that seems to be a misspelt setting."""
-    text, prompt_id = values.pop("prompt"), values.pop("id", number)
+    messages = [] if "prompt" in values else values.pop("messages")
+    turns = () if "prompt" in values else asked_turns(messages, where)
+    text, prompt_id = values.pop("prompt", ""), values.pop("id", number)
     if type(prompt_id) not in (int, str):
         raise InputError(f'{where}: field "id" must be a whole number or a string; correct the line')
     extra = {name: value for name, value in values.items() if name not in SETTINGS}
@@ -130,7 +144,16 @@ def prompt_of(values: dict[str, Any], where: str, number: int) -> Prompt:
     problems = [problem for name in extra if (problem := misnamed(name) or not_json(name, extra[name]))] + problems
     if problems:
         raise InputError(f"{where}: {'; '.join(problems)}; correct the line")
-    return Prompt(prompt_id, text, settings, extra)
+    return Prompt(prompt_id, text, settings, extra, messages, turns)
+
+
+def asked_turns(messages: Any, where: str) -> Turns:
+    """Returns the turns of a conversation that the assistant is to answer. Raises InputError, which begins with
+    `where`, for anything else."""
+    turns = message_turns(messages, where, "correct the line")
+    if turns[-1].role == ASSISTANT:
+        raise InputError(f"{where}: the conversation ends with the assistant, whom it asks; correct the line")
+    return turns
 
 
 def misnamed(name: str) -> str:

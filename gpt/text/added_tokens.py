@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.errors import InputError, note
-from gpt.files import read_json
+from gpt.files import read_json, read_limited
 
 END_OF_TEXT = "<|endoftext|>"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -41,6 +41,8 @@ class Additions:
     """ids that end a text, apart from end-of-text"""
     begins: bool = False
     """whether transformers puts end-of-text before each text"""
+    chat_template: str = ""
+    """the Jinja template that lays out conversations; "" without one"""
 
 
 def matcher(tokens: Iterable[str]) -> re.Pattern[str] | None:
@@ -103,6 +105,14 @@ def with_rows(folder: Path, entries: Entries, vocab: dict[str, int]) -> Entries:
     if missing:
         note("info", f"{folder}: the model has no row for {', '.join(missing[:5])}; such text stays ordinary text")
     return {text: entry for text, entry in entries.items() if entry["id"] < rows}
+
+
+def template_of(folder: Path, config: dict[str, Any]) -> str:
+    """Returns Additions.chat_template: the file chat_template.jinja of newer transformers, else that of the settings
+    `config`. Returns "" for several templates by name."""
+    file = read_limited(folder / "chat_template.jinja")
+    template = config.get("chat_template") if file is None else file.decode("utf-8", "replace")
+    return template if isinstance(template, str) else ""
 
 
 def token_text(token: str | dict[str, Any] | None) -> str | None:

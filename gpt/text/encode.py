@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt.errors import InputError
+from gpt.text.examples import Turns, encode_example
 from gpt.text.huggingface import pattern_name
 from gpt.text.split import Part
 from gpt.text.tokenizer import Tokenizer
@@ -35,22 +36,25 @@ UP_TO_CUT = {
 
 
 class Unit(NamedTuple):
-    """Text to be encoded by itself. If it `starts` a document, an end-of-text id goes before it."""
+    """Text to be encoded by itself. If it `starts` a document, an end-of-text id goes before it. If there are `turns`,
+    it is an example."""
 
     split: str
     name: str
     text: str
     starts: bool
+    turns: Turns = ()
 
 
 class Encoded(NamedTuple):
     """The ids that a batch adds to a split, the documents that begin in them, and the bytes of text that they stand
-    for."""
+    for. Examples have a mask: see gpt/text/examples.py."""
 
     split: str
     ids: np.ndarray  # uint32 (tokens,)
     documents: int
     source_bytes: int
+    mask: np.ndarray | None = None  # uint8 (tokens,)
 
 
 def units_of(
@@ -64,8 +68,11 @@ def units_of(
     up_to_cut, previous = UP_TO_CUT.get(pattern_name(pattern) or ""), None
     if up_to_cut and any(map(up_to_cut.match, added)):
         up_to_cut = None
-    for (split, document, name), stretch in itertools.groupby(parts, key=lambda part: part[:3]):
+    for (split, document, name, turns), stretch in itertools.groupby(parts, key=lambda part: (*part[:3], part.turns)):
         starts = document != previous
+        if turns:
+            yield Unit(split, name, "".join(part.text for part in stretch), starts, turns)
+            continue
         for text in chunks_of((part.text for part in stretch), up_to_cut, size):
             yield Unit(split, name, text, starts)
             starts = False
@@ -128,12 +135,19 @@ def encode_batch(tokenizer: Tokenizer, batch: list[Unit], allow_special: bool) -
 def encode_units(tokenizer: Tokenizer, split: str, units: list[Unit], allow_special: bool) -> Encoded:
     """Returns the Encoded of units of one split. If a document cannot be encoded, raises InputError, which names it."""
     ids: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
     for unit in units:
-        if unit.starts:
-            ids.append(np.array([tokenizer.eot], np.uint32))
         try:
+            if unit.turns:
+                example, mask = encode_example(unit.turns, tokenizer)
+                ids.append(example)
+                masks.append(mask)
+                continue
+            if unit.starts:
+                ids.append(np.array([tokenizer.eot], np.uint32))
             ids.append(tokenizer.encode_to_numpy(unit.text, allow_special))
         except InputError as error:
             raise InputError(f"{unit.name}: {error}") from None
     source_bytes = sum(len(unit.text.encode("utf-8")) for unit in units)
-    return Encoded(split, np.concatenate(ids), sum(unit.starts for unit in units), source_bytes)
+    documents, whole_mask = sum(unit.starts for unit in units), np.concatenate(masks) if masks else None
+    return Encoded(split, np.concatenate(ids), documents, source_bytes, whole_mask)

@@ -40,8 +40,16 @@ class GatheredInput:
         return getattr(self.survey, name) + getattr(self.val_survey, name)
 
     def fields(self) -> list[str]:
-        """Returns the fields of the records that are their texts."""
-        return sorted({source.field for source in self.sources + self.val_sources if source.field})
+        """Returns the fields of the records that are their texts or their examples."""
+        sources = self.sources + self.val_sources
+        return sorted(
+            {name for source in sources for name in (source.form.fields if source.form else [source.field])} - {""}
+        )
+
+    @property
+    def holds(self) -> str:
+        """What the input holds: text, or a kind of examples."""
+        return self.sources[0].holds if self.sources else "text"
 
     def lost(self) -> dict[str, Lost]:
         """Returns what --errors replace or skip took from each file, by its name."""
@@ -72,8 +80,7 @@ def gather_input(
     if corpus:
         more, about = standard_library() if corpus == "stdlib" else shakespeare(url or SHAKESPEARE, spool_folder)
         sources, origin = sources + more, origin | about
-    if reading.split_on and not any(source.kind == "text" for source in sources + val_sources):
-        raise InputError("--split_on: there is no text file in the input to split; leave it out")
+    check_sources(sources + val_sources, reading)
     skip = reading.errors == "skip"
     val_survey = survey_documents(read_pieces(val_sources, reading), 0, keep_digests=True, skip_nuls=skip)
     survey = survey_documents(read_pieces(sources, reading), val_fraction, val_survey.digests, skip_nuls=skip)
@@ -96,10 +103,24 @@ def tell_findings(sources: list[TextSource], left_out: list[LeftOut], reading: R
             f"--field {reading.field}: {named(sources) or 'the corpus'} has no fields, a document there is a file; "
             "leave --field out"
         )
-    for field in dict.fromkeys(source.field for source in records):
+    for form in dict.fromkeys(source.form for source in records if source.form):
+        files = [source for source in records if source.form == form]
+        note("info", f"{named(files)}: {form.description}; --field reads one field as plain text instead")
+    for field in dict.fromkeys(source.field for source in records if not source.form):
         if field != "text" and not reading.field:
             files = [source for source in records if source.field == field]
             note("info", f"{named(files)}: the text is the field {field!r}; choose another one with --field")
+
+
+def check_sources(sources: list[TextSource], reading: Reading) -> None:
+    """Raises InputError if the sources do not all hold text, or all examples of one kind, or if --split_on has no
+    effect on them."""
+    first = {source.holds: source for source in reversed(sources)}
+    if len(first) > 1:
+        kinds = ", ".join(f"{source.name} ({kind})" for kind, source in first.items())
+        raise InputError(f"the input mixes kinds of data: {kinds}; prepare one kind at a time, or give --field")
+    if reading.split_on and not any(source.kind == "text" for source in sources):
+        raise InputError("--split_on: there is no text file in the input to split; leave it out")
 
 
 def with_validation_share(data: GatheredInput, val_split: str, fraction: float) -> GatheredInput:

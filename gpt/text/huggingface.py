@@ -34,6 +34,7 @@ from gpt.text.added_tokens import (
     read_settings,
     roles_of,
     stop_ids,
+    template_of,
 )
 from gpt.text.foreign import ADAPTER_CONFIG, FOREIGN_TOKENIZERS
 
@@ -150,7 +151,9 @@ def config_of(vocabulary: Vocabulary) -> dict[str, Any]:
         "tiktoken_name": vocabulary.name,
         "tiktoken_pattern": vocabulary.pattern,
     }
-    return roles | vocabulary.additions.roles | config | ({STOPS: stops} if stops else {})
+    template = vocabulary.additions.chat_template
+    more = ({STOPS: stops} if stops else {}) | ({"chat_template": template} if template else {})
+    return roles | vocabulary.additions.roles | config | more
 
 
 def beginning(vocabulary: Vocabulary) -> dict[str, Any] | None:
@@ -297,7 +300,8 @@ def vocabulary_of(
     ids = {*ranks.values(), *special_tokens.values()}
     roles = roles_of(config, special_tokens.keys() | ordinary.keys(), eot)
     stops = stop_ids(path.parent, config, ids, special_tokens[eot])
-    additions = Additions(ordinary, frozenset(hidden), roles, stops)
+    template = template_of(path.parent, config)
+    additions = Additions(ordinary, frozenset(hidden), roles, stops, chat_template=template)
     name = config.get("tiktoken_name", path.parent.name)
     return Vocabulary(name, ranks, GPT2_PATTERNS[0], special_tokens, eot, additions)
 

@@ -99,14 +99,15 @@ def type_of(value: Any) -> str:
 # ---- JSON
 
 
-def line_record(line: str, where: str, field: str) -> Record:
-    """Returns the JSON object of a line. Raises InputError if the line is anything else."""
+def line_record(line: str, where: str, wanted: str) -> Record:
+    """Returns the JSON object of a line. Raises InputError, which says that an object with `wanted` is expected, if the
+    line is anything else."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise not_json(f'{where}: expected an object with string field "{field}", it is', error) from None
+        raise not_json(f"{where}: expected an object with {wanted}, it is", error) from None
     if isinstance(value, str):  # a text in an array of JSON, but not in a line
-        raise InputError(f'{where}: expected an object with string field "{field}", it is string; correct it')
+        raise InputError(f"{where}: expected an object with {wanted}, it is string; correct it")
     return Record(1, value)
 
 
@@ -298,15 +299,20 @@ def arrow(name: str) -> Any:
 def parquet_records(name: str, file: IO[bytes], field: str) -> Iterator[Record]:
     """Yields the rows of a Parquet file, with the column that `field` names or leads through. Raises InputError if no
     string is there, if the file is damaged, or without pyarrow."""
+    example = parquet_sample(name, file)
+    text_of(Record(1, example), field, name)
+    for record in parquet_rows(name, file, [field if field in example else field.split(".")[0]]):
+        yield record if dig(record.value, field) is not None else record._replace(value="")  # null is an empty text
+
+
+def parquet_rows(name: str, file: IO[bytes], columns: list[str]) -> Iterator[Record]:
+    """Yields the rows of a Parquet file, with these columns. Raises InputError if the file is damaged, or without
+    pyarrow."""
     parquet = extra(name, "pyarrow.parquet", "a Parquet file")
     with arrow_errors(name):
-        table, line = parquet.ParquetFile(file), 0
-        text_of(Record(1, parquet_example(name, table.schema_arrow)), field, name)
-        column = field if field in table.schema_arrow.names else field.split(".")[0]
-        for batch in table.iter_batches(batch_size=256, columns=[column]):
-            for value in batch.to_pylist():
-                line += 1
-                yield Record(line, value if dig(value, field) is not None else "")  # null is an empty text
+        numbers = itertools.count(1)
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=256, columns=columns):
+            yield from map(Record, numbers, batch.to_pylist())
 
 
 def parquet_sample(name: str, file: IO[bytes]) -> dict[str, Any]:
@@ -327,6 +333,8 @@ def example_of(name: str, kind: Any) -> Any:
         return parquet_example(name, [kind.field(index) for index in range(kind.num_fields)])
     if types.is_dictionary(kind):
         return example_of(name, kind.value_type)
+    if types.is_list(kind) or types.is_large_list(kind):
+        return [example_of(name, kind.value_type)]
     if types.is_nested(kind):
         return []
     return "text" if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) else 0

@@ -25,6 +25,7 @@ from typing import IO, Any, NamedTuple
 from gpt.errors import InputError, ResourceError
 from gpt.text.containers import Member, archive_kind, damage, members, open_compressed, peek, random_access
 from gpt.text.encodings import detector, encoding_of, split_texts, with_line_breaks
+from gpt.text.examples import Form, Turns, recognise, turns_of, whole_text
 from gpt.text.kinds import ARCHIVES, KINDS, RECORDS, kind_of, plain_suffix
 from gpt.text.markup import HTML_LIMIT, text_of_docx, text_of_html
 from gpt.text.records import (
@@ -37,6 +38,7 @@ from gpt.text.records import (
     line_record,
     lines_of,
     parquet_records,
+    parquet_rows,
     parquet_sample,
     text_of,
     too_long,
@@ -48,7 +50,7 @@ codecs.register_error(MARK_BAD_BYTES, lambda error: ("\udfff", error.end))  # ty
 
 
 class Piece(NamedTuple):
-    """Text of a document, all or a part of it. Every document has at least one piece."""
+    """Text of a document, all or a part of it. Every document has at least one piece; an example has one."""
 
     document: int  # number of the document, from 0
     name: str
@@ -56,6 +58,7 @@ class Piece(NamedTuple):
     replaced: int = 0  # characters of `text` that became U+FFFD
     readable: bool = True  # False: the document cannot be decoded, or a record cannot be read, so it is dropped
     file: str = ""  # name of the source, of a piece that lost text
+    turns: Turns = ()  # of an example
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,12 @@ class TextSource:
     archive: "TextSource | None" = None
     member: int = 0
     field: str = ""  # of a source of records: the field with the text
+    form: Form | None = None  # of a source of examples: the fields with their turns
+
+    @property
+    def holds(self) -> str:
+        """What the source holds: text, or a kind of examples."""
+        return self.form.kind if self.form else "text"
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,7 @@ class Reading:
     field: str = ""  # "": chosen by the names of the fields
     keep_crlf: bool = False
     split_on: str = ""  # what ends a document in a text file, "\n" for lines
+    form: Form | None = None  # of a file whose records are examples
     # with auto, for the files read so far: name -> encoding
     decided: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
@@ -108,6 +118,11 @@ class Reading:
     def codec(self) -> tuple[str, str]:
         """Encoding and error handler."""
         return self.encoding, "strict" if self.errors == "strict" else MARK_BAD_BYTES
+
+    @property
+    def wanted(self) -> str:
+        """What a record must have, for a message."""
+        return self.form.wanted if self.form else f'string field "{self.field}"'
 
     def of(self, name: str, file: IO[bytes]) -> "Reading":
         """Returns the Reading of one file, whose encoding is known. A file is examined once, so every pass over the
@@ -230,14 +245,18 @@ def inspect(source: TextSource, reading: Reading, left_out: LeftOut) -> list[Tex
 
 
 def examine(source: TextSource, file: IO[bytes], reading: Reading) -> TextSource:
-    """Returns a source with its kind and, for records, the field that holds the text. Leaves `file` at its start."""
+    """Returns a source with its kind and, for records, the field that holds the text, or the fields of an example.
+    Leaves `file` at its start."""
     name, kind = source.name, kind_of(source.name, peek(file), reading.encoding)
     if kind == "zip":
         kind = archive_kind(name, random_access(file))
         file.seek(0)
-    text_field = (reading.field or choose_field(name, sample_of(kind, name, file, reading))) if kind in RECORDS else ""
+    if kind not in RECORDS or reading.field:
+        return replace(source, kind=kind, field=reading.field if kind in RECORDS else "")
+    sample = sample_of(kind, name, file, reading)
     file.seek(0)
-    return replace(source, kind=kind, field=text_field)
+    form = recognise(sample)
+    return replace(source, kind=kind, form=form, field="" if form else choose_field(name, sample))
 
 
 def sample_of(kind: str, name: str, file: IO[bytes], reading: Reading) -> list[Any]:
@@ -353,7 +372,7 @@ def read_pieces(sources: Iterable[TextSource], reading: Reading) -> Iterator[Pie
         files = list(group)
         with reading_errors(files[0].name):
             for source, file in open_sources(files):
-                one = replace(reading, field=source.field or reading.field or "text")
+                one = replace(reading, field=source.field or reading.field or "text", form=source.form)
                 for piece in readers[source.kind](source.name, file, one, numbers):
                     lost = piece.replaced or not piece.readable
                     yield piece._replace(file=source.name) if lost else piece
@@ -404,13 +423,11 @@ def json_piece(document: int, place: str, text: str, reading: Reading) -> Piece:
     try:
         if skip and without_surrogates(text)[1]:
             return Piece(document, place, "", readable=False)
-        value = text_of(line_record(text, place, reading.field), reading.field, place)
+        return record_piece(document, place, line_record(text, place, reading.wanted), reading)
     except InputError:
         if not skip:
             raise
         return Piece(document, place, "", readable=False)
-    text, replaced = without_surrogates(value)
-    return Piece(document, place, line_breaks(text, reading), replaced)
 
 
 def record_pieces(kind: str, name: str, file: IO[bytes], reading: Reading, numbers: Iterator[int]) -> Iterator[Piece]:
@@ -418,24 +435,36 @@ def record_pieces(kind: str, name: str, file: IO[bytes], reading: Reading, numbe
     with bad bytes or without the text."""
     lost: Counter[str] = Counter()
     if kind == "parquet":
-        records = parquet_records(name, random_access(file), reading.field)
+        opened, form = random_access(file), reading.form
+        records = parquet_rows(name, opened, [*form.fields]) if form else parquet_records(name, opened, reading.field)
     else:
         records = text_records(kind, name, file, reading, lost)
     for record in records:
-        place = f"{name}:{record.line}"
+        document, place = next(numbers), f"{name}:{record.line}"
         try:
-            text = text_of(record, reading.field, place)
-            readable = not (reading.errors == "skip" and lost["replaced"] and "\ufffd" in text)
+            piece = record_piece(document, place, record, reading)
+            readable = not (reading.errors == "skip" and lost["replaced"] and "\ufffd" in piece.text)
         except InputError:
             if reading.errors != "skip":
                 raise
             readable = False
         if readable:
-            text, surrogates = without_surrogates(line_breaks(text, reading))
             replaced = lost.pop("replaced", 0) if reading.errors == "replace" else 0
-            yield Piece(next(numbers), place, text, surrogates + replaced)
+            yield piece._replace(replaced=piece.replaced + replaced)
         else:
-            yield Piece(next(numbers), place, "", readable=False)
+            yield Piece(document, place, "", readable=False)
+
+
+def record_piece(document: int, place: str, record: Record, reading: Reading) -> Piece:
+    """Returns the Piece of a record: its text, or its example. One that holds nothing to learn has no text. Raises
+    InputError for a record that is not what it should be."""
+    if reading.form is None:
+        text, replaced = without_surrogates(line_breaks(text_of(record, reading.field, place), reading))
+        return Piece(document, place, text, replaced)
+    turns = turns_of(record, reading.form, place)
+    cleaned = [without_surrogates(line_breaks(turn.content, reading)) for turn in turns]
+    turns = tuple(turn._replace(content=text) for turn, (text, _) in zip(turns, cleaned, strict=True))
+    return Piece(document, place, whole_text(turns), sum(replaced for _, replaced in cleaned), turns=turns)
 
 
 def text_records(kind: str, name: str, file: IO[bytes], reading: Reading, lost: Counter[str]) -> Iterator[Record]:

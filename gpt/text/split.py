@@ -3,11 +3,13 @@ how to split them, and a second pass does so."""
 
 import hashlib
 import itertools
+import math
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from gpt.errors import InputError, printable
+from gpt.text.examples import PROMPT, Turns
 from gpt.text.sources import Piece
 
 HASH_DOCUMENTS = 100  # with fewer, or one larger than HASH_SHARE of the text, the tail is the fairer validation set
@@ -51,10 +53,13 @@ class Survey:
     replaced: int = 0
     hashed_to_val: int = 0  # number of documents
     repeated: int = 0  # number of documents whose digest is in `others`
+    examples: int = 0  # number of documents that are examples: all or none
+    duplicates: int = 0  # number of examples that equal an earlier one
+    space_ends: int = 0  # number of prompts that end in a space
     typed_ends: int = 0  # how often the text spells END_OF_TEXT
     list_like: tuple[str, int] = ("", 0)  # the first document that may be a list of short texts, and its lines
     fates: bytearray = field(default_factory=bytearray)  # DROPPED, HASHED_TO_TRAIN or HASHED_TO_VAL of each document
-    digests: set[Any] = field(default_factory=set)  # of kept documents, with `keep_digests`
+    digests: set[Any] = field(default_factory=set)  # of kept documents, with `keep_digests`, and of examples
     lost: dict[str, Lost] = field(default_factory=dict)  # by name of the file
 
     def drop(self, document: "Document") -> None:
@@ -71,7 +76,12 @@ class Survey:
         self.largest = max(self.largest, document.bytes)
         self.hashed_to_val += to_val
         self.typed_ends += document.ends
-        if not self.list_like[1] and document.is_list_like():
+        if document.turns:
+            first = document.turns[0]
+            self.examples += 1
+            self.duplicates += document.digest in self.digests
+            self.space_ends += first.role == PROMPT and first.content.endswith(" ")
+        elif not self.list_like[1] and document.is_list_like():
             self.list_like = document.name, document.lines
 
     def note_loss(self, document: "Document") -> None:
@@ -104,7 +114,7 @@ def survey_documents(
             continue
         survey.keep(document, digest_below(document.digest, fraction))
         survey.repeated += document.digest in others
-        if keep_digests:
+        if keep_digests or document.turns:
             survey.digests.add(document.digest)
     return survey
 
@@ -116,6 +126,7 @@ class Document:
         self.characters = self.bytes = self.replaced = self.nuls = self.lines = self.blank_lines = self.ends = 0
         self.blank = self.readable = True
         self.name = self.file = ""
+        self.turns: Turns = ()
         sha256 = hashlib.sha256()
         for piece in pieces:
             text = piece.text
@@ -131,6 +142,7 @@ class Document:
             self.blank = self.blank and not text.strip()
             self.readable = self.readable and piece.readable
             self.name, self.file = piece.name, piece.file or self.file or piece.name
+            self.turns = piece.turns
         self.digest = sha256.digest()[:8]
 
     def check_nuls(self, skip: bool) -> None:
@@ -165,8 +177,9 @@ def digest_below(digest: bytes, fraction: float) -> bool:
 
 @dataclass(frozen=True)
 class Split:
-    """How documents are split. `rule` is "files", "hash", "tail" or "none". With "tail", validation begins at character
-    `cut` of the text of all kept documents. `reason` is for the user."""
+    """How documents are split. `rule` is "files", "hash", "tail", "last" or "none". With "tail", validation begins at
+    character `cut` of the text of all kept documents; with "last", which is for examples, at document `cut` of them.
+    `reason` is for the user."""
 
     rule: str
     fraction: float = 0.0
@@ -175,21 +188,41 @@ class Split:
 
 
 def choose_split(asked: str, fraction: float, survey: Survey, has_files: bool) -> Split:
-    """Returns the Split for `--val_split asked` and the documents surveyed. `has_files`: whether --val gives files.
-    Raises InputError if training or validation would be empty."""
+    """Returns the Split for `--val_split asked` and the documents surveyed. `has_files`: whether --val gives files. An
+    example is never cut: instead of the tail of the text, the last examples are for validation. Raises InputError if
+    training or validation would be empty."""
     if has_files:
         return Split("files", reason="the files given with --val")
     if fraction == 0:
         return Split("none", reason="no validation split, as --val_fraction 0 asks")
     both_sides = 0 < survey.hashed_to_val < survey.documents
     many = survey.documents >= HASH_DOCUMENTS and survey.largest <= HASH_SHARE * survey.bytes
+    what = "examples" if survey.examples else "documents"
     if asked == "hash" and not both_sides:
         raise InputError(
-            f"validation: {survey.hashed_to_val} of {survey.documents} documents fall in it by hash with "
+            f"validation: {survey.hashed_to_val} of {survey.documents} {what} fall in it by hash with "
             f"--val_fraction {fraction:g}; use another fraction or --val_split tail"
         )
     if asked == "hash" or (asked == "auto" and many and both_sides):
-        return Split("hash", fraction, reason=f"{fraction:g} of the documents, chosen by hash")
+        return Split("hash", fraction, reason=f"{fraction:g} of the {what}, chosen by hash")
+    return last_examples(fraction, survey) if survey.examples else tail(fraction, survey)
+
+
+def last_examples(fraction: float, survey: Survey) -> Split:
+    """Returns the Split that validates on the last `fraction` of the examples, at least on one. Raises InputError if
+    none would be left to train on."""
+    count = math.ceil(survey.documents * fraction)
+    if count == survey.documents:
+        raise InputError(
+            f"validation: --val_fraction {fraction:g} of {survey.documents} examples leaves none to train on; "
+            "give more, or 0 for no validation"
+        )
+    return Split("last", fraction, survey.documents - count, f"the last {count} of {survey.documents} examples")
+
+
+def tail(fraction: float, survey: Survey) -> Split:
+    """Returns the Split that validates on the last `fraction` of the text. Raises InputError if a side would be
+    empty."""
     cut = int(survey.characters * (1 - fraction))
     if not 0 < cut < survey.characters:
         raise InputError(
@@ -203,18 +236,19 @@ def choose_split(asked: str, fraction: float, survey: Survey, has_files: bool) -
 
 
 class Part(NamedTuple):
-    """A piece of a document in its split, "train" or "val"."""
+    """A piece of a document, or an example, in its split, "train" or "val"."""
 
     split: str
     document: int
     name: str
     text: str
+    turns: Turns = ()
 
 
 def divide(pieces: Iterable[Piece], split: Split, survey: Survey) -> Iterator[Part]:
     """Yields the kept documents of `pieces`, in order and each part in its split. Only the rule "tail" can divide a
     document."""
-    position = 0  # in the text of all kept documents
+    position = kept = 0  # in the text of all kept documents, and among them
     for piece in pieces:
         fate = survey.fates[piece.document] if piece.document < len(survey.fates) else DROPPED
         if fate == DROPPED:
@@ -223,8 +257,9 @@ def divide(pieces: Iterable[Piece], split: Split, survey: Survey) -> Iterator[Pa
         if split.rule == "tail":
             cut = max(0, split.cut - position)
             position += len(piece.text)
-        elif split.rule == "hash" and fate == HASHED_TO_VAL:
+        elif (split.rule == "hash" and fate == HASHED_TO_VAL) or (split.rule == "last" and kept >= split.cut):
             cut = 0
+        kept += 1
         for side, text in (("train", piece.text[:cut]), ("val", piece.text[cut:])):
             if text:
-                yield Part(side, piece.document, piece.name, text)
+                yield Part(side, piece.document, piece.name, text, piece.turns)

@@ -89,8 +89,15 @@ class Tokenizer:
         return {"bos_token_id": bos, "eos_token_id": stops, "pad_token_id": pad}
 
     def with_roles_of(self, other: "Tokenizer") -> "Tokenizer":
-        """Returns this tokenizer with the roles, the stop ids and the beginning of `other`, which has the same ids."""
-        return replace(self, additions=other.additions)
+        """Returns this tokenizer with the roles, the stop ids and the beginning of `other`, which has the same ids, and
+        with its chat template where this one has none."""
+        template = self.additions.chat_template or other.additions.chat_template
+        return replace(self, additions=replace(other.additions, chat_template=template))
+
+    def with_chat_template(self, template: str) -> "Tokenizer":
+        """Returns this tokenizer with another chat template, "" for none."""
+        same = template == self.additions.chat_template
+        return self if same else replace(self, additions=replace(self.additions, chat_template=template))
 
     @functools.cached_property
     def special_tokens(self) -> dict[str, int]:

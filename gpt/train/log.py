@@ -209,14 +209,14 @@ def short(record: dict) -> str:
     return f"loss {record['loss']:.3f} {record['tok_per_s']:,.0f} tok/s{mfu}"
 
 
-def tell_end(reason: str, progress: Progress, out: Path) -> None:
+def tell_end(reason: str, progress: Progress, out: Path, chat: bool) -> None:
     """Prints the last lines of a run that a limit has ended: which one, the best loss and where it is, and the command
-    that uses the model."""
+    that uses the model. `chat`: the model has learned from messages."""
     note("info", f"ended: {reason} at step {progress.step}")
     tell_best(progress, out)
     program = Path(sys.argv[0])
     sample = f"python {shlex.quote(str(program.with_name('sample.py')))}" if program.suffix == ".py" else "gpt sample"
-    note("info", f"next: {sample} {shlex.quote(str(out))}")
+    note("info", f"next: {sample} {shlex.quote(str(out))}{' --chat' if chat else ''}")
 
 
 def tell_best(progress: Progress, out: Path) -> None:

@@ -122,7 +122,8 @@ def tell_why(run: Run, out: Path) -> None:
     progress, stop, length = run.state.progress, run.stop, run.config.length
     stopped = stop.signal is not None or (stop.slot.is_over and not run.is_complete())
     if not run.ranks.any(stopped):  # also waits until rank 0 has saved the last checkpoint
-        tell_end(run.budget.reason(progress), progress, out)
+        chat = run.corpus.dataset.has_examples and bool(run.corpus.tokenizer.additions.chat_template)
+        tell_end(run.budget.reason(progress), progress, out, chat)
         return
     tell_best(progress, out)
     by_signal = run.ranks.any(stop.signal is not None)  # the slots of other ranks may end earlier than that of this one

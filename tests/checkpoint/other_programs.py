@@ -1,7 +1,7 @@
 """Runs in an environment with another transformers: reads folders of this program as other programs do.
 
 `python other_programs.py REQUEST` writes what comes out to answers.json in "dir". REQUEST is a JSON file with "folders"
-(name -> path), "texts" and "dir"."""
+(name -> path), "texts", "conversations" and "dir"."""
 
 import json
 import sys
@@ -67,7 +67,11 @@ def main():
     answers = {"version": transformers.__version__}
     for name, folder in request["folders"].items():
         out = Path(request["dir"]) / name
-        answers[name] = read(folder, request["texts"]) | train_with_trl(folder, request["texts"], out)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        chats = [tokenizer.apply_chat_template(chat, return_dict=False) for chat in request["conversations"]]
+        answers[name] = (
+            {"chats": chats} | read(folder, request["texts"]) | train_with_trl(folder, request["texts"], out)
+        )
         answers[name] |= add_adapter(folder, out)
     Path(request["dir"], "answers.json").write_text(json.dumps(answers), encoding="utf-8")
 

@@ -9,12 +9,14 @@ import venv
 import pytest
 import torch
 from checkpoint_helpers import save
+from example_helpers import conversations
 from foreign_helpers import CASES, check_answer
 from paths import ROOT
 from tokenizer_helpers import small_tokenizer
 from training_helpers import tiny_model
 
 from gpt.generate.generator import TextGenerator
+from gpt.text.examples import Turn, chat_template, encode_example
 from gpt.text.tokenizer import load_tokenizer
 
 ENVIRONMENTS = {  # the newest of each generation; TRL and peft as they fit
@@ -55,10 +57,15 @@ def answers(python, bpe_cache, tmp_path_factory):
     root = tmp_path_factory.mktemp("ours")
     tokenizers = {"byte": load_tokenizer("byte"), "bpe": small_tokenizer(), "gpt2": load_tokenizer("gpt2")}
     folders = {
-        name: save(tiny_model(tokenizer.vocab_size, block_size=64), tokenizer, root / name)
+        name: save(
+            tiny_model(tokenizer.vocab_size, block_size=64),
+            tokenizer.with_chat_template(chat_template(tokenizer)),
+            root / name,
+        )
         for name, tokenizer in tokenizers.items()
     }
     request = {"folders": {name: str(folder) for name, folder in folders.items()}, "texts": TEXTS, "dir": str(root)}
+    request |= {"conversations": list(conversations(200))}
     (root / "request.json").write_text(json.dumps(request), encoding="utf-8")
     run(python, ROOT / "tests/checkpoint/other_programs.py", root / "request.json")
     return folders, json.loads((root / "answers.json").read_text(encoding="utf-8"))
@@ -83,6 +90,8 @@ def test_transformers_trl_and_peft_read_our_folder(name, answers):
     completion = [*tokenizer.encode(" yes"), tokenizer.eot]
     assert theirs["trl"] == [[*prompt, *completion] for prompt in ids]
     assert theirs["loss"] > 0
+    chats = [tuple(Turn(**message) for message in messages) for messages in conversations(200)]
+    assert theirs["chats"] == [encode_example(turns, tokenizer)[0].tolist() for turns in chats]
     merged = TextGenerator.load(theirs["merged"], device="cpu", dtype="fp32")  # a new adapter changes nothing
     assert merged.generate(TEXTS[0], max_new_tokens=12, temperature=0)[0][0].ids == ours.ids
 

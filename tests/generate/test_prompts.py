@@ -201,3 +201,34 @@ def test_empty_lines_of_a_text_file_are_told(tmp_path, capsys, text, told):
 )
 def test_escapes_are_those_three_and_other_backslashes_stay(typed, read):
     assert unescaped(typed) == read
+
+
+# ---- conversations
+
+
+def test_messages_in_place_of_a_prompt_are_a_conversation_to_answer(tmp_path):
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": " a "}]
+    [prompt, text] = read(tmp_path, {"messages": messages, "seed": 3}, {"prompt": "p", "messages": "x"})
+    assert prompt.turns == (("system", "s"), ("user", " a "))
+    assert (prompt.settings, prompt.extra) == ({"seed": 3}, {})
+    assert prompt.asked == {"id": 1, "messages": messages}
+    assert (text.text, text.turns, text.extra) == ("p", (), {"messages": "x"})
+
+
+@pytest.mark.parametrize(
+    "messages, message",
+    [
+        ([], "expected a list of messages; correct the line"),
+        ("a", "expected a list of messages"),
+        ([{"role": "user"}], "message 1: its content is null"),
+        ([{"role": "tool", "content": "a"}], 'message 1: unknown role "tool"'),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "the conversation ends with the assistant",
+        ),
+        ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "message 2: a system message must be"),
+    ],
+)
+def test_fault_092_a_bad_conversation_is_named_with_file_and_line(tmp_path, messages, message):
+    with pytest.raises(InputError, match=rf"p\.jsonl:2: {re.escape(message)}"):
+        read(tmp_path, {"prompt": "a"}, {"messages": messages})

@@ -381,8 +381,8 @@ def test_the_field_of_the_text_is_found(sample, field):
 @pytest.mark.parametrize(
     ("value", "fields"),
     [
-        ({"prompt": "a", "completion": "b"}, r"prompt \(string\), completion \(string\)"),
-        ({"messages": [{"role": "user"}]}, r"messages \(list\)"),
+        ({"title": "a", "summary": "b"}, r"title \(string\), summary \(string\)"),
+        ({"posts": [{"role": "user"}]}, r"posts \(list\)"),
         ({"version": "1.1", "data": []}, r"version \(string\), data \(list\)"),
         ({"data": {"text": "a"}}, r"data\.text \(string\)"),
         ({"n": 1, "b": True, "z": None}, r"n \(number\), b \(boolean\), z \(null\)"),
