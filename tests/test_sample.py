@@ -43,6 +43,17 @@ def cli(generator, monkeypatch, capsys):
     return run
 
 
+def test_the_texts_to_come_are_known_when_the_model_is_loaded(cli, generator, monkeypatch, tmp_path):
+    """By them the precision is chosen, and whether to wait for the C++ kernels."""
+    seen = []
+    monkeypatch.setattr(sample.TextGenerator, "load", lambda *args: seen.append(args[-1]) or generator)
+    (tmp_path / "asked.txt").write_text("a\nb\n")
+    assert cli("--prompt", "a", "--num_samples", "3", "--max_new_tokens", "5")[0] == 0
+    assert cli("--prompts", str(tmp_path / "asked.txt"), "--max_new_tokens", "7")[0] == 0
+    settings = [[(own.num_samples, own.max_new_tokens) for own in expected] for expected in seen]
+    assert settings == [[(3, 5)], [(1, 7), (1, 7)]]
+
+
 @pytest.fixture
 def no_load(monkeypatch):
     def load(*_):

@@ -285,12 +285,13 @@ def load_verified(folder: Path, dtype: Precision, **options: Any) -> Loaded:
 def chosen_dtype(folder: Path, choose: Callable[[ModelConfig, int], torch.dtype]) -> torch.dtype:
     """Returns the type that `choose` returns for the model of a folder; float32 if the folder is damaged, or describes
     a model larger than its files: load_folder and the manifest say what is wrong."""
-    with contextlib.suppress(Error, OSError):
+    try:
         stored = open_model(folder)
         size = sum(path.stat().st_size for path in stored.files)
-        if not stored.config.problems() and count_parameters(stored.config, stored.vocab_size) <= size:
-            return choose(stored.config, stored.vocab_size)
-    return torch.float32
+    except (Error, OSError):
+        return torch.float32
+    fits = not stored.config.problems() and count_parameters(stored.config, stored.vocab_size) <= size
+    return choose(stored.config, stored.vocab_size) if fits else torch.float32
 
 
 @contextlib.contextmanager

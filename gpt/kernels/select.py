@@ -18,7 +18,7 @@ from gpt.device import DTYPES
 from gpt.errors import note
 from gpt.kernels import build
 from gpt.kernels.measure import Way, faster
-from gpt.kernels.measure_decode import Shape, decodes_faster, shape_of
+from gpt.kernels.measure_decode import Shape, decodes_faster, faster_engine, shape_of
 from gpt.kernels.native_attention import NativeAttention, takes
 from gpt.kernels.native_gelu import NativeGelu
 from gpt.model import GPT, REFERENCE, KVCache, ModelConfig, Ops, count_parameters
@@ -120,11 +120,11 @@ def decode_library(backend: str, steps: int, config: ModelConfig, vocabulary: in
 
 def pick_decode_dtype(config: ModelConfig, vocabulary: int, int8: bool, rows: int, library: Library) -> torch.dtype:
     """Returns fp32 or bf16, whichever decodes `rows` rows of such a model faster on this CPU by the engines of
-    decodes_faster: as the type of all weights or, with `int8`, of what is not a matrix. Without a library bf16 must be
-    faster in products of many tokens too, as it may make the steps faster and the prompts much slower."""
-    if library is None and not int8 and not bf16_is_faster():
-        return torch.float32
+    decodes_faster: as the type of all weights or, with `int8`, of what is not a matrix. In plain torch bf16 must be
+    faster in products of many tokens too: it may make the steps faster, but the prompts much slower."""
     fp32, bf16 = (Shape(config, vocabulary, torch.int8 if int8 else dtype, dtype) for dtype in PRECISIONS)
+    if not int8 and faster_engine(bf16, rows, library) is None and not bf16_is_faster():
+        return torch.float32
     return torch.bfloat16 if decodes_faster(bf16, fp32, rows, library) else torch.float32
 
 

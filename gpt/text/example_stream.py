@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt.errors import InputError, note
+from gpt.errors import InputError, IntegrityError, note
 from gpt.loss import IGNORED
 from gpt.text.reader import TokenReader
-from gpt.text.shards import FIRST, TARGET
+from gpt.text.shards import FIRST, TARGET, mask_path
 from gpt.text.windows import permute
 
 PADDING = 64  # a row of a micro-batch is a multiple of so many tokens long, or as long as the context
@@ -30,33 +30,40 @@ class Index(NamedTuple):
     starts: np.ndarray  # places in the stream of ids
     lengths: np.ndarray  # in tokens; at most the context and one more
     targets: np.ndarray  # numbers of tokens that are learned
-    cut: int  # number of examples that are longer
-    dropped: int  # number of examples that have no target within that length
+    cut: int  # number of these examples that are longer
+    dropped: int  # number of other examples, which have no target within that length
 
 
 def index_examples(mask: np.ndarray, block_size: int) -> Index:
     """Returns the Index of a split with this mask (tokens,) for a model with a context of `block_size` tokens."""
-    starts, targets = np.flatnonzero(mask & FIRST), np.flatnonzero(mask & TARGET)
+    starts, targets = np.flatnonzero(mask & FIRST), np.flatnonzero(mask & (FIRST | TARGET) == TARGET)
     whole = np.diff(np.append(starts, len(mask)))
     lengths = np.minimum(whole, block_size + 1)
     counts = np.searchsorted(targets, starts + lengths) - np.searchsorted(targets, starts)
     learns = counts > 0
-    cut = int((whole > lengths).sum())
+    cut = int((whole > lengths)[learns].sum())
     return Index(starts[learns], lengths[learns], counts[learns], cut, int((~learns).sum()))
 
 
 class ExampleStream:
     """The examples of a run, an endless sequence over one split: see the top of this file. `mask` is that of the
-    split. Raises InputError if the split has no example to learn from."""
+    split. Raises InputError if the split has no example to learn from, IntegrityError if it does not begin with an
+    example."""
 
     one_shape = False  # batches have several shapes
 
     def __init__(self, split: str, reader: TokenReader, mask: np.ndarray, block_size: int, seed: int):
         self.reader, self.mask, self.block_size, self.seed = reader, mask, block_size, seed
+        path = reader.shards[0].path
+        if not mask[0] & FIRST:
+            raise IntegrityError(f"{mask_path(path)}: no example begins at its first token; re-run data preparation")
         self.index = index_examples(mask, block_size)
         self.per_epoch = len(self.index.starts)
         if not self.per_epoch:
-            raise InputError(f"{split} has no example with something to learn in its first {block_size + 1} tokens")
+            raise InputError(
+                f"{path.parent}: no example of {split} has something to learn in its first {block_size + 1} tokens; "
+                "give other examples or a larger --block_size"
+            )
         self.mean_tokens = float(np.mean(self.index.lengths - 1))
 
     def tell_lost(self, split: str) -> None:
@@ -65,8 +72,7 @@ class ExampleStream:
         parts = [f"{index.cut:,} are cut to {self.block_size + 1} tokens"] if index.cut else []
         parts += [f"{index.dropped:,} have nothing to learn there and are left out"] if index.dropped else []
         if parts:
-            total = self.per_epoch + index.dropped
-            note("info", f"{split}: of {total:,} examples {', '.join(parts)}; a larger --block_size takes more")
+            note("info", f"{split}: of {self.per_epoch + index.dropped:,} examples {', '.join(parts)}")
 
     def numbers(self, first: int, count: int) -> np.ndarray:
         """Returns which examples of the split are examples `first` to `first + count` (exclusive) of the run, int64."""
@@ -90,34 +96,35 @@ class ExampleStream:
         """Returns the share of rank `rank` of `ranks` of examples `first` to `first + count`, as micro-batches: int64
         (micro_batch_size, T + 1), where a token that is not learned is ~id. All ranks get equally many."""
         chosen = self.by_length(self.numbers(first, count))[rank::ranks]
-        return [self.padded(chosen[i : i + micro_batch_size]) for i in range(0, len(chosen), micro_batch_size)]
+        parts = [chosen[i : i + micro_batch_size] for i in range(0, len(chosen), micro_batch_size)]
+        return [self.padded(part, len(part)) for part in parts]
 
     def by_length(self, chosen: np.ndarray) -> np.ndarray:
         """Returns the examples `chosen` with the longest first, so that a step needs most memory at its beginning."""
         return chosen[np.argsort(-self.index.lengths[chosen], kind="stable")]
 
-    def padded(self, chosen: np.ndarray) -> np.ndarray:
-        """Returns examples as the rows of one array, int64 (count, T + 1); without examples a row of padding."""
+    def padded(self, chosen: np.ndarray, rows: int) -> np.ndarray:
+        """Returns examples as the first rows of an array, int64 (rows, T + 1); further rows are padding."""
         longest = int(self.index.lengths[chosen].max(initial=2)) - 1
         width = min(-(-longest // PADDING) * PADDING, self.block_size)
-        rows = np.full((max(1, len(chosen)), width + 1), ~0, dtype=np.int64)
-        for row, example in zip(rows, chosen, strict=False):
+        tokens = np.full((rows, width + 1), ~0, dtype=np.int64)
+        for row, example in zip(tokens, chosen, strict=False):
             start, length = int(self.index.starts[example]), int(self.index.lengths[example])
             ids = self.reader.read(start, length)
             row[:length] = np.where(self.mask[start : start + length] & TARGET, ids, ~ids)
-        return rows
+        return tokens
 
     def validation(
         self, batch_size: int, eval_tokens: int, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields the first examples of the split in which `eval_tokens` tokens are learned (0: all examples), sorted by
-        length, as ids and targets (batch_size, T). The ranks take turns and get equally many batches; the last one of a
-        rank may have fewer rows, or be all padding."""
+        length, as ids and targets (batch_size, T). The ranks take turns and get equally many batches; the last rows of
+        the last one may be padding."""
         enough = self.per_epoch
         if eval_tokens:
             enough = min(enough, int(np.searchsorted(np.cumsum(self.index.targets), eval_tokens)) + 1)
         chosen = self.by_length(np.arange(enough))
         for turn in range(0, enough, batch_size * ranks):
             first = turn + rank * batch_size
-            tokens = self.padded(chosen[first : first + batch_size])
+            tokens = self.padded(chosen[first : first + batch_size], batch_size)
             yield np.where(tokens < 0, ~tokens, tokens)[:, :-1], np.maximum(tokens[:, 1:], IGNORED)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from gpt.errors import IntegrityError
-from gpt.text.shards import PositionedFile, Shard, check_size, mask_path
+from gpt.text.shards import FIRST, TARGET, PositionedFile, Shard, check_size, mask_path
 
 BLOCK_BYTES = 1 << 22  # read size while hashing
 
@@ -101,7 +101,7 @@ def verify(shard: Shard, vocab_size: int) -> None:
             digest.update(data)
     check_size(shard)
     digests = [(shard.path, shard.sha256, digest.hexdigest())]
-    if shard.mask_sha256:
+    if shard.mask_sha256 is not None:
         mask = read_masks([shard]).tobytes()
         digests.append((mask_path(shard.path), shard.mask_sha256, hashlib.sha256(mask).hexdigest()))
     for path, recorded, found in digests:
@@ -111,9 +111,11 @@ def verify(shard: Shard, vocab_size: int) -> None:
 
 def read_masks(shards: Iterable[Shard]) -> np.ndarray:
     """Returns the masks of shards as one uint8 array (tokens,): see TARGET and FIRST. Raises IntegrityError if a file
-    has another size, ResourceError if reading fails."""
+    has become shorter or is no mask, ResourceError if reading fails."""
     masks = []
     for shard in shards:
-        with contextlib.closing(PositionedFile(mask_path(check_size(shard).path))) as file:
+        with contextlib.closing(PositionedFile(mask_path(shard.path))) as file:
             masks.append(np.frombuffer(file.read(0, shard.tokens), dtype=np.uint8))
+        if len(masks[-1]) < shard.tokens or masks[-1].max(initial=0) > TARGET | FIRST:
+            raise IntegrityError(f"{mask_path(shard.path)}: not a mask; restore it or re-run data preparation")
     return np.concatenate(masks)

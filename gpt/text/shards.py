@@ -21,7 +21,7 @@ import numpy as np
 from gpt.errors import InputError, IntegrityError, ResourceError
 from gpt.files import inside, is_folder, read_json, sha256_of, write_durably
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of data with masks; data without have version 1, which older programs read
 HEADER_BYTES = 256 * 4
 HEADERS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}
 DTYPES = {magic: (dtype, version) for dtype, (magic, version) in HEADERS.items()}
@@ -54,7 +54,7 @@ class ShardWriter:
         """Appends `ids`, in which `documents` documents begin and which stand for `source_bytes` bytes of text, and
         with masks their `mask`, uint8. If they go into several shards, both numbers are added to the first. Raises
         InputError for an id that does not fit the dtype."""
-        ids, mask = np.asarray(ids), np.zeros(0, dtype=np.uint8) if mask is None else mask
+        ids, mask = np.asarray(ids), np.zeros(0, dtype=np.uint8) if mask is None else mask.astype(np.uint8)
         assert len(mask) == (len(ids) if self.masks else 0)
         if len(ids) and int(ids.max()) > np.iinfo(self.dtype).max:
             raise InputError(f"token id {ids.max()} does not fit {self.dtype.name}; use --dtype uint32")
@@ -127,7 +127,9 @@ def write_manifest(
 ) -> None:
     """Writes `dataset.json`, which makes the folder valid. `tokenizer` is {"name", "identity", "vocab_size", "eot"},
     `splits` maps a split to ShardWriter's entries, `source` says where the text came from."""
-    manifest = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer, "dtype": dtype}
+    has_masks = any("mask_sha256" in entry for entries in splits.values() for entry in entries)
+    version = FORMAT_VERSION if has_masks else 1
+    manifest = {"format_version": version, "tokenizer": tokenizer, "dtype": dtype}
     manifest |= {"splits": splits, "source": source}
     with writing(folder / MANIFEST):
         write_durably(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
@@ -182,7 +184,9 @@ class Dataset:
         result: dict[str, list[list[Any]]] = {}
         for split, shards in sorted(self.splits.items()):
             result[split] = [[s.path.name, s.tokens, s.sha256] for s in shards]
-            result[split] += [[mask_path(s.path).name, s.tokens, s.mask_sha256] for s in shards if s.mask_sha256]
+            result[split] += [
+                [mask_path(s.path).name, s.tokens, s.mask_sha256] for s in shards if s.mask_sha256 is not None
+            ]
         return result
 
     @property
@@ -238,11 +242,10 @@ def listed_shard(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
         raise IntegrityError(
             f"{path}: {shard.tokens} {shard.dtype} tokens, the manifest says {tokens} {dtype}; re-run data preparation"
         )
-    mask_digest = entry.get("mask_sha256")
+    mask_digest = str(entry["mask_sha256"]) if "mask_sha256" in entry else None
     if mask_digest is not None and not mask_path(path).exists():
         raise IntegrityError(f"{mask_path(path)}: missing; restore it or re-run data preparation")
-    shard = Shard(path, shard.offset, dtype, tokens, digest, mask_digest and str(mask_digest))
-    return check_size(shard)
+    return check_size(Shard(path, shard.offset, dtype, tokens, digest, mask_digest))
 
 
 def warn_unlisted(folder: Path, splits: dict[str, tuple[Shard, ...]]) -> str:
@@ -326,7 +329,7 @@ def check_size(shard: Shard) -> Shard:
     """Returns `shard`. Raises IntegrityError unless its file has the size that its offset, dtype and number of tokens
     give, and its mask a byte for each token."""
     sizes = {shard.path: shard.offset + shard.tokens * np.dtype(shard.dtype).itemsize}
-    if shard.mask_sha256:
+    if shard.mask_sha256 is not None:
         sizes[mask_path(shard.path)] = shard.tokens
     for path, expected in sizes.items():
         size, says = size_of(path), "header says" if path == shard.path else "needs"

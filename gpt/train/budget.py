@@ -168,7 +168,7 @@ class Budget:
             left["max_steps"] = length.max_steps - progress.step
         if length.max_tokens:
             tokens = length.max_tokens - progress.windows_seen * self.mean_tokens
-            left["max_tokens"] = math.ceil(tokens / (self.global_batch_size * self.mean_tokens))
+            left["max_tokens"] = math.ceil(tokens / (self.global_batch_size * self.mean_tokens) - 1e-9)
         if length.max_epochs:
             windows = length.max_epochs * self.windows_per_epoch - progress.windows_seen
             left["max_epochs"] = math.ceil(windows / self.global_batch_size)

@@ -194,9 +194,9 @@ def fit_settings(
         smaller = {name: checkpoint.state["config"][name] for name in sorted(kept)}
     else:
         unit = ranks.size * max(config.batch.micro_batch_size, 1)
-        if dataset.has_examples:
-            examples = len(index_examples(read_masks(dataset.splits["train"]), before["block_size"]).starts)
-            smaller = shrink_to_examples(before["global_batch_size"], typed, int(ranks.first(examples)), unit)
+        examples = int(ranks.first(count_examples(dataset, before["block_size"])))
+        if examples:
+            smaller = shrink_to_examples(before["global_batch_size"], typed, examples, unit)
         else:
             smaller = shrink_to_data(**before, fixed=typed, train_tokens=train, val_tokens=val, unit=unit)
         asked = {name: before[name] for name in smaller}
@@ -207,6 +207,13 @@ def fit_settings(
     config = make_config(type(config), flatten(config), smaller)
     refuse(config.batch.problems_on(ranks.size))
     return config, asked
+
+
+def count_examples(dataset: Dataset, block_size: int) -> int:
+    """Returns how many training examples a model of this context can learn from; 0 if the data are plain text."""
+    if not dataset.has_examples:
+        return 0
+    return len(index_examples(read_masks(dataset.splits["train"]), block_size).starts)
 
 
 def compare_with_checkpoint(

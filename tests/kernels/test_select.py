@@ -45,6 +45,7 @@ def test_precision_follows_the_gpu_and_on_a_cpu_a_measurement(monkeypatch):
 
 def test_generation_on_a_cpu_takes_the_precision_that_decodes_faster(monkeypatch):
     config, asked = ModelConfig(), []
+    monkeypatch.setattr(select, "faster_engine", lambda *_: "a library")
     for bf16_wins in (True, False):
         monkeypatch.setattr(select, "decodes_faster", lambda *args, wins=bf16_wins: asked.append(args) or wins)
         for int8 in (False, True):
@@ -58,12 +59,16 @@ def test_generation_on_a_cpu_takes_the_precision_that_decodes_faster(monkeypatch
 def test_plain_torch_decodes_in_bf16_only_where_it_reads_prompts_faster_too(monkeypatch):
     monkeypatch.setattr(select, "decodes_faster", lambda *_: True)
     for products_are_faster in (True, False):
+        monkeypatch.setattr(select, "faster_engine", lambda *_: None)
         monkeypatch.setattr(select, "bf16_is_faster", lambda wins=products_are_faster: wins)
         shape = ModelConfig(), VOCABULARY
         found = select.pick_decode_dtype(*shape, False, 1, None)
         assert found == (torch.bfloat16 if products_are_faster else torch.float32)
         assert select.pick_decode_dtype(*shape, True, 1, None) == torch.bfloat16  # matrices are int8
-        assert select.pick_decode_dtype(*shape, False, 1, "a library") == torch.bfloat16
+        for engine in (None, "a library"):  # which is faster for bf16
+            monkeypatch.setattr(select, "faster_engine", lambda *_, engine=engine: engine)
+            found = select.pick_decode_dtype(*shape, False, 1, "a library")
+            assert found == (torch.bfloat16 if engine or products_are_faster else torch.float32)
 
 
 @pytest.mark.parametrize("library", [None, "a library"])

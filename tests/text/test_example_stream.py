@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from training_helpers import make_examples, random_examples
 
-from gpt.errors import InputError
+from gpt.errors import InputError, IntegrityError
 from gpt.text.example_stream import PADDING, ExampleStream, index_examples
 from gpt.text.reader import TokenReader, read_masks
 from gpt.text.shards import open_dataset
@@ -105,32 +105,40 @@ def test_examples_are_cut_to_the_context_and_counted_and_those_without_a_target_
     stream = stream_of(tmp_path, examples, block_size=32)
     expected = [(ids[:33], 28), (ids[:33], 1), (ids[:5], 3)]
     assert sorted(rows_of(stream.share(0, 3, 0, 1, 1))) == sorted(expected)
-    assert (stream.per_epoch, stream.index.cut, stream.index.dropped) == (3, 3, 3)
+    assert (stream.per_epoch, stream.index.cut, stream.index.dropped) == (3, 1, 3)
     stream.tell_lost("train")
     assert capsys.readouterr().err == (
-        "info: train: of 6 examples 3 are cut to 33 tokens, 3 have nothing to learn there and are left out; a larger "
-        "--block_size takes more\n"
+        "info: train: of 6 examples 1 are cut to 33 tokens, 3 have nothing to learn there and are left out\n"
     )
-    with pytest.raises(InputError, match="train has no example with something to learn in its first 33 tokens"):
+    with pytest.raises(InputError, match="no example of train has something to learn in its first 33 tokens"):
         stream_of(tmp_path / "none", [(ids, 10), (ids[:9], 0)], block_size=32)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_index_is_that_of_a_loop_over_the_mask(seed):
     numbers = np.random.default_rng(seed)
-    mask = np.where(numbers.random(400) < 0.1, 2, numbers.integers(0, 2, 400)).astype(np.uint8)
-    mask[0] = 2
+    first = numbers.random(400) < 0.15  # with 3 the first token says that it is learned, which it never is
+    mask = np.where(first, numbers.integers(2, 4, 400), numbers.integers(0, 2, 400)).astype(np.uint8)
+    mask[0] = 3
     expected, cut, dropped = [], 0, 0
     borders = [place for place in range(400) if mask[place] & 2] + [400]
     for start, end in itertools.pairwise(borders):
-        learned = int(mask[start : min(end, start + 9)].sum()) - 2
-        cut += end - start > 9
+        learned = sum(int(bits) == 1 for bits in mask[start : min(end, start + 9)])
         dropped += learned == 0
         if learned:
+            cut += end - start > 9
             expected.append((start, min(end - start, 9), learned))
     index = index_examples(mask, 8)
     assert list(zip(*(array.tolist() for array in index[:3]), strict=True)) == expected
     assert (index.cut, index.dropped) == (cut, dropped)
+
+
+def test_a_mask_that_begins_within_an_example_is_refused(tmp_path):
+    shards = open_dataset(make_examples(tmp_path, random_examples(9))).splits["train"]
+    mask = read_masks(shards).copy()
+    mask[0] = 0
+    with pytest.raises(IntegrityError, match=r"train_000000\.mask: no example begins at its first token"):
+        ExampleStream("train", TokenReader(shards, 257), mask, 128, 1)
 
 
 # ---- validation
@@ -143,6 +151,7 @@ def test_validation_reads_each_example_once_on_any_number_of_ranks(tmp_path, ran
     stream = stream_of(tmp_path, examples)
     shares = [list(stream.validation(batch_size, 0, rank, ranks)) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1
+    assert all(len(ids) == len(targets) == batch_size for share in shares for ids, targets in share)
     counted = [
         (row_ids.tolist(), row_targets.tolist())
         for share in shares

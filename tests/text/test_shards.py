@@ -111,6 +111,20 @@ def test_fault_017_a_damaged_mask_is_refused(tmp_path, damage, said):
         verify(open_dataset(folder).splits["train"][0], 257)
 
 
+def test_a_mask_with_other_bits_is_refused(tmp_path):
+    folder = make_examples(tmp_path, random_examples(20))
+    path = folder / "train_000000.mask"
+    path.write_bytes(path.read_bytes()[:-1] + b"\4")
+    with pytest.raises(IntegrityError, match=r"train_000000\.mask: not a mask"):
+        read_masks(open_dataset(folder).splits["train"])
+
+
+def test_older_programs_refuse_data_with_masks_and_read_those_without(tmp_path):
+    """They would learn the prompts too."""
+    for folder, version in ((make_examples(tmp_path / "a", random_examples(9)), 2), (make_data(tmp_path / "b"), 1)):
+        assert json.loads((folder / "dataset.json").read_text())["format_version"] == version
+
+
 def test_masks_for_some_shards_alone_are_refused(tmp_path):
     folder = make_examples(tmp_path, random_examples(40), shard_tokens=100)
     manifest = json.loads((folder / "dataset.json").read_text())
@@ -255,7 +269,7 @@ def test_a_newer_manifest_is_refused_naming_both_versions(tmp_path):
     folder = dataset(tmp_path / "d", train=ids_of(100))
     path = folder / "dataset.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 9}))
-    with pytest.raises(IntegrityError, match=r"data format 9, this program reads up to 1"):
+    with pytest.raises(IntegrityError, match=r"data format 9, this program reads up to 2"):
         open_dataset(folder)
 
 
