@@ -179,7 +179,7 @@ def flops_of_run(start: Start, model: GPT, machine: Runtime) -> float:
     """Returns the FLOPs of this rank's share of the run."""
     config = start.config
     steps = start.budget.total_steps(start.progress)
-    tokens = config.batch.global_batch_size * start.corpus.training.mean_tokens * steps
+    tokens = config.batch.global_batch_size * start.budget.mean_tokens * steps
     return tokens * flops_per_token(config.model, model.vocab_size) / machine.ranks.size
 
 
