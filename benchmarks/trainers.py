@@ -132,7 +132,7 @@ class Ours(Trainer):
             grad_clip=self.grad_clip,
         )
         ready = ready_to_train(model, batch, int("by1" in options), machine, optim)
-        self.take_step = setup.stepper(*ready, train.train_step)
+        self.take_step = setup.stepper(*ready, True, train.train_step)
 
     def step(self, ids, lr):
         return self.take_step(ids, lr)[0]
