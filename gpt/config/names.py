@@ -129,7 +129,6 @@ OTHER_NAMES = {
     "-e": "escape",
     "-i": "interactive",
     "conversation": "interactive",
-    "chat": "interactive",
     "-s": "seed",
     "random_seed": "seed",
 }

@@ -518,16 +518,22 @@ def test_fault_071_a_signal_to_one_rank_in_an_evaluation_ends_it_on_all(train_ra
 
 
 def signal_in_evaluation(rank):
-    original = Corpus.validation
+    open_windows = Corpus.open_windows
 
-    def validation(*args):
-        for number, batch in enumerate(original(*args)):
-            if (rank, number) == (1, 2):
-                signal.raise_signal(signal.SIGTERM)
-            assert number < 4, "the evaluation goes on"
-            yield batch
+    def opened(corpus, seed):
+        open_windows(corpus, seed)
+        original = corpus.validation
 
-    Corpus.validation = validation
+        def validation(*args):
+            for number, batch in enumerate(original(*args)):
+                if (rank, number) == (1, 2):
+                    signal.raise_signal(signal.SIGTERM)
+                assert number < 4, "the evaluation goes on"
+                yield batch
+
+        corpus.validation = validation
+
+    Corpus.open_windows = opened
 
 
 def test_sigterm_to_torchrun_saves_a_checkpoint(data, tmp_path, one):
