@@ -179,10 +179,10 @@ def evaluate(run: Run) -> tuple[float, float] | None:
     batch_size, sums, stopped = run.state.progress.micro_batch_size, [], False
     targets_seen = bytes_seen = 0
     model.eval()
-    for ids, targets in corpus.validation(batch_size, run.config.rhythm.eval_tokens, ranks.rank, ranks.size):
+    for tokens in corpus.validation(batch_size, run.config.rhythm.eval_tokens, ranks.rank, ranks.size):
         with machine.autocast():
-            sums.append(model(machine.ready(ids), machine.ready(targets), ops=run.state.ops).sum())
-        counted = targets[targets != IGNORED]
+            sums.append(model(*inputs_and_targets(machine.ready(tokens)), ops=run.state.ops).sum())
+        counted = tokens[:, 1:][tokens[:, 1:] >= 0]
         targets_seen += len(counted)
         bytes_seen += int(corpus.byte_lengths[counted].sum())
         if stopped := ranks.any(run.stop):

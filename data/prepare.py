@@ -2,7 +2,7 @@
 
 INPUT is files (text, CSV, JSON, JSONL, Parquet, HTML, Word, compressed or in zip and tar archives), folders of them,
 globs, or - for stdin; --corpus adds a built-in text. Records with prompts and completions, or with messages, become
-examples, of which only the answers are learned.
+examples: only their answers are learned.
 The result is a folder of shards with its tokenizer and a manifest, which `train.py --data` reads. The same input and
 options give the same bytes, whatever the number of workers."""
 

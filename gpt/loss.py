@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -1  # a target without loss
+NOT_LEARNED = ~0  # a padding token, as inputs_and_targets takes it: id 0, without loss
 CPU_ROWS, GPU_ROWS = 64, 512  # rows at a time in float32: on a CPU they stay in its cache
 CPU_LOGITS = 2**19  # at least so many logits at a time on a CPU: each operation on fewer costs more than it computes
 

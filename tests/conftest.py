@@ -114,6 +114,19 @@ def start(processes):
 
 
 @pytest.fixture
+def cpu():
+    """A Runtime in fp32 on one thread of a CPU; torch's settings are put back afterwards."""
+    import torch
+
+    from gpt.train.runtime import MachineConfig, Runtime
+
+    threads = torch.get_num_threads()
+    yield Runtime(MachineConfig(device="cpu", dtype="fp32", threads=1))
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def one_thread():
     """Sets torch to one thread during a test, for models so small that a second thread only costs time."""
     import torch

@@ -86,15 +86,6 @@ def weights(out, step):
 # ---- one step
 
 
-@pytest.fixture
-def cpu():
-    """A Runtime in fp32 on one thread; torch's settings are put back afterwards."""
-    threads = torch.get_num_threads()
-    yield Runtime(MachineConfig(device="cpu", dtype="fp32", threads=1))
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
-
-
 def gradients(model, batch, micro_batch_size, run):
     state = State(model, Recording(model), LossScaler("cpu", False), Progress(micro_batch_size=micro_batch_size))
     numbers = train.train_step(state, batch, 1e-3, 0.0, run)

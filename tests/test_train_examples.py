@@ -26,18 +26,9 @@ from gpt.text.reader import TokenReader, read_masks
 from gpt.text.shards import open_dataset
 from gpt.train.budget import Progress
 from gpt.train.optim import LossScaler
-from gpt.train.runtime import MachineConfig, Runtime
 from gpt.train.state import State
 
 FLAGS = ("--dropout", "0.1", "--threads", "1", "--warmup_steps", "0", "--log_every", "1", "--eval_every", "4")
-
-
-@pytest.fixture
-def machine():
-    threads = torch.get_num_threads()
-    yield Runtime(MachineConfig(device="cpu", dtype="fp32", threads=1))
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 def stream_of(folder, examples, block_size=100):
@@ -45,10 +36,10 @@ def stream_of(folder, examples, block_size=100):
     return ExampleStream("train", TokenReader(shards, 257), read_masks(shards), block_size, seed=1)
 
 
-def step(model, batch, machine, ops=REFERENCE):
+def step(model, batch, cpu, ops=REFERENCE):
     """The gradients and the loss of a step on a batch."""
     state = State(model, Recording(model), LossScaler("cpu", False), Progress(micro_batch_size=1), ops)
-    numbers = train.train_step(state, batch, 1e-3, 0.0, machine)
+    numbers = train.train_step(state, batch, 1e-3, 0.0, cpu)
     return state.optimizer.gradients, float(numbers[0])
 
 
@@ -59,7 +50,7 @@ def tensors(micro_batches):
 # ---- what is learned
 
 
-def test_the_loss_is_that_of_transformers_with_the_labels_of_prompts_left_out(tmp_path, machine):
+def test_the_loss_is_that_of_transformers_with_the_labels_of_prompts_left_out(tmp_path, cpu):
     """-100 is its mark for a token that is not learned, and padding is never attended to."""
     transformers = pytest.importorskip("transformers")
     model, examples = tiny_model(block_size=100).train(), random_examples(9, longest=99)
@@ -72,7 +63,7 @@ def test_the_loss_is_that_of_transformers_with_the_labels_of_prompts_left_out(tm
         targets += learned
     for micro_batch_size in (1, 4, 9):
         batch = tensors(stream_of(tmp_path / "d", examples).share(0, 9, 0, 1, micro_batch_size))
-        assert step(model, batch, machine)[1] == pytest.approx(nats / targets, abs=1e-5)
+        assert step(model, batch, cpu)[1] == pytest.approx(nats / targets, abs=1e-5)
 
 
 def test_tokens_of_a_prompt_are_read_and_no_targets_and_windows_are_all_targets():
@@ -88,13 +79,13 @@ def test_tokens_of_a_prompt_are_read_and_no_targets_and_windows_are_all_targets(
 # ---- padding and batches
 
 
-def one_by_one(model, stream, count, machine):
+def one_by_one(model, stream, count, cpu):
     """The gradients and the loss of examples 0 to `count`, each run alone and without padding."""
     total, nats, targets = {}, 0.0, 0
     for part in stream.share(0, count, 0, 1, 1):
         row = torch.from_numpy(part[:, : np.flatnonzero(part[0] >= 0)[-1] + 1])
         learned = int((row[:, 1:] >= 0).sum())
-        gradients, loss = step(model, row, machine)
+        gradients, loss = step(model, row, cpu)
         for name, gradient in gradients.items():
             total[name] = total.get(name, 0) + gradient * learned
         nats, targets = nats + loss * learned, targets + learned
@@ -104,27 +95,27 @@ def one_by_one(model, stream, count, machine):
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 12])
 @pytest.mark.parametrize("engine", ["eager", "kernels"])
 def test_examples_in_padded_batches_give_the_gradients_of_each_alone(
-    kernels_cache, monkeypatch, tmp_path, machine, engine, micro_batch_size
+    kernels_cache, monkeypatch, tmp_path, cpu, engine, micro_batch_size
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", kernels_cache)
     ops = Ops(**native_kernels(list(NATIVE_OPS), wait=True)) if engine == "kernels" else REFERENCE
     model, stream = tiny_model(block_size=100).train(), stream_of(tmp_path, random_examples(12, longest=130))
-    expected, loss = one_by_one(model, stream, 12, machine)
+    expected, loss = one_by_one(model, stream, 12, cpu)
     batch = tensors(stream.share(0, 12, 0, 1, micro_batch_size))
-    gradients, found = step(model, batch, machine, ops)
+    gradients, found = step(model, batch, cpu, ops)
     assert found == pytest.approx(loss, abs=1e-5)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=0, msg=name)
 
 
 @pytest.mark.slow
-def test_compiled_examples_in_padded_batches_give_the_gradients_of_each_alone(tmp_path, machine):
+def test_compiled_examples_in_padded_batches_give_the_gradients_of_each_alone(tmp_path, cpu):
     stream = stream_of(tmp_path, random_examples(12, longest=130))
-    expected, loss = one_by_one(tiny_model(block_size=100).train(), stream, 12, machine)
+    expected, loss = one_by_one(tiny_model(block_size=100).train(), stream, 12, cpu)
     model = tiny_model(block_size=100).train()
     model.compile()
     for micro_batch_size in (1, 3):
-        gradients, found = step(model, tensors(stream.share(0, 12, 0, 1, micro_batch_size)), machine)
+        gradients, found = step(model, tensors(stream.share(0, 12, 0, 1, micro_batch_size)), cpu)
         assert found == pytest.approx(loss, abs=1e-5)
         for name, gradient in expected.items():
             torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=0, msg=name)
@@ -155,14 +146,14 @@ def test_the_log_counts_tokens_without_padding_and_an_epoch_ends_the_run(tmp_pat
     assert last["tokens"] == 2 * sum(len(ids) - 1 for ids, _ in examples)
 
 
-def test_the_validation_loss_is_the_mean_over_the_targets_of_all_examples(tmp_path, machine):
+def test_the_validation_loss_is_the_mean_over_the_targets_of_all_examples(tmp_path, cpu):
     examples = random_examples(11, seed=1)
     data = make_examples(tmp_path / "data", random_examples(8), examples)
     run = train_here("tiny", "--data", data, "--out", tmp_path / "out", "--max_steps", "1", *FLAGS)
     assert run.code == 0, run.stderr
     model = load_pretrained(tmp_path / "out/latest")[0]
     stream = stream_of(tmp_path / "again", examples, model.config.block_size)
-    expected = one_by_one(model, stream, stream.per_epoch, machine)[1]
+    expected = one_by_one(model, stream, stream.per_epoch, cpu)[1]
     assert metrics(tmp_path / "out")[-1]["val_loss"] == pytest.approx(expected, abs=1e-5)
 
 

@@ -112,10 +112,10 @@ def check_tensors(
         raise unsupported(folder, "an embedding that is not the head's")
     other = f"{folder}: made for another base than {base.path}"
     for module, (a, b) in pairs.items():
-        found = MODULE.fullmatch(module)
-        if not found:
+        match = MODULE.fullmatch(module)
+        if not match:
             raise unsupported(folder, f"lora_A of {module}")
-        layer, kind = found.groups()
+        layer, kind = match.groups()
         if int(layer) >= base.config.n_layer:
             raise InputError(f"{other}, which has {base.config.n_layer} layers and no {module}; give that base")
         wanted = tuple(base.config.n_embd * times for times in SIZES[kind])
@@ -142,8 +142,8 @@ def split_tensors(file: Path, tensors: Tensors) -> tuple[dict[str, tuple[Tensor,
     whole = {}
     for stored_name, value in tensors.items():
         name = stored_name.removeprefix(PEFT_PREFIX).removeprefix(PREFIX).replace(".base_layer.", ".")
-        if found := LORA_NAME.fullmatch(name):
-            halves.setdefault(found[1], {})[found[2]] = value
+        if match := LORA_NAME.fullmatch(name):
+            halves.setdefault(match[1], {})[match[2]] = value
         else:
             whole[name] = value
     if single := [module for module, pair in halves.items() if len(pair) == 1]:

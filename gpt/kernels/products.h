@@ -6,7 +6,7 @@
 //     for each stripe of 4 rows:                    8 for a single token
 //         for each tile of some tokens:             the first reads the weights from memory, the others from the cache
 //             for k in steps of WIDTH inputs:
-//                 sums[token][row] += inputs[token][k..] * weight[row][k..]          in LANES lanes each
+//                 sums[row][token] += weight[row][k..] * inputs[token][k..]          in LANES lanes each
 //             out[token][row] = total of the lanes * scale[row] + bias[row]          scale: of int8 weights
 #pragma once
 #include "team.h"

@@ -32,10 +32,13 @@ class Corpus:
         vocab_size = self.tokenizer.vocab_size
         self.readers = {split: TokenReader(shards, vocab_size) for split, shards in dataset.splits.items() if shards}
         self.training: Windows | ExampleStream
-        self.validation: Callable[..., Iterator[tuple[np.ndarray, np.ndarray]]]
-        """(batch size, eval_tokens, rank, ranks) -> batches of ids and targets, the same at every call; only there if
-        has_validation()"""
-        self.open_examples(seed) if dataset.has_examples else self.open_windows(seed)
+        self.validation: Callable[..., Iterator[np.ndarray]]
+        """(batch size, eval_tokens, rank, ranks) -> batches of tokens for gpt.loss.inputs_and_targets, the same at
+        every call; only there if has_validation()"""
+        if dataset.has_examples:
+            self.open_examples(seed)
+        else:
+            self.open_windows(seed)
         if self.training.per_epoch < global_batch_size:
             units = "examples" if dataset.has_examples else f"windows of {block_size} tokens"
             raise InputError(

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt.errors import InputError, IntegrityError, note
-from gpt.loss import IGNORED
+from gpt.loss import NOT_LEARNED
 from gpt.text.reader import TokenReader
 from gpt.text.shards import FIRST, TARGET, mask_path
-from gpt.text.windows import permute
+from gpt.text.windows import in_order
 
 PADDING = 64  # a row of a micro-batch is a multiple of so many tokens long, or as long as the context
 
@@ -76,15 +76,10 @@ class ExampleStream:
 
     def numbers(self, first: int, count: int) -> np.ndarray:
         """Returns which examples of the split are examples `first` to `first + count` (exclusive) of the run, int64."""
-        epochs, places = np.divmod(np.arange(first, first + count, dtype=np.int64), self.per_epoch)
-        chosen = np.empty_like(places)
-        for epoch in map(int, np.unique(epochs)):
-            this = epochs == epoch
-            chosen[this] = permute(places[this], self.per_epoch, (self.seed, epoch))
-        return chosen
+        return in_order(np.arange(first, first + count, dtype=np.int64), self.per_epoch, self.seed)[1]
 
     def tokens(self, first: int, count: int) -> int:
-        """Returns how many tokens the model reads in examples `first` to `first + count`; padding is none."""
+        """Returns how many tokens the model reads in examples `first` to `first + count`, without padding."""
         return int((self.index.lengths[self.numbers(first, count)] - 1).sum())
 
     def place(self, n: int) -> str:
@@ -107,24 +102,21 @@ class ExampleStream:
         """Returns examples as the first rows of an array, int64 (rows, T + 1); further rows are padding."""
         longest = int(self.index.lengths[chosen].max(initial=2)) - 1
         width = min(-(-longest // PADDING) * PADDING, self.block_size)
-        tokens = np.full((rows, width + 1), ~0, dtype=np.int64)
+        tokens = np.full((rows, width + 1), NOT_LEARNED, dtype=np.int64)
         for row, example in zip(tokens, chosen, strict=False):
             start, length = int(self.index.starts[example]), int(self.index.lengths[example])
             ids = self.reader.read(start, length)
             row[:length] = np.where(self.mask[start : start + length] & TARGET, ids, ~ids)
         return tokens
 
-    def validation(
-        self, batch_size: int, eval_tokens: int, rank: int = 0, ranks: int = 1
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def validation(self, batch_size: int, eval_tokens: int, rank: int = 0, ranks: int = 1) -> Iterator[np.ndarray]:
         """Yields the first examples of the split in which `eval_tokens` tokens are learned (0: all examples), sorted by
-        length, as ids and targets (batch_size, T). The ranks take turns and get equally many batches; the last rows of
-        the last one may be padding."""
+        length, as tokens (batch_size, T + 1) for gpt.loss.inputs_and_targets. The ranks take turns and get equally many
+        batches; the last rows of the last one may be padding."""
         enough = self.per_epoch
         if eval_tokens:
             enough = min(enough, int(np.searchsorted(np.cumsum(self.index.targets), eval_tokens)) + 1)
         chosen = self.by_length(np.arange(enough))
         for turn in range(0, enough, batch_size * ranks):
             first = turn + rank * batch_size
-            tokens = self.padded(chosen[first : first + batch_size], batch_size)
-            yield np.where(tokens < 0, ~tokens, tokens)[:, :-1], np.maximum(tokens[:, 1:], IGNORED)
+            yield self.padded(chosen[first : first + batch_size], batch_size)

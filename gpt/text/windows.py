@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gpt.errors import InputError
-from gpt.loss import IGNORED
+from gpt.loss import NOT_LEARNED
 from gpt.text.fit import windows_per_epoch
 from gpt.text.reader import TokenReader
 
@@ -40,12 +40,10 @@ class Windows:
 
     def start(self, n: np.ndarray) -> np.ndarray:
         """Returns the places in the stream where the windows numbered `n` begin; both are int64 (count,)."""
-        epochs, indices = np.divmod(n, self.per_epoch)
-        starts = np.empty_like(n)
+        epochs, places = in_order(n, self.per_epoch, self.seed)
+        starts = places * self.block_size
         for epoch in map(int, np.unique(epochs)):
-            chosen = epochs == epoch
-            offset = int(mix(self.seed, epoch, 0)[0]) % self.offsets
-            starts[chosen] = offset + permute(indices[chosen], self.per_epoch, (self.seed, epoch)) * self.block_size
+            starts[epochs == epoch] += int(mix(self.seed, epoch, 0)[0]) % self.offsets
         return starts
 
     def place(self, n: int) -> str:
@@ -106,21 +104,29 @@ class Prefetch:
 
 def validation_batches(
     reader: TokenReader, block_size: int, batch_size: int, eval_tokens: int, rank: int = 0, ranks: int = 1
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the first `eval_tokens` targets (0 = all) of a split in order, as ids (B, T) and targets (B, T), B =
-    batch_size and T = block_size. Padding, with target IGNORED, fills the last window and the last batch. The ranks
-    take turns and get equally many batches; the last batch of a rank may be all padding."""
+) -> Iterator[np.ndarray]:
+    """Yields the first `eval_tokens` targets (0 = all) of a split in order, as tokens (batch_size, block_size + 1) for
+    gpt.loss.inputs_and_targets: neighbouring rows overlap by one. Padding, which is not learned, fills the last row and
+    the last batch. The ranks take turns and get equally many batches; the last batch of a rank may be all padding."""
     total = len(reader) - 1 if eval_tokens == 0 else min(eval_tokens, len(reader) - 1)
     size = block_size * batch_size
     for turn in range(0, total, size * ranks):
         first = turn + rank * size
         count = max(0, min(size, total - first))
-        ids = np.zeros(size, dtype=np.int64)
-        targets = np.full(size, IGNORED, dtype=np.int64)
+        tokens = np.full(size + 1, NOT_LEARNED, dtype=np.int64)
         if count:
-            stream = reader.read(first, count + 1)
-            ids[:count], targets[:count] = stream[:-1], stream[1:]
-        yield ids.reshape(batch_size, block_size), targets.reshape(batch_size, block_size)
+            tokens[: count + 1] = reader.read(first, count + 1)
+        yield np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)[::block_size].copy()
+
+
+def in_order(n: np.ndarray, per_epoch: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the epochs of the items numbered `n` of a run that visits `per_epoch` items in each epoch, in an order
+    drawn from (seed, epoch), and which of the items these are; all are int64 (count,)."""
+    epochs, places = np.divmod(n, per_epoch)
+    for epoch in map(int, np.unique(epochs)):
+        chosen = epochs == epoch
+        places[chosen] = permute(places[chosen], per_epoch, (seed, epoch))
+    return epochs, places
 
 
 def require_tokens(split: str, reader: TokenReader, block_size: int) -> None:

@@ -150,7 +150,7 @@ class Budget:
     length: LengthConfig
     global_batch_size: int
     mean_tokens: float
-    """tokens of a window; of an example, on average"""
+    """tokens of a window, or the mean number of tokens of an example"""
     windows_per_epoch: int
     slot_seconds: float = math.inf
     """what is left of stop_after_minutes, as rank 0 measured it at this step; inf before the first"""

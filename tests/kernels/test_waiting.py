@@ -41,34 +41,25 @@ def test_torchs_threads_soon_sleep_while_they_wait():
 
 
 @pytest.mark.parametrize(
-    "code",
+    ("code", "spins"),
     [
-        "import train",
-        "import sample",
-        "import gpt; gpt.load('nowhere')",
-        "import decode_steps",
-        "import many_prompts; many_prompts.load = None; many_prompts.main()",
-        "import text_checks",
-        "import training_checks",
-        "import programs; programs.Ours('nowhere', [], 1, 'cpu')",
-        "import trainers; trainers.Ours('nowhere', [], 1, 'cpu', 1.0)",
+        ("import train", 2000),
+        ("import sample", 2000),
+        ("import gpt; gpt.load('nowhere')", 2000),
+        ("import decode_steps", 2000),
+        ("import many_prompts; many_prompts.load = None; many_prompts.main()", 2000),
+        ("import text_checks", 2000),
+        ("import training_checks", 2000),
+        ("import programs; programs.Ours('nowhere', [], 1, 'cpu')", 2000),
+        ("import trainers; trainers.Ours('nowhere', [], 1, 'cpu', 1.0)", 2000),
+        ("import gpt, gpt.model", None),
+        ("import torch", None),
+        ("import programs; programs.Transformers('nowhere', [], 1, 'cpu')", None),
+        ("import trainers; trainers.NanoGPT('nowhere', [], 1, 'cpu', 1.0)", None),
     ],
 )
-def test_programs_and_their_benchmarks_import_torch_with_the_setting(fake_torch, code):
-    assert python(code, fake_torch, ROOT / "benchmarks").stdout == "spins 2000\n"
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import gpt, gpt.model",
-        "import torch",
-        "import programs; programs.Transformers('nowhere', [], 1, 'cpu')",
-        "import trainers; trainers.NanoGPT('nowhere', [], 1, 'cpu', 1.0)",
-    ],
-)
-def test_modules_of_the_library_and_other_programs_import_torch_as_it_is(fake_torch, code):
-    assert python(code, fake_torch, ROOT / "benchmarks").stdout == "spins None\n"
+def test_programs_and_their_benchmarks_import_torch_with_the_setting_and_others_without(fake_torch, code, spins):
+    assert python(code, fake_torch, ROOT / "benchmarks").stdout == f"spins {spins}\n"
 
 
 def test_what_the_user_has_set_stays(fake_torch):
