@@ -16,28 +16,32 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from gpt.checkpoint.read import find_model_folder, load_stored, open_model
+from gpt.checkpoint.weights import StoredModel
 from gpt.config import positional, refuse
 from gpt.errors import run_main, tell
-from gpt.generate.generator import TextGenerator, sample_line
+from gpt.generate.generator import TextGenerator, greedy_texts, sample_line
 from gpt.generate.sampling import SamplingParams
 from gpt.loss import IGNORED, inputs_and_targets
 from gpt.model import ModelConfig
 from gpt.report.plot import RunPicture
+from gpt.report.report import Answer, write_report
 from gpt.train.budget import BY_THE_CLOCK, BatchConfig, LengthConfig, RhythmConfig
+from gpt.train.finetune import problems_by_size
 from gpt.train.optim import OptimConfig, clip_gradients, gated_step, learning_rate
 from gpt.train.ranks import join
 from gpt.train.runtime import MachineConfig, Runtime, seed_step
-from gpt.train.setup import Run, open_run
+from gpt.train.setup import Hooks, Run, open_run
 from gpt.train.start import find_start, read_settings
 from gpt.train.state import State
 
 PRESETS = Path(__file__).parent / "presets"
-SAMPLE_TOKENS, LINE_TOKENS = 200, 60
+SAMPLE_TOKENS, LINE_TOKENS, REPORT_PROMPTS = 200, 60, 3
 
 Batch = Tensor | list[Tensor]
 """windows: ids (B, block_size + 1); examples: a list of micro-batches (b, T + 1), see gpt/text/example_stream.py"""
@@ -79,7 +83,7 @@ class TrainConfig:
             problems.append(f"warmup_steps {self.optim.warmup_steps:g} is more than max_steps {self.length.max_steps}")
         if self.seed < 0:
             problems.append(f"seed {self.seed} must be 0 or more")
-        refuse(problems)
+        refuse(problems + problems_by_size(self.optim, self.length, bool(self.init)))
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ def main() -> None:
         if start.is_finished():
             start.say_finished()
             return
-        with open_run(start, ranks, train_step, accumulate, asdict(SamplingParams()), RunPicture) as run:
+        hooks = Hooks(train_step, accumulate, asdict(SamplingParams()), RunPicture, report)
+        with open_run(start, ranks, hooks) as run:
             train(run)
 
 
@@ -194,15 +199,36 @@ def evaluate(run: Run) -> tuple[float, float] | None:
 
 
 def sample(run: Run) -> str:
-    """Returns a text that the model generates from an empty prompt: up to SAMPLE_TOKENS tokens between a heading and an
-    end line or, where sample_every is left out, one line."""
+    """Returns a text that the model generates from an empty prompt, or after the prompt of an example: up to
+    SAMPLE_TOKENS tokens between a heading and an end line or, where sample_every is left out, one line."""
     step, model, tokenizer, seed = run.state.progress.step, run.state.model, run.corpus.tokenizer, run.config.seed
+    prompt = run.corpus.sample_prompt()
     if run.samples.every == BY_THE_CLOCK:
         heading = f"sample at step {step}, {run.samples.seconds():.0f} s: "
-        return heading + sample_line(model, tokenizer, LINE_TOKENS, seed, width=79 - len(heading))
+        return heading + sample_line(model, tokenizer, prompt, LINE_TOKENS, seed, width=79 - len(heading))
     generator = TextGenerator(model, tokenizer)
-    [[completion]] = generator.generate([""], max_new_tokens=SAMPLE_TOKENS, seed=seed)
+    settings: dict[str, Any] = {"max_new_tokens": SAMPLE_TOKENS, "seed": seed}
+    [[completion]] = generator.generate([prompt], truncate=True, allow_special=True, **settings)
     return f"--- sample at step {step}\n{completion.text}\n---"
+
+
+def report(run: Run, base: StoredModel | None) -> None:
+    """Writes report.md into the run folder. In it the base model, if there is one, and the best checkpoint continue the
+    same prompts of the validation set."""
+    out, tokenizer = Path(run.config.out), run.corpus.tokenizer
+
+    def answers() -> list[Answer]:
+        held_out = run.corpus.held_out(REPORT_PROMPTS, LINE_TOKENS)
+        names = {"before": base, "after": open_model(find_model_folder(out))}
+        models = {name: load_stored(stored, device=run.machine.device)[0] for name, stored in names.items() if stored}
+        prompts = [prompt for prompt, _ in held_out]
+        texts = {name: greedy_texts(model, tokenizer, prompts, LINE_TOKENS) for name, model in models.items()}
+        return [
+            Answer(tokenizer.decode(prompt), tokenizer.decode(expected), {name: texts[name][i] for name in texts})
+            for i, (prompt, expected) in enumerate(held_out)
+        ]
+
+    write_report(out, answers, run.chats)
 
 
 if __name__ == "__main__":

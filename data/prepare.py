@@ -52,8 +52,9 @@ class PrepareConfig:
     inputs: tuple[str, ...] = positional("INPUT…", default=())
     """files, folders, globs, or - for stdin; a document is a file, a record (of CSV, JSON, JSONL, Parquet), or stdin as
     a whole"""
-    corpus: Literal["", "stdlib", "shakespeare"] = ""
-    """built-in text: stdlib (this Python's own sources), shakespeare (1.1 MB, downloaded)"""
+    corpus: Literal["", "stdlib", "docstrings", "shakespeare"] = ""
+    """built-in text: stdlib (this Python's own sources), docstrings (examples: of a docstring there, its function),
+    shakespeare (1.1 MB, downloaded)"""
     url: str = ""
     """another address for the corpus shakespeare; the file must be the same"""
     tokenizer: str = "auto"
@@ -91,7 +92,7 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         checks = [
-            (self.inputs or self.corpus, "no input: give files or folders, or --corpus stdlib|shakespeare"),
+            (self.inputs or self.corpus, "no input: give files or folders, or --corpus stdlib|docstrings|shakespeare"),
             ([*self.inputs, *self.val].count("-") <= 1, "- (stdin) can be read only once"),
             (not self.url or self.corpus == "shakespeare", "--url has an effect only with --corpus shakespeare"),
             (not self.val or self.val_split == "auto", "--val_split has no effect with --val; give one of them"),

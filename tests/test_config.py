@@ -470,7 +470,8 @@ def test_the_flat_values_of_a_configuration_make_it_again():
 def test_every_preset_loads_and_is_headed_by_size_command_and_expected_loss(path):
     values = read_toml(path, train.TrainConfig)
     assert values.keys() == tomllib.loads(path.read_text(encoding="utf-8")).keys()
-    assert make_config(train.TrainConfig, values, {"data": "x"}).data == "x"
+    base = {"init": "gpt2"} if path.stem == "finetune" else {}
+    assert make_config(train.TrainConfig, values, {"data": "x"} | base).data == "x"
     header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert len(header) >= 2
     command = "train.py --init" if path.stem == "finetune" else f"train.py {path.stem}"

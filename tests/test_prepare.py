@@ -356,7 +356,7 @@ def test_all_problems_of_the_settings_come_in_one_message(tmp_path):
     assert process.returncode == 2
     for words in (
         "no input",
-        "--corpus stdlib|shakespeare",
+        "--corpus stdlib|docstrings|shakespeare",
         "--val_fraction 1.5",
         "--workers -1",
         "--encoding nope",

@@ -16,8 +16,10 @@ from training_helpers import (
     train_here,
 )
 
+import gpt
 import train
 from gpt.checkpoint.read import load_pretrained
+from gpt.errors import printable
 from gpt.kernels.select import NATIVE_OPS, native_kernels
 from gpt.loss import IGNORED, inputs_and_targets
 from gpt.model import REFERENCE, Ops
@@ -178,3 +180,15 @@ def test_masks_that_changed_since_the_checkpoint_are_refused(tmp_path):
     make_examples(data, [(ids, 1) for ids, _ in random_examples(8, longest=30)])
     run = train_here(*flags, "--max_steps", "2")
     assert run.code == 3 and "dataset changed since checkpoint: train_000000.mask" in run.last
+
+
+@pytest.mark.parametrize("val", [[([65, 66, 67, 68], 1)], []])
+def test_a_line_of_text_while_training_answers_the_prompt_of_an_example(val, tmp_path):
+    """One of the validation set if there is one."""
+    data, out = make_examples(tmp_path / "data", [([97, 98, 99], 1)] * 8, val), tmp_path / "out"
+    run = train_here("tiny", "--data", data, "--out", out, *FLAGS, "--max_steps", "1", "--sample_every", "1")
+    assert run.code == 0, run.stderr
+    tokens = {"max_new_tokens": train.SAMPLE_TOKENS, "seed": 1337}
+    model = gpt.load(out, device="cpu", dtype="fp32", backend="eager")
+    [[completion]] = model.generate("ABC" if val else "ab", **tokens)
+    assert f"--- sample at step 1\n{printable(completion.text)}\n---" in run.stderr

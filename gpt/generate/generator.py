@@ -1,5 +1,6 @@
 """Prompts -> text: TextGenerator, a model with its tokenizer."""
 
+import contextlib
 import dataclasses
 import functools
 import secrets
@@ -232,19 +233,41 @@ def rows_and_steps(params: list[GenerationParams], most_rows: int) -> tuple[int,
     return rows, sum(own.num_samples * own.max_new_tokens for own in params) // rows
 
 
-def sample_line(model: GPT, tokenizer: Tokenizer, tokens: int, seed: int, width: int) -> str:
-    """Returns a text that a model in training generates from an empty prompt, in one line of at most `width`
-    characters. Never fails for lack of memory or because of the weights: then returns the reason."""
+def sample_line(model: GPT, tokenizer: Tokenizer, prompt: str, tokens: int, seed: int, width: int) -> str:
+    """Returns what a model in training writes after `prompt`, in which special tokens are tokens, in one line of at
+    most `width` characters. Never fails for lack of memory or because of the weights: then returns the reason."""
     generator = TextGenerator(model, tokenizer, backend="eager")  # it needs no second copy of the weights
-    mode = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode("default")  # on a GPU, sampling uses operations that are not deterministic
     try:
-        [[completion]] = generator.generate([""], max_new_tokens=tokens, seed=seed, rows=1)
+        with any_order_of_sums():
+            [[completion]] = generator.generate(
+                [prompt], max_new_tokens=tokens, seed=seed, rows=1, truncate=True, allow_special=True
+            )
     except (ResourceError, NonFiniteError) as error:
         return f"({error})"
+    return printable(" ".join(completion.text.split()), keep="")[:width]
+
+
+def greedy_texts(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], tokens: int) -> list[str]:
+    """Returns the likeliest continuation, token by token, of each prompt of ids, which fits into the context: up to
+    `tokens` tokens, or to end-of-text."""
+    generator = TextGenerator(model, tokenizer, backend="eager")
+    params = generator.params(max_new_tokens=tokens, temperature=0.0, repetition_penalty=1.0, seed=1)
+    numbers: list[int | str] = list(range(1, len(prompts) + 1))
+    sequences = generator.sequences([np.array(ids) for ids in prompts], numbers, [params] * len(prompts), skip=0)
+    with any_order_of_sums():
+        events = in_order(generator.decode(sequences, "eager", len(prompts), report=None))
+        return [sequence.completion.text for sequence, _ in events if sequence.finish_reason]
+
+
+@contextlib.contextmanager
+def any_order_of_sums() -> Iterator[None]:
+    """Allows operations that are not deterministic within this context: on a GPU, sampling uses some."""
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
+    try:
+        yield
     finally:
         torch.set_deterministic_debug_mode(mode)
-    return printable(" ".join(completion.text.split()), keep="")[:width]
 
 
 def weight_versions(model: GPT) -> list[tuple]:

@@ -13,7 +13,7 @@ from gpt.text.example_stream import ExampleStream
 from gpt.text.reader import TokenReader, Verifier, read_masks
 from gpt.text.shards import Dataset
 from gpt.text.tokenizer import Tokenizer, load_tokenizer
-from gpt.text.windows import Windows, require_tokens, validation_batches
+from gpt.text.windows import Windows, held_out_windows, require_tokens, validation_batches
 
 
 class Corpus:
@@ -35,6 +35,7 @@ class Corpus:
         self.validation: Callable[..., Iterator[np.ndarray]]
         """(batch size, eval_tokens, rank, ranks) -> batches of tokens for gpt.loss.inputs_and_targets, the same at
         every call; only there if has_validation()"""
+        self.find_held_out: Callable[[int, int], list[tuple[list[int], list[int]]]]  # the same
         if dataset.has_examples:
             self.open_examples(seed)
         else:
@@ -63,6 +64,7 @@ class Corpus:
         if self.has_validation():
             require_tokens("val", self.readers["val"], self.block_size)
             self.validation = functools.partial(validation_batches, self.readers["val"], self.block_size)
+            self.find_held_out = functools.partial(held_out_windows, self.readers["val"], self.block_size // 2)
 
     def open_examples(self, seed: int) -> None:
         streams = {
@@ -73,10 +75,25 @@ class Corpus:
             stream.tell_lost(split)
         self.training = streams["train"]
         if self.has_validation():
-            self.validation = streams["val"].validation
+            self.validation, self.find_held_out = streams["val"].validation, streams["val"].held_out
 
     def has_validation(self) -> bool:
         return "val" in self.readers
+
+    def held_out(self, count: int, most_ids: int) -> list[tuple[list[int], list[int]]]:
+        """Returns up to `count` prompts from the validation set, evenly chosen: the ids of each, and up to `most_ids`
+        ids that follow it there. Those of examples are the prompt and the first thing to learn."""
+        if not self.has_validation():
+            return []
+        return self.find_held_out(count, most_ids)
+
+    def sample_prompt(self) -> str:
+        """Returns the text after which a run shows what its model writes: "" for plain text, else the prompt of an
+        example."""
+        if not isinstance(self.training, ExampleStream):
+            return ""
+        [(prompt, _)] = self.held_out(1, 0) or self.training.held_out(1, 0)
+        return self.tokenizer.decode(prompt)
 
     def close(self) -> None:
         for reader in self.readers.values():

@@ -67,12 +67,17 @@ class ExampleStream:
         self.mean_tokens = float(np.mean(self.index.lengths - 1))
 
     def tell_lost(self, split: str) -> None:
-        """Prints a note about examples that are cut to the context, or that have nothing to learn within it."""
+        """Prints a note about examples that are cut to the context, or that have nothing to learn within it; a warning
+        if most are cut."""
         index = self.index
         parts = [f"{index.cut:,} are cut to {self.block_size + 1} tokens"] if index.cut else []
         parts += [f"{index.dropped:,} have nothing to learn there and are left out"] if index.dropped else []
-        if parts:
-            note("info", f"{split}: of {self.per_epoch + index.dropped:,} examples {', '.join(parts)}")
+        text = f"{split}: of {self.per_epoch + index.dropped:,} examples {', '.join(parts)}"
+        if 2 * index.cut > self.per_epoch:
+            advice = "give a larger --block_size or shorter examples"
+            note("warning", f"{text}: the model will hardly learn where an answer ends; {advice}")
+        elif parts:
+            note("info", text)
 
     def numbers(self, first: int, count: int) -> np.ndarray:
         """Returns which examples of the split are examples `first` to `first + count` (exclusive) of the run, int64."""
@@ -120,3 +125,16 @@ class ExampleStream:
         for turn in range(0, enough, batch_size * ranks):
             first = turn + rank * batch_size
             yield self.padded(chosen[first : first + batch_size], batch_size)
+
+    def held_out(self, count: int, most_ids: int) -> list[tuple[list[int], list[int]]]:
+        """Returns up to `count` examples of the split, evenly chosen, as (ids before the first that is learned, up to
+        `most_ids` ids that are learned there)."""
+        chosen = sorted({number * self.per_epoch // count for number in range(count)})
+        result = []
+        for example in chosen:
+            [row] = self.padded(np.array([example]), 1)
+            ids, learned = np.where(row < 0, ~row, row), np.append(row >= 0, False)
+            first = int(np.argmax(learned))
+            end = first + int(np.argmin(learned[first:]))
+            result.append((ids[:first].tolist(), ids[first:end][:most_ids].tolist()))
+        return result

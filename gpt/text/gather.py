@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.errors import InputError, note
-from gpt.text.corpora import SHAKESPEARE, shakespeare, standard_library
+from gpt.text.corpora import SHAKESPEARE, built_in
 from gpt.text.kinds import RECORDS
 from gpt.text.sources import LeftOut, Reading, TextSource, find_sources, read_pieces
 from gpt.text.split import Lost, Part, Split, Survey, choose_split, chosen_by_hash, divide, survey_documents
@@ -78,7 +78,7 @@ def gather_input(
     tell_findings(sources + val_sources, left_out + val_left_out, reading)
     origin: dict[str, Any] = {"files_passed_over": sum(entry.count for entry in left_out + val_left_out)}
     if corpus:
-        more, about = standard_library() if corpus == "stdlib" else shakespeare(url or SHAKESPEARE, spool_folder)
+        more, about = built_in(corpus, url or SHAKESPEARE, spool_folder)
         sources, origin = sources + more, origin | about
     check_sources(sources + val_sources, reading)
     skip = reading.errors == "skip"

@@ -24,6 +24,7 @@ from gpt.text.fit import windows_per_epoch
 from gpt.text.reader import TokenReader
 
 FEISTEL_ROUNDS = 6
+PROMPT_TOKENS = 32  # of a prompt that is the beginning of a held-out text
 
 
 class Windows:
@@ -117,6 +118,18 @@ def validation_batches(
         if count:
             tokens[: count + 1] = reader.read(first, count + 1)
         yield np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)[::block_size].copy()
+
+
+def held_out_windows(
+    reader: TokenReader, longest_prompt: int, count: int, most_ids: int
+) -> list[tuple[list[int], list[int]]]:
+    """Returns `count` prompts of a split, evenly chosen: the ids of each, at most PROMPT_TOKENS and `longest_prompt`,
+    and up to `most_ids` ids that follow it."""
+    prompt = max(1, min(PROMPT_TOKENS, longest_prompt, len(reader) // 2))
+    following = min(most_ids, len(reader) - prompt)
+    starts = [number * (len(reader) - prompt - following) // count for number in range(count)]
+    rows = [reader.read(start, prompt + following) for start in sorted(set(starts))]
+    return [(row[:prompt].tolist(), row[prompt:].tolist()) for row in rows]
 
 
 def in_order(n: np.ndarray, per_epoch: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

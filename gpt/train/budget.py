@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 LIMITS = ("max_steps", "max_tokens", "max_epochs", "max_minutes", "stop_after_minutes")
 SAMPLE_SECONDS = (0, 5, 20, 60)  # when a run prints the first lines of its model's text
 BY_THE_CLOCK = -1  # the value of sample_every for these lines
+BY_SIZE = -1  # the value of max_epochs that leaves it to the size of the data
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class LengthConfig:
     max_tokens: int = 0
     """stop after so many training tokens"""
     max_epochs: float = 0.0
-    """stop after so many passes over the training data"""
+    """stop after so many passes over the training data; -1, only with --init: by the size of the data"""
     max_minutes: float = 0.0
     """stop after so many minutes of training, summed over resumes; the schedule follows the clock, not to the bit"""
     stop_after_minutes: float = 0.0
@@ -61,7 +62,8 @@ class LengthConfig:
         """Returns what is wrong with these values, in words; empty if nothing is."""
         limits = {name: getattr(self, name) for name in LIMITS}
         checked = limits | {"patience": self.patience}
-        problems = [f"{name} {value} must be 0 or more" for name, value in checked.items() if value < 0]
+        least = dict.fromkeys(checked, 0) | {"max_epochs": BY_SIZE if self.max_epochs == BY_SIZE else 0}
+        problems = [f"{name} {value} must be 0 or more" for name, value in checked.items() if value < least[name]]
         if not any(limits.values()):
             problems.append(f"nothing ends the run: give {', '.join(LIMITS[:-1])} or {LIMITS[-1]}")
         return problems

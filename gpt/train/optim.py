@@ -27,7 +27,7 @@ class OptimConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: orthogonalized steps for the matrices between embedding and head, AdamW for the rest"""
     lr: float = 6e-4
-    """peak learning rate"""
+    """peak learning rate; 0, only with --init: by the size of the model"""
     min_lr: float = 0.0
     """learning rate at the end of the schedule"""
     warmup_steps: float = 0.0
@@ -52,7 +52,7 @@ class OptimConfig:
     def problems(self) -> list[str]:
         """Returns what is wrong with these values, in words; empty if nothing is."""
         problems, usual = [], OptimConfig.momentum
-        if self.lr <= 0:
+        if self.lr < 0:
             problems.append(f"lr {self.lr} must be above 0")
         if not 0 <= self.min_lr <= max(self.lr, 0):
             problems.append(f"min_lr {self.min_lr} must be between 0 and lr {self.lr}")

@@ -21,15 +21,16 @@ from gpt.checkpoint.weights import StoredModel, load_model, open_folder
 from gpt.config import find_preset, flatten, list_presets, make_config, parse_flags, read_toml, refuse
 from gpt.errors import InputError, IntegrityError, ResourceError, ignore_write_errors, note, say, tell
 from gpt.files import STEP_FOLDER, is_folder, step_folders
-from gpt.model import GPT, ModelConfig
+from gpt.model import GPT, ModelConfig, count_parameters
 from gpt.text.corpus import Corpus
 from gpt.text.example_stream import index_examples
-from gpt.text.fit import shrink_to_data, shrink_to_examples
+from gpt.text.fit import shrink_to_data, shrink_to_examples, windows_per_epoch
 from gpt.text.foreign import has_tokenizer
 from gpt.text.reader import read_masks
 from gpt.text.shards import SPLITS, Dataset, open_dataset
 from gpt.text.tokenizer import Tokenizer, choices, load_tokenizer
 from gpt.train.budget import LIMITS, Budget, LengthConfig, Progress, RhythmConfig
+from gpt.train.finetune import choose_by_size, warn_of_mistakes
 from gpt.train.metrics_file import logged_evaluation
 from gpt.train.ranks import Ranks
 from gpt.train.runtime import MachineConfig
@@ -42,6 +43,7 @@ def names(config: type) -> set[str]:
 ARCHITECTURE = names(ModelConfig) - {"dropout"}
 # Settings that do not change the result; data is compared by its hashes.
 NOT_COMPARED = {"data", "out", "resume", "verify", "wandb", "profile", "micro_batch_size"}
+LEFT_TO_SIZES = ("lr", "max_epochs")  # by 0 and -1: see gpt/train/finetune.py
 MAY_CHANGE = names(LengthConfig) | names(RhythmConfig) | names(MachineConfig) | NOT_COMPARED
 
 
@@ -141,8 +143,9 @@ class Start:
     progress: Progress
     newest: list[Path]
     """the newest step folder seen before the run folder is locked ([] if none)"""
-    asked: dict[str, int]
-    """the settings that are smaller than asked for, because the data are small: name -> the value asked for"""
+    asked: dict[str, Any]
+    """the settings that differ from those asked for, because the data are small or a fine-tune leaves them to the sizes
+    of model and data: name -> the value asked for"""
 
     def is_finished(self) -> bool:
         """Returns whether nothing is left to do: no step, and no evaluation that a signal cut short."""
@@ -165,13 +168,15 @@ def find_start(config: Any, base: StoredModel | None, typed: set[str], ranks: Ra
     dataset = open_dataset(config.data, config.tokenizer)
     newest = step_folders(config.out)[:1]
     checkpoint = checkpoint_to_resume(config.out, config.resume)
-    config, asked = fit_settings(config, typed, dataset, checkpoint, ranks)
+    config, asked = fit_settings(config, base, typed, dataset, checkpoint, ranks)
     size, block_size = config.batch.global_batch_size, config.model.block_size
     verify = config.verify if ranks.leads else "size"
     corpus = Corpus(dataset, config.tokenizer, verify, block_size, size, config.seed)
     budget = Budget(config.length, size, corpus.training.mean_tokens, corpus.training.per_epoch)
     compare_with_checkpoint(config, base, corpus, checkpoint)
     progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
+    if base and not checkpoint:
+        warn_of_mistakes(config.optim, budget, count_parameters(config.model, base.vocab_size))
     if checkpoint and progress.evaluated_step != progress.step:  # evaluated after the checkpoint was saved, perhaps
         loss = logged_evaluation(Path(config.out), progress.step)
         if loss is not None:
@@ -181,32 +186,70 @@ def find_start(config: Any, base: StoredModel | None, typed: set[str], ranks: Ra
 
 
 def fit_settings(
-    config: Any, typed: set[str], dataset: Dataset, checkpoint: Checkpoint | None, ranks: Ranks
-) -> tuple[Any, dict[str, int]]:
-    """Returns the settings with a context and a batch that the data can fill, and the values asked for of those that
-    became smaller. Settings in `typed` stay. A run that continues keeps the values that it began with. The data of
-    rank 0 decide for all ranks."""
-    train, val = (int(ranks.first(dataset.tokens(split))) for split in SPLITS)
-    before = {name: flatten(config)[name] for name in ("block_size", "global_batch_size")}
+    config: Any,
+    base: StoredModel | None,
+    typed: set[str],
+    dataset: Dataset,
+    checkpoint: Checkpoint | None,
+    ranks: Ranks,
+) -> tuple[Any, dict[str, Any]]:
+    """Returns the settings with a context and a batch that the data can fill and, for a fine-tune, with what is left to
+    the sizes of model and data; also the values asked for of those that changed. Settings in `typed` do not shrink. A
+    run that continues keeps the values that it began with. The data of rank 0 decide for all ranks."""
+    before = flatten(config)
     if checkpoint:
-        asked = checkpoint.state.get("asked", {})
-        kept = [name for name in before.keys() & asked if name not in typed and before[name] == asked[name]]
-        smaller = {name: checkpoint.state["config"][name] for name in sorted(kept)}
+        asked, began = checkpoint.state.get("asked", {}), checkpoint.state["config"]
+        kept = [n for n in before.keys() & asked if before[n] == asked[n] and (n not in typed or n in LEFT_TO_SIZES)]
+        fitted = {name: began[name] for name in sorted(kept)}
     else:
-        unit = ranks.size * max(config.batch.micro_batch_size, 1)
-        examples = int(ranks.first(count_examples(dataset, before["block_size"])))
-        if examples:
-            smaller = shrink_to_examples(before["global_batch_size"], typed, examples, unit)
-        else:
-            smaller = shrink_to_data(**before, fixed=typed, train_tokens=train, val_tokens=val, unit=unit)
-        asked = {name: before[name] for name in smaller}
-    if smaller:
-        texts = [f"{name} {before[name]} -> {value}" for name, value in smaller.items()]
-        size = f"{train:,} training and {val:,} validation tokens" if val else f"{train:,} training tokens"
-        note("info", f"{config.data}: little text ({size}): {', '.join(texts)}")
-    config = make_config(type(config), flatten(config), smaller)
+        fitted = shrunk(config, typed, dataset, ranks)
+        if base:
+            config = make_config(type(config), before, fitted)
+            fitted |= sized(config, base, typed, dataset, ranks)
+        asked = {name: before[name] for name in fitted}
+    tell_fitted(before, fitted, dataset)
+    config = make_config(type(config), before, fitted)
     refuse(config.batch.problems_on(ranks.size))
     return config, asked
+
+
+def shrunk(config: Any, typed: set[str], dataset: Dataset, ranks: Ranks) -> dict[str, Any]:
+    """Returns the context and the batch that must be smaller for the data, name -> value."""
+    train, val = (int(ranks.first(dataset.tokens(split))) for split in SPLITS)
+    unit = ranks.size * max(config.batch.micro_batch_size, 1)
+    block_size, batch_size = config.model.block_size, config.batch.global_batch_size
+    if dataset.has_examples:
+        examples = int(ranks.first(count_examples(dataset, block_size)))
+        return shrink_to_examples(batch_size, typed, examples, unit) if examples else {}
+    return shrink_to_data(block_size, batch_size, typed, train, val, unit)
+
+
+def sized(config: Any, base: StoredModel, typed: set[str], dataset: Dataset, ranks: Ranks) -> dict[str, Any]:
+    """Returns the settings of a fine-tune that follow from the sizes of model and data, name -> value."""
+    block_size = config.model.block_size
+    items = count_examples(dataset, block_size) or windows_per_epoch(dataset.tokens("train"), block_size)
+    chosen = choose_by_size(
+        config.optim,
+        config.length,
+        config.rhythm.eval_every,
+        config.batch.global_batch_size,
+        count_parameters(config.model, base.vocab_size),
+        int(ranks.first(items)),
+    )
+    return {name: value for name, value in chosen.items() if name in LEFT_TO_SIZES or name not in typed}
+
+
+def tell_fitted(before: dict[str, Any], fitted: dict[str, Any], dataset: Dataset) -> None:
+    """Prints which settings became smaller because there is little text, and which are left to the sizes of model and
+    data."""
+    left = [f"{name} {value:g}" for name, value in fitted.items() if name in LEFT_TO_SIZES]
+    smaller = [f"{name} {before[name]} -> {value}" for name, value in fitted.items() if name not in LEFT_TO_SIZES]
+    if left:
+        note("info", f"by the size of model and data: {', '.join(left)}")
+    if smaller:
+        train, val = map(dataset.tokens, SPLITS)
+        size = f"{train:,} training and {val:,} validation tokens" if val else f"{train:,} training tokens"
+        note("info", f"{dataset.folder}: little text ({size}): {', '.join(smaller)}")
 
 
 def count_examples(dataset: Dataset, block_size: int) -> int:

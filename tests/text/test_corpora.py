@@ -1,10 +1,15 @@
 """The built-in corpora."""
 
+import ast
+import json
+
 import pytest
 from prepare_helpers import documents_of, prepare_here, write
 
 from gpt.errors import InputError, IntegrityError, ResourceError
-from gpt.text.corpora import SHAKESPEARE_BYTES, shakespeare, standard_library
+from gpt.text.corpora import SHAKESPEARE_BYTES, docstrings, shakespeare, standard_library
+from gpt.text.reader import TokenReader, read_masks
+from gpt.text.shards import FIRST, TARGET, open_dataset
 from gpt.text.sources import Reading, read_pieces
 
 
@@ -51,6 +56,49 @@ def test_this_interpreters_standard_library_has_its_modules_and_no_tests():
     names = {source.path.name for source in sources}
     assert {"argparse.py", "dataclasses.py"} <= names and "test_argparse.py" not in names
     assert origin["files"] == len(sources) > 400
+
+
+FUNCTIONS = '''
+class A:
+    @property
+    def name(self):
+        """Return the
+        name.
+
+        More.
+        """
+        # a comment
+        return self._name
+
+def bare(): """Only a docstring."""
+def none(): return 1
+def long():
+    """Too long."""
+    return NUMBERS
+'''.replace("NUMBERS", str([*range(100)]))
+
+
+def test_docstrings_are_the_prompts_of_their_short_functions(tmp_path, monkeypatch):
+    (tmp_path / "lib").mkdir()
+    write(tmp_path / "lib/a.py", FUNCTIONS)
+    write(tmp_path / "lib/b.py", "def broken(:\n")
+    monkeypatch.setattr("sysconfig.get_path", lambda _: tmp_path / "lib")
+    manifest = prepare_here(tmp_path / "out", corpus="docstrings", val_fraction=0)
+    shards = open_dataset(tmp_path / "out").splits["train"]
+    *ids, end = TokenReader(shards, 257).read(0, shards[0].tokens).tolist()
+    prompt, completion = b'"""Return the name."""\n', b"def name(self):\n    return self._name\n"
+    assert (bytes(ids), end) == (prompt + completion, 256)
+    assert read_masks(shards).tolist() == [FIRST] + [0] * (len(prompt) - 1) + [TARGET] * (len(completion) + 1)
+    assert manifest["source"]["corpus"] == "docstrings"
+
+
+def test_this_interpreters_functions_are_python_that_begins_with_def(tmp_path):
+    [source], _ = docstrings(tmp_path)
+    examples = [json.loads(line) for line in source.spool]
+    assert len(examples) > 2000
+    for example in examples:
+        [function] = ast.parse(example["completion"]).body
+        assert isinstance(function, ast.FunctionDef) and example["completion"].startswith("def ")
 
 
 def test_shakespeare_is_downloaded_checked_and_prepared(tmp_path, server, tinyshakespeare):

@@ -114,6 +114,15 @@ def test_examples_are_cut_to_the_context_and_counted_and_those_without_a_target_
         stream_of(tmp_path / "none", [(ids, 10), (ids[:9], 0)], block_size=32)
 
 
+@pytest.mark.parametrize(("long", "kind"), [(0, ""), (3, "info"), (4, "warning")])
+def test_answers_whose_ends_are_mostly_cut_away_are_warned_of(long, kind, tmp_path, capsys):
+    stream = stream_of(tmp_path, [(list(range(50)), 40)] * long + [(list(range(20)), 5)] * 3, block_size=32)
+    stream.tell_lost("train")
+    said = capsys.readouterr().err
+    assert said.partition(":")[0] == kind
+    assert ("the model will hardly learn where an answer ends" in said) == (kind == "warning")
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_index_is_that_of_a_loop_over_the_mask(seed):
     numbers = np.random.default_rng(seed)
@@ -161,3 +170,14 @@ def test_validation_takes_the_first_examples_with_enough_targets(tmp_path):
     stream = stream_of(tmp_path, examples)
     for eval_tokens, expected in ((1, 3), (3, 3), (4, 6), (59, 60), (60, 60), (1000, 60), (0, 60)):
         assert sum((tokens >= 0).sum() for tokens in stream.validation(4, eval_tokens)) == expected
+
+
+# ---- what a report asks
+
+
+def test_held_out_prompts_are_examples_up_to_what_is_learned_first(tmp_path):
+    examples = [([10 * n + k for k in range(6)], n % 4 + 1) for n in range(9)]
+    expected = [(ids[: 6 - learned], ids[6 - learned :][:3]) for ids, learned in examples]
+    stream = stream_of(tmp_path, examples)
+    assert stream.held_out(9, 3) == stream.held_out(50, 3) == expected
+    assert stream.held_out(3, 3) == [expected[0], expected[3], expected[6]]

@@ -8,7 +8,7 @@ import torch
 
 from gpt.errors import InputError, IntegrityError
 from gpt.loss import IGNORED, inputs_and_targets
-from gpt.text.windows import Prefetch, Windows, mix, permute, require_tokens, validation_batches
+from gpt.text.windows import Prefetch, Windows, held_out_windows, mix, permute, require_tokens, validation_batches
 
 MASK = 2**64 - 1
 GOLDEN = [71145379, 193827747, 102587299, 113509283, 58195877, 31671520, 15277149]
@@ -299,3 +299,18 @@ def test_prefetch_raises_the_error_of_its_thread_where_the_batch_is_taken():
     with pytest.raises(IntegrityError, match="truncated"):
         ahead.take(4, 4)
     ahead.close()
+
+
+# ---- what a report asks
+
+
+@pytest.mark.parametrize("tokens", [1000, 90, 20, 3, 2])
+def test_held_out_prompts_are_pieces_of_the_split_with_what_follows_them(tokens):
+    pieces = held_out_windows(Stream(tokens), 16, 3, 60)
+    for prompt, following in pieces:
+        assert [*prompt, *following] == list(range(prompt[0], prompt[0] + len(prompt) + len(following)))
+        assert 1 <= len(prompt) <= 16 and 1 <= len(following) <= 60
+    if tokens == 1000:
+        spans = [set(prompt + following) for prompt, following in pieces]
+        assert [len(span) for span in spans] == [76] * 3 and len(set.union(*spans)) == 3 * 76  # none overlap
+        assert max(map(max, spans)) - min(map(min, spans)) > 600

@@ -116,7 +116,7 @@ def test_fault_097_limits_below_zero_and_a_run_without_end_are_refused():
     assert LengthConfig(max_steps=1).problems() == []
     [problem] = LengthConfig().problems()
     assert all(name in problem for name in ("max_steps", "max_tokens", "max_epochs", "max_minutes"))
-    assert len(LengthConfig(-1, -1, -1.0, -1.0, -1).problems()) == 5
+    assert len(LengthConfig(-1, -1, -2.0, -1.0, -1).problems()) == 5
     assert BatchConfig(0, 0).problems()
     assert BatchConfig(8, -1).problems()
     assert BatchConfig(8, 4).problems() == BatchConfig(8, 0).problems() == []

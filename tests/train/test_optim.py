@@ -205,7 +205,7 @@ def test_a_rate_is_never_above_lr_nor_below_min_lr_after_warmup(schedule, total)
 
 
 def test_fault_097_every_bad_value_is_one_problem():
-    bad = {"lr": 0.0, "warmup_steps": -1.0, "decay_steps": 2.5, "beta1": 1.0, "beta2": -0.1, "eps": 0.0}
+    bad = {"lr": -1.0, "warmup_steps": -1.0, "decay_steps": 2.5, "beta1": 1.0, "beta2": -0.1, "eps": 0.0}
     found = OptimConfig(**bad, min_lr=1.0, weight_decay=-1.0, grad_clip=-1.0).problems()
     assert len(found) == 9
     assert OptimConfig().problems() == []
