@@ -564,3 +564,12 @@ def test_a_preset_is_run_and_its_snapshots_are_scored(monkeypatch, benchmarks, t
     assert one["kept_seconds"] < one["wall"]
     assert record["summary"]["tiny"]["to_target"] <= one["wall"]
     assert "| tiny" in capsys.readouterr().out
+
+
+def test_padding_is_measured_both_ways(benchmarks, monkeypatch, tmp_path, capsys, one_thread):
+    module, out = benchmarks("padding"), tmp_path / "padding.json"
+    monkeypatch.setattr(module.stream_module, "PADDING", 64)  # put back afterwards
+    run(module, monkeypatch, "--n_layer 1 --n_embd 16 --rounds 1 --json", out)
+    [speeds] = json.loads(out.read_text())["results"]
+    assert list(speeds) == list(module.WAYS) and min(speeds.values()) > 0
+    assert re.search(r"padded to multiples of 64 +\| [\d,]+ ", capsys.readouterr().out)
