@@ -571,5 +571,5 @@ def test_padding_is_measured_both_ways(benchmarks, monkeypatch, tmp_path, capsys
     monkeypatch.setattr(module.stream_module, "PADDING", 64)  # put back afterwards
     run(module, monkeypatch, "--n_layer 1 --n_embd 16 --rounds 1 --json", out)
     [speeds] = json.loads(out.read_text())["results"]
-    assert list(speeds) == list(module.WAYS) and min(speeds.values()) > 0
-    assert re.search(r"padded to multiples of 64 +\| [\d,]+ ", capsys.readouterr().out)
+    assert speeds.keys() == module.WAYS.keys() and min(speeds.values()) > 0
+    assert re.search(r"padded to multiples of 64 +\| [\d,]+", capsys.readouterr().out)
