@@ -192,3 +192,13 @@ def test_a_line_of_text_while_training_answers_the_prompt_of_an_example(val, tmp
     model = gpt.load(out, device="cpu", dtype="fp32", backend="eager")
     [[completion]] = model.generate("ABC" if val else "ab", **tokens)
     assert f"--- sample at step 1\n{printable(completion.text)}\n---" in run.stderr
+
+
+def test_the_first_example_of_a_run_is_shown_once_before_its_first_step(tmp_path):
+    data = make_examples(tmp_path / "data", [([*b"What? Yes.", 256], 5)] * 8)
+    settings = ("tiny", "--data", data, "--out", tmp_path / "out", *FLAGS, "--max_steps")
+    first = train_here(*settings, "1")
+    assert '  given: "What? "\n  learned: "Yes." <|endoftext|>\n' in first.stderr
+    assert first.stderr.index("  given: ") < first.stderr.index("step 1/")
+    again = train_here(*settings, "2")
+    assert again.code == 0 and "  given: " not in again.stderr

@@ -10,6 +10,7 @@ import numpy as np
 
 from gpt.errors import InputError, tell
 from gpt.text.example_stream import ExampleStream
+from gpt.text.examples import shown_example
 from gpt.text.reader import TokenReader, Verifier, read_masks
 from gpt.text.shards import Dataset
 from gpt.text.tokenizer import Tokenizer, load_tokenizer
@@ -86,6 +87,12 @@ class Corpus:
         if not self.has_validation():
             return []
         return self.find_held_out(count, most_ids)
+
+    def tell_first_example(self) -> None:
+        """Prints the first example of the run as the model reads it; nothing for plain text."""
+        if isinstance(self.training, ExampleStream):
+            shown = shown_example(*self.training.example(0), self.tokenizer, in_colour=False)
+            tell(f"info: the first example:\n{shown}")
 
     def sample_prompt(self) -> str:
         """Returns the text after which a run shows what its model writes: "" for plain text, else the prompt of an

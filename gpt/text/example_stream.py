@@ -79,6 +79,12 @@ class ExampleStream:
         elif parts:
             note("info", text)
 
+    def example(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of example `n` of the run, cut to the context and one more, and their mask; both (T,)."""
+        number = self.numbers(n, 1)[0]
+        start, length = int(self.index.starts[number]), int(self.index.lengths[number])
+        return self.reader.read(start, length), self.mask[start : start + length]
+
     def numbers(self, first: int, count: int) -> np.ndarray:
         """Returns which examples of the split are examples `first` to `first + count` (exclusive) of the run, int64."""
         return in_order(np.arange(first, first + count, dtype=np.int64), self.per_epoch, self.seed)[1]

@@ -127,6 +127,8 @@ def open_run(start: Start, ranks: Ranks, hooks: Hooks) -> Iterator[Run]:
         stop.slot = Slot(config.length.stop_after_minutes, 12 * model.num_parameters())  # weights and two moments, fp32
         constant = {"config": flatten(config), "asked": start.asked, "runtime": record, "base": origin}
         saver = Saver(out, state, corpus, recorder, constant, hooks.sampling, config.rhythm, check_in_place, stop.slot)
+        if ranks.leads and progress.step == 0:
+            corpus.tell_first_example()
         with contextlib.closing(corpus):
             samples = SampleTimes(config.rhythm.sample_every)
             run = Run(config, machine, corpus, start.budget, state, step, recorder, saver, stop, samples)
