@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,20 +24,21 @@ from torch import Tensor
 from gpt.checkpoint.read import find_model_folder, load_stored, open_model
 from gpt.checkpoint.weights import StoredModel
 from gpt.config import positional, refuse
+from gpt.device import pick_device
 from gpt.errors import run_main, tell
-from gpt.generate.generator import TextGenerator, greedy_texts, sample_line
+from gpt.generate.generator import TextGenerator, sample_line
 from gpt.generate.sampling import SamplingParams
 from gpt.loss import IGNORED, inputs_and_targets
 from gpt.model import ModelConfig
 from gpt.report.plot import RunPicture
-from gpt.report.report import Answer, write_report
+from gpt.report.report import REPORT, report_errors, write_report
 from gpt.train.budget import BY_THE_CLOCK, BatchConfig, LengthConfig, RhythmConfig
 from gpt.train.finetune import problems_by_size
 from gpt.train.optim import OptimConfig, clip_gradients, gated_step, learning_rate
 from gpt.train.ranks import join
 from gpt.train.runtime import MachineConfig, Runtime, seed_step
-from gpt.train.setup import Hooks, Run, open_run
-from gpt.train.start import find_start, read_settings
+from gpt.train.setup import Run, open_run
+from gpt.train.start import Start, find_start, read_settings
 from gpt.train.state import State
 
 PRESETS = Path(__file__).parent / "presets"
@@ -99,12 +100,14 @@ def main() -> None:
     with join() as ranks:
         config, base, typed = read_settings(CommandLine, TrainConfig, sys.argv[1:], PRESETS, __doc__)
         start = find_start(config, base, typed, ranks)
-        if start.is_finished():
+        held_out = start.corpus.held_out(REPORT_PROMPTS, LINE_TOKENS)
+        if finished := start.is_finished():
             start.say_finished()
-            return
-        hooks = Hooks(train_step, accumulate, asdict(SamplingParams()), RunPicture, report)
-        with open_run(start, ranks, hooks) as run:
-            train(run)
+        else:
+            with open_run(start, ranks, train_step, accumulate, asdict(SamplingParams()), RunPicture) as run:
+                train(run)
+        if ranks.leads and not (finished and (Path(start.config.out) / REPORT).exists()):
+            report(start, held_out)
 
 
 def train(run: Run) -> None:
@@ -113,6 +116,8 @@ def train(run: Run) -> None:
     config, progress, ranks = run.config, run.state.progress, run.ranks
     size, rhythm = config.batch.global_batch_size, config.rhythm
     run.corpus.verifier.start()
+    if ranks.leads and progress.step == 0:
+        run.corpus.tell_first_example()
     with contextlib.closing(run.batches()) as batches, run.profiler() as profiled:
         while True:
             if run.evaluation_due() and run.recorder.evaluated(evaluate(run)):
@@ -207,28 +212,32 @@ def sample(run: Run) -> str:
         heading = f"sample at step {step}, {run.samples.seconds():.0f} s: "
         return heading + sample_line(model, tokenizer, prompt, LINE_TOKENS, seed, width=79 - len(heading))
     generator = TextGenerator(model, tokenizer)
-    settings: dict[str, Any] = {"max_new_tokens": SAMPLE_TOKENS, "seed": seed}
-    [[completion]] = generator.generate([prompt], truncate=True, allow_special=True, **settings)
+    [completion] = generator.continue_ids([prompt], max_new_tokens=SAMPLE_TOKENS, seed=seed)
     return f"--- sample at step {step}\n{completion.text}\n---"
 
 
-def report(run: Run, base: StoredModel | None) -> None:
+def report(start: Start, held_out: list[tuple[list[int], list[int]]]) -> None:
     """Writes report.md into the run folder. In it the base model, if there is one, and the best checkpoint continue the
-    same prompts of the validation set."""
-    out, tokenizer = Path(run.config.out), run.corpus.tokenizer
+    held-out prompts, each of which comes with the ids that follow it in the data."""
+    out, tokenizer, device = Path(start.config.out), start.corpus.tokenizer, pick_device(start.config.machine.device)
+    prompts = [prompt for prompt, _ in held_out]
 
-    def answers() -> list[Answer]:
-        held_out = run.corpus.held_out(REPORT_PROMPTS, LINE_TOKENS)
-        names = {"before": base, "after": open_model(find_model_folder(out))}
-        models = {name: load_stored(stored, device=run.machine.device)[0] for name, stored in names.items() if stored}
-        prompts = [prompt for prompt, _ in held_out]
-        texts = {name: greedy_texts(model, tokenizer, prompts, LINE_TOKENS) for name, model in models.items()}
-        return [
-            Answer(tokenizer.decode(prompt), tokenizer.decode(expected), {name: texts[name][i] for name in texts})
-            for i, (prompt, expected) in enumerate(held_out)
-        ]
+    def texts(stored: StoredModel) -> list[str]:
+        model, _, _ = load_stored(stored, device=device)
+        generator = TextGenerator(model, tokenizer, backend="eager")
+        completions = generator.continue_ids(prompts, max_new_tokens=LINE_TOKENS, temperature=0.0)
+        return [completion.text for completion in completions]
 
-    write_report(out, answers, run.chats)
+    with report_errors(out):
+        answers: dict[str, list[str]] = {}
+        if held_out:
+            base = start.first_base()
+            answers["the prompt"] = [tokenizer.decode(prompt) for prompt in prompts]
+            if base:
+                answers["before"] = texts(base)
+            answers["after" if base else "the model"] = texts(open_model(find_model_folder(out)))
+            answers["in the data"] = [tokenizer.decode(following) for _, following in held_out]
+        write_report(out, answers, start.corpus)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ import torch
 from machine import open_record
 from report import print_columns, reporting
 
-import gpt.text.example_stream as stream_module
 from gpt.loss import inputs_and_targets
 from gpt.model import GPT, ModelConfig
+from gpt.text.example_stream import ExampleStream
 from gpt.text.reader import TokenReader, read_masks
 from gpt.text.shards import FIRST, TARGET, ShardWriter, open_dataset, write_manifest
 from gpt.text.tokenizer import load_tokenizer, save_tokenizer
@@ -42,11 +42,12 @@ def main() -> None:
     config = parser.parse_args(sys.argv[1:])
     record = open_record(config, "cpu", results=[])
     with reporting(config, record, print_table) as save, tempfile.TemporaryDirectory() as folder:
-        measure(config, random_stream(Path(folder)), record, save)
+        write_examples(Path(folder))
+        measure(config, {way: stream_of(Path(folder), padding) for way, padding in WAYS.items()}, record, save)
 
 
-def random_stream(folder: Path) -> stream_module.ExampleStream:
-    """Returns the stream of random examples, whose shards are written into `folder`."""
+def write_examples(folder: Path) -> None:
+    """Writes the random examples as shards into `folder`."""
     numbers, tokenizer = np.random.default_rng(0), load_tokenizer("byte")
     writer = ShardWriter(folder, "train", "uint16", 1 << 20, masks=True)
     for length in numbers.integers(20, 401, EXAMPLES):
@@ -55,31 +56,32 @@ def random_stream(folder: Path) -> stream_module.ExampleStream:
         writer.write(numbers.integers(0, 256, length), documents=1, source_bytes=int(length), mask=mask)
     save_tokenizer(tokenizer, folder)
     write_manifest(folder, tokenizer.manifest_entry, "uint16", {"train": writer.close(), "val": []}, {"inputs": []})
+
+
+def stream_of(folder: Path, padding: int) -> ExampleStream:
+    """Returns the stream of the examples in `folder`, padded to multiples of `padding` tokens."""
     shards = open_dataset(folder).splits["train"]
-    return stream_module.ExampleStream("train", TokenReader(shards, 257), read_masks(shards), CONTEXT, seed=1)
+    return ExampleStream("train", TokenReader(shards, 257), read_masks(shards), CONTEXT, seed=1, padding=padding)
 
 
-def measure(config, stream, record, save):
+def measure(config, streams, record, save):
     """Takes the rounds, and adds the speeds of each to the record."""
     torch.manual_seed(0)
     model = GPT(ModelConfig(config.n_layer, max(1, config.n_embd // 64), config.n_embd, CONTEXT), 257)
     optimizer = make_optimizer(model, OptimConfig())
     for number in range(-1, config.rounds):  # the first round is not counted
-        speeds = {}
-        for way in list(WAYS)[:: 1 if number % 2 else -1]:
+        speeds, first = {}, (number + 1) * BATCH
+        for way in list(streams)[:: 1 if number % 2 else -1]:
             started = time.perf_counter()
-            take_step(model, optimizer, stream, (number + 1) * BATCH, WAYS[way], config.micro_batch_size)
-            seconds = time.perf_counter() - started
-            speeds[way] = stream.tokens((number + 1) * BATCH, BATCH) / seconds
+            take_step(model, optimizer, streams[way].share(first, BATCH, 0, 1, config.micro_batch_size))
+            speeds[way] = streams[way].tokens(first, BATCH) / (time.perf_counter() - started)
         if number >= 0:
             record["results"].append(speeds)
             save()
 
 
-def take_step(model, optimizer, stream, first, padding, micro_batch_size):
-    """Learns from examples `first` to `first + BATCH`, padded to multiples of `padding`."""
-    stream_module.PADDING = padding
-    for part in stream.share(first, BATCH, 0, 1, micro_batch_size):
+def take_step(model, optimizer, micro_batches):
+    for part in micro_batches:
         model(*inputs_and_targets(torch.from_numpy(part))).sum().backward()
     optimizer.step(torch.zeros(()))  # no gradient is infinite
     optimizer.zero_grad()

@@ -19,6 +19,7 @@ from gpt.errors import InputError, note
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILERS = {"cpu": "C++", "cuda": "C"}  # kind of device -> language of the compiler that torch.compile calls for it
 GIB = 1024**3
+NO_MEMORY = "out of memory|can't allocate memory|not enough memory"  # torch's words, on GPUs and on CPUs
 HUGE_PAGE = 2 << 20  # bytes
 ALIGNMENT = 64  # bytes
 OWN_GROUPS = Path("/proc/self/cgroup")  # Linux control groups limit the memory of a container or a batch job
@@ -205,3 +206,10 @@ def empty_together(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> lis
 def lie_together(tensors: list[torch.Tensor]) -> bool:
     """Returns whether `tensors` share one block of memory, as the tensors of `empty_together` do."""
     return len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error says that the memory of the device, or of the host, is used up."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(NO_MEMORY, str(error)) is not None
+    )

@@ -568,8 +568,12 @@ def test_a_preset_is_run_and_its_snapshots_are_scored(monkeypatch, benchmarks, t
 
 def test_padding_is_measured_both_ways(benchmarks, monkeypatch, tmp_path, capsys, one_thread):
     module, out = benchmarks("padding"), tmp_path / "padding.json"
-    monkeypatch.setattr(module.stream_module, "PADDING", 64)  # put back afterwards
+    widths, step = [], module.take_step
+    keep = lambda *words: widths.append({part.shape[1] - 1 for part in words[-1]}) or step(*words)  # noqa: E731
+    monkeypatch.setattr(module, "take_step", keep)
     run(module, monkeypatch, "--n_layer 1 --n_embd 16 --rounds 1 --json", out)
+    assert widths[1:3] == [{512}, {512}] and all(width % 64 == 0 for width in widths[0] | widths[3])
+    assert len(widths[0]) > 1
     [speeds] = json.loads(out.read_text())["results"]
     assert speeds.keys() == module.WAYS.keys() and min(speeds.values()) > 0
     assert re.search(r"padded to multiples of 64 +\| [\d,]+", capsys.readouterr().out)

@@ -659,7 +659,7 @@ def test_a_line_of_text_that_fails_does_not_end_the_run(data, plain, tmp_path, m
     def fail(*_args, **_keywords):
         raise error
 
-    monkeypatch.setattr(gpt.generate.generator.TextGenerator, "generate", fail)
+    monkeypatch.setattr(gpt.generate.generator.TextGenerator, "continue_ids", fail)
     run = tiny(data, tmp_path / "out")
     assert f"sample at step 0, 0 s: ({error})" in run.stderr
     assert fingerprint(tmp_path / "out", LENGTH) == fingerprint(plain, LENGTH)

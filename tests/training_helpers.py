@@ -42,7 +42,7 @@ QUICK = ("--dtype", "fp32", "--threads", "1", "--compile", "off", "--device", "c
 # A run of eight steps with checkpoints at 4 and 8.
 EIGHT_STEPS = ("--max_steps", "8", "--eval_every", "4", "--save_every", "4", "--log_every", "1", "--keep_last", "9")
 DRAW, RunPicture.__call__ = RunPicture.__call__, lambda self: None  # drawing takes a second, for each small run
-REPORT, train.report = train.report, lambda run, base: None  # so does the report, which generates text
+REPORT, train.report = train.report, lambda start, held_out: None  # so does the report, which generates text
 
 
 @dataclass(frozen=True)

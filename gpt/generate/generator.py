@@ -96,6 +96,17 @@ class TextGenerator:
         completions = [sequence.completion for sequence, _ in events if sequence.finish_reason]
         return [completions[i : i + params.num_samples] for i in range(0, len(completions), params.num_samples)]
 
+    def continue_ids(self, prompts: list[list[int]], **settings: Any) -> list[Completion]:
+        """Returns the Completion of each prompt, which is given as ids that fit into the context, at least one.
+        `settings` are those of `generate`, without `num_samples`."""
+        params = [self.params(**settings)] * len(prompts)
+        backend, rows = self.pick(params)
+        numbers: list[int | str] = list(range(1, len(prompts) + 1))
+        sequences = self.sequences([np.array(ids) for ids in prompts], numbers, params, skip=0)
+        with allow_nondeterminism():
+            events = in_order(self.decode(sequences, backend, rows, report=None))
+            return [sequence.completion for sequence, _ in events if sequence.finish_reason]
+
     def stream(self, prompt: str, prompt_id: int | str = 1, **settings: Any) -> Iterator[str]:
         """Returns an iterator over the pieces of one text, each as soon as no later token can change it; the joined
         pieces are the text. The arguments are those of `generate`."""
@@ -233,34 +244,19 @@ def rows_and_steps(params: list[GenerationParams], most_rows: int) -> tuple[int,
     return rows, sum(own.num_samples * own.max_new_tokens for own in params) // rows
 
 
-def sample_line(model: GPT, tokenizer: Tokenizer, prompt: str, tokens: int, seed: int, width: int) -> str:
-    """Returns what a model in training writes after `prompt`, in which special tokens are tokens, in one line of at
-    most `width` characters. Never fails for lack of memory or because of the weights: then returns the reason."""
+def sample_line(model: GPT, tokenizer: Tokenizer, prompt: list[int], tokens: int, seed: int, width: int) -> str:
+    """Returns what a model in training writes after the ids `prompt`, in one line of at most `width` characters. Never
+    fails for lack of memory or because of the weights: then returns the reason."""
     generator = TextGenerator(model, tokenizer, backend="eager")  # it needs no second copy of the weights
     try:
-        with any_order_of_sums():
-            [[completion]] = generator.generate(
-                [prompt], max_new_tokens=tokens, seed=seed, rows=1, truncate=True, allow_special=True
-            )
+        [completion] = generator.continue_ids([prompt], max_new_tokens=tokens, seed=seed)
     except (ResourceError, NonFiniteError) as error:
         return f"({error})"
     return printable(" ".join(completion.text.split()), keep="")[:width]
 
 
-def greedy_texts(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], tokens: int) -> list[str]:
-    """Returns the likeliest continuation, token by token, of each prompt of ids, which fits into the context: up to
-    `tokens` tokens, or to end-of-text."""
-    generator = TextGenerator(model, tokenizer, backend="eager")
-    params = generator.params(max_new_tokens=tokens, temperature=0.0, repetition_penalty=1.0, seed=1)
-    numbers: list[int | str] = list(range(1, len(prompts) + 1))
-    sequences = generator.sequences([np.array(ids) for ids in prompts], numbers, [params] * len(prompts), skip=0)
-    with any_order_of_sums():
-        events = in_order(generator.decode(sequences, "eager", len(prompts), report=None))
-        return [sequence.completion.text for sequence, _ in events if sequence.finish_reason]
-
-
 @contextlib.contextmanager
-def any_order_of_sums() -> Iterator[None]:
+def allow_nondeterminism() -> Iterator[None]:
     """Allows operations that are not deterministic within this context: on a GPU, sampling uses some."""
     mode = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("default")

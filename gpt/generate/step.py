@@ -3,14 +3,13 @@
 Shapes: R rows, V vocabulary, T tokens of one text, N likeliest tokens that are reported."""
 
 import contextlib
-import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from gpt.device import GIB, free_memory, pinned_copy, to_device, upload
+from gpt.device import GIB, free_memory, is_out_of_memory, pinned_copy, to_device, upload
 from gpt.errors import ResourceError
 from gpt.generate.backend import Backend
 from gpt.generate.prefill import WARM_UPS, PaddedPrefill
@@ -23,7 +22,6 @@ from gpt.model import GPT, KVCache
 DRAWS_AHEAD = 512  # positions whose random numbers are made at once: the 120 operations for them take as long as a step
 # Per CUDA graph. Fewer let the GPU wait for the host; more are wasted at the end of a text, and take longer to capture.
 TOKENS_PER_LAUNCH, STEPS_PER_LAUNCH = 16, 4  # tokens of all rows; steps
-NO_MEMORY = "out of memory|can't allocate memory|not enough memory"  # torch's words, on GPUs and on CPUs
 
 
 class Chosen(NamedTuple):
@@ -307,7 +305,7 @@ def memory_errors(model: GPT, rows: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+        if not is_out_of_memory(error):
             raise
         shape = f"{rows} rows, context of {model.config.block_size} tokens"
         needs = f"their cache needs {rows * row_bytes(model) / GIB:.1f} GiB"

@@ -1,69 +1,61 @@
 """report.md: what went into a run, whether it worked, and how to use the model."""
 
+import contextlib
 import math
-import os
 import re
-import shlex
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from gpt.checkpoint.read import STATE, read_manifest
+from gpt.checkpoint.read import STATE
 from gpt.config import to_toml
+from gpt.device import is_out_of_memory
 from gpt.errors import Error, InputError, note, printable
-from gpt.files import read_json, step_folders, write_durably
+from gpt.files import read_json, read_pointer, step_folders, write_durably
 from gpt.model import ModelConfig, count_parameters
 from gpt.report.metrics import History, Point, read_histories
 from gpt.report.plot import PICTURE
+from gpt.text.corpus import Corpus
+from gpt.train.log import pasted, sample_command
 
 REPORT = "report.md"
 MOST_ROWS = 12  # of the table of losses
+ABOUT_ANSWERS = "Beginnings of texts kept back from this run, each continued greedily: always by the likeliest token."
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A held-out prompt, what the data say after it, and what models write there."""
-
-    prompt: str
-    expected: str
-    texts: dict[str, str]
-    """name of a model, such as "before" and "after" -> its text"""
-
-
-def write_report(run: Path, ask: Callable[[], list[Answer]], chat: bool) -> None:
-    """Writes the report of a run folder into it, with the answers that `ask()` returns. If that fails, warns: the
-    checkpoints are saved already."""
+@contextlib.contextmanager
+def report_errors(run: Path) -> Iterator[None]:
+    """Turns what ends the writing of a report into a warning: the run is complete, and its checkpoints are saved."""
+    note("info", f"report: {run / REPORT} (Ctrl-C skips it)")
     try:
-        write_durably(run / REPORT, report(run, ask(), chat))
-    except (Error, OSError, torch.OutOfMemoryError) as error:
-        note("warning", f"{run / REPORT} was not written: {error}")
-    else:
-        note("info", f"report: {run / REPORT}")
+        yield
+    except (Error, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
+        foreseen = isinstance(error, (Error, OSError, KeyboardInterrupt)) or is_out_of_memory(error)
+        if not foreseen:
+            raise
+        why = str(error).partition("\n")[0] or "interrupted"
+        note("warning", f"{run / REPORT} was not written: {why}; the same command writes it")
 
 
-def report(run: Path, answers: list[Answer], chat: bool = False) -> str:
-    """Returns the report of a run folder, in Markdown. `chat`: the model has learned from messages. Raises InputError
-    if the run has no checkpoint with its trainer state or no metrics, IntegrityError if these are damaged."""
+def write_report(run: Path, answers: dict[str, list[str]], corpus: Corpus) -> None:
+    """Writes the report of a run folder into it. `answers` holds the texts of every held-out prompt: name of a column,
+    such as "before", -> its texts; {} if there are none. `corpus` are the data. Raises InputError if the run has no
+    checkpoint with its trainer state or no metrics, IntegrityError if these are damaged, OSError if writing fails."""
     folders = step_folders(run)
     state = read_json(folders[0] / STATE) if folders else None
     if state is None:
-        raise InputError(f"{run}: no checkpoint that can be resumed; train first")
+        raise InputError(f"{run}: no checkpoint that can be resumed")
     [history] = read_histories([run])
-    parts = [
-        f"# {heading(run.resolve().name)}",
-        summary(state, read_manifest(folders[0])["tokenizer"]),
-        *whether_it_worked(history, state, (run / PICTURE).exists()),
-        *(["## The same prompts", ABOUT_ANSWERS, *map(answer_text, answers)] if answers else []),
-        "## What went in",
-        bullets(inputs(state, read_manifest(folders[0]))),
-        f"<details><summary>All settings</summary>\n\n{fenced(to_toml(state['config']), 'toml')}\n\n</details>",
-        "## How to use it",
-        fenced(use_lines(run, chat), "sh"),
-    ]
-    return "\n\n".join(parts) + "\n"
+    sections = {
+        "Did it work?": whether_it_worked(history, state, corpus.has_validation(), (run / PICTURE).exists()),
+        "The same prompts": [ABOUT_ANSWERS, *prompt_texts(answers)] if answers else [],
+        "What went in": [bullets(inputs(state, corpus)), settings(state["config"])],
+        "How to use it": [fenced(use_lines(run, answers, corpus), "sh")],
+    }
+    parts = [f"# {heading(run.resolve().name)}", summary(state, corpus.tokenizer.vocab_size)]
+    for title, texts in sections.items():
+        parts += [f"## {title}", *texts] if texts else []
+    write_durably(run / REPORT, "\n\n".join(parts) + "\n")
 
 
 def heading(name: str) -> str:
@@ -71,11 +63,11 @@ def heading(name: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", printable(name, keep=""))
 
 
-def summary(state: dict[str, Any], tokenizer: dict[str, Any]) -> str:
+def summary(state: dict[str, Any], vocab_size: int) -> str:
     """Returns what the model is, in one sentence."""
     config, base = state["config"], state["base"]
     model = ModelConfig(**{name: config[name] for name in ("n_layer", "n_head", "n_embd", "block_size")})
-    size = f"{count_parameters(model, tokenizer['vocab_size']):,} parameters"
+    size = f"{count_parameters(model, vocab_size):,} parameters"
     shape = (
         f"{model.n_layer} layers of width {model.n_embd}, {model.n_head} heads, a context of {model.block_size} tokens"
     )
@@ -86,11 +78,11 @@ def summary(state: dict[str, Any], tokenizer: dict[str, Any]) -> str:
 # ---- whether it worked
 
 
-def whether_it_worked(history: History, state: dict[str, Any], has_picture: bool) -> list[str]:
+def whether_it_worked(history: History, state: dict[str, Any], is_validated: bool, has_picture: bool) -> list[str]:
     """Returns the part of the report with the losses: the verdict, before and after, the curve."""
     evaluations, best = history.evaluations(), history.best()
     first = evaluations[0] if evaluations and evaluations[0].step == 0 else None
-    parts = ["## Did it work?", verdict(first, best)]
+    parts = [verdict(first, best, is_validated)]
     if best:
         parts.append(before_and_after(first, best, state["progress"]["step"]))
     if has_picture:
@@ -100,22 +92,23 @@ def whether_it_worked(history: History, state: dict[str, Any], has_picture: bool
     return parts
 
 
-def verdict(first: Point | None, best: Point | None) -> str:
+def verdict(first: Point | None, best: Point | None, is_validated: bool) -> str:
     """Returns in words what the evaluations before the first step, if there was one, and at the best step say."""
-    if best is None or best.val_loss is None:
+    if not is_validated:
         return "Nobody knows: there is no validation set. `data/prepare.py --val_fraction 0.05` keeps some text back."
+    if best is None or best.val_loss is None:
+        return "No: the validation loss was never a finite number. A lower `--lr` may help."
     now = f"as if among {count(best)} equally likely ones"
     if first is None or first.val_loss is None:
-        return f"On text that it never learned from, the model chooses each token {now}."
+        return f"On text kept back from this run, the model chooses each token {now}."
     if best.val_loss < first.val_loss:
         return (
-            f"Yes: on text that it never learned from, the loss fell from {first.val_loss:.4f} to {best.val_loss:.4f} "
+            f"Yes: on text kept back from this run, the loss fell from {first.val_loss:.4f} to {best.val_loss:.4f} "
             f"nats per token. The model now chooses each token {now}; before, it was among {count(first)}."
         )
     return (
-        f"No: on text that it never learned from, the loss did not fall ({first.val_loss:.4f} before, "
-        f"{best.val_loss:.4f} at its best). A lower `--lr` may help, or more text, or text that is closer to what the "
-        "base has learned."
+        f"No: on text kept back from this run, the loss did not fall ({first.val_loss:.4f} before, {best.val_loss:.4f} "
+        "at its best). A lower `--lr` may help, or more text, or text that is closer to what the base has learned."
     )
 
 
@@ -163,51 +156,45 @@ def curve(history: History) -> str:
 # ---- the prompts
 
 
-ABOUT_ANSWERS = (
-    "Beginnings of validation texts, from which nothing was learned, each continued greedily: always by the likeliest "
-    "token."
-)
-
-
-def answer_text(answer: Answer) -> str:
-    """Returns a prompt with all that follows it."""
-    texts = {"the prompt": answer.prompt, **answer.texts, "in the data": answer.expected}
-    return "\n\n".join(f"**{name}**\n\n{fenced(text)}" for name, text in texts.items())
+def prompt_texts(answers: dict[str, list[str]]) -> Iterator[str]:
+    """Yields each prompt with all that follows it."""
+    for texts in zip(*answers.values(), strict=True):
+        named = zip(answers, texts, strict=True)
+        yield "\n\n".join(f"**{name}**\n\n{fenced(text)}" for name, text in named)
 
 
 # ---- what went in, and how to use what came out
 
 
-def inputs(state: dict[str, Any], manifest: dict[str, Any]) -> dict[str, str]:
+def inputs(state: dict[str, Any], corpus: Corpus) -> dict[str, str]:
     """Returns what went into a run: name -> text."""
     config, runtime, progress, base = (state[name] for name in ("config", "runtime", "progress", "base"))
-    tokens = {split: sum(entry[1] for entry in entries) for split, entries in shards_of(manifest["dataset"]).items()}
-    sizes = [f"{tokens['train']:,} tokens to learn from"]
-    sizes += [f"{tokens['val']:,} to validate on"] if tokens.get("val") else []
-    seconds = progress["train_seconds"]
-    machines = f", {runtime['world_size']} processes" if runtime["world_size"] > 1 else ""
+    processes = f", {runtime['world_size']} processes" if runtime["world_size"] > 1 else ""
+    origin = {"base": f"`{printable(base['init'], keep='')}` (sha256 {base['sha256'][:16]}…)"} if base else {}
+    seconds = duration(progress["train_seconds"])
     return {
-        "data": f"`{printable(config['data'], keep='')}`: {', '.join(sizes)}",
-        "tokenizer": "{name}, {vocab_size:,} ids".format_map(manifest["tokenizer"]),
-        **({"base": f"`{printable(base['init'], keep='')}` (sha256 {base['sha256'][:16]}…)"} if base else {}),
-        "length": f"{progress['step']:,} steps, {progress['tokens']:,} tokens, {duration(seconds)} of training",
+        "data": f"`{printable(config['data'], keep='')}`: {corpus.description()}",
+        "tokenizer": f"{printable(corpus.tokenizer.name, keep='')}, {corpus.tokenizer.vocab_size:,} ids",
+        **origin,
+        "length": f"{progress['step']:,} steps, {progress['tokens']:,} tokens, {seconds} of training",
         "learning rate": f"{config['lr']:g} ({config['optimizer']}), {config['global_batch_size']} sequences per step",
-        "machine": f"{runtime['device']}, {runtime['precision']}, torch {runtime['torch']}{machines}",
+        "machine": f"{runtime['device']}, {runtime['precision']}, torch {runtime['torch']}{processes}",
     }
 
 
-def shards_of(dataset: dict[str, list[list[Any]]]) -> dict[str, list[list[Any]]]:
-    """Returns split -> its shards, without the masks that lie beside them."""
-    return {split: [entry for entry in entries if not entry[0].endswith(".mask")] for split, entries in dataset.items()}
+def settings(config: dict[str, Any]) -> str:
+    """Returns all settings of a run, folded up."""
+    return f"<details><summary>All settings</summary>\n\n{fenced(to_toml(config), 'toml')}\n\n</details>"
 
 
-def use_lines(run: Path, chat: bool) -> str:
-    """Returns the commands that use the model of a run, for pasting."""
-    folder, best = (shlex.quote(os.path.normpath(path)) for path in (run, run / "best"))
-    name = shlex.quote(f"YOUR_NAME/{run.resolve().name}")
-    lines = [f'python sample.py {folder} --prompt "Once upon a time"']
-    lines += [f"python sample.py {folder} --chat"] if chat else []
-    return "\n".join([*lines, f"hf upload {name} {best} --exclude 'training/*'  # to the Hugging Face hub"])
+def use_lines(run: Path, answers: dict[str, list[str]], corpus: Corpus) -> str:
+    """Returns the commands that use the model of a run, for pasting: a prompt of its own kind, and the upload."""
+    is_example = corpus.dataset.has_examples and not corpus.has_messages and answers
+    prompt = answers["the prompt"][0] if is_example else "Once upon a time"
+    sample = ["--chat"] if corpus.has_messages else ["--prompt", prompt]
+    folder = read_pointer(run, "best") or step_folders(run)[0]
+    upload = ["hf", "upload", f"YOUR_NAME/{run.resolve().name}", folder, "--exclude", "training/*"]
+    return "\n".join([sample_command(run, *sample), f"{pasted(upload)}  # to the Hugging Face hub"])
 
 
 # ---- Markdown

@@ -36,7 +36,8 @@ class Corpus:
         self.validation: Callable[..., Iterator[np.ndarray]]
         """(batch size, eval_tokens, rank, ranks) -> batches of tokens for gpt.loss.inputs_and_targets, the same at
         every call; only there if has_validation()"""
-        self.find_held_out: Callable[[int, int], list[tuple[list[int], list[int]]]]  # the same
+        self.find_held_out: Callable[[int, int], list[tuple[list[int], list[int]]]]
+        """see held_out; only there if has_validation()"""
         if dataset.has_examples:
             self.open_examples(seed)
         else:
@@ -78,6 +79,11 @@ class Corpus:
         if self.has_validation():
             self.validation, self.find_held_out = streams["val"].validation, streams["val"].held_out
 
+    @property
+    def has_messages(self) -> bool:
+        """Whether the data are conversations."""
+        return self.dataset.has_examples and bool(self.tokenizer.additions.chat_template)
+
     def has_validation(self) -> bool:
         return "val" in self.readers
 
@@ -94,13 +100,26 @@ class Corpus:
             shown = shown_example(*self.training.example(0), self.tokenizer, in_colour=False)
             tell(f"info: the first example:\n{shown}")
 
-    def sample_prompt(self) -> str:
-        """Returns the text after which a run shows what its model writes: "" for plain text, else the prompt of an
-        example."""
+    def sample_prompt(self) -> list[int]:
+        """Returns the ids after which a run shows what its model writes: those of an empty prompt for plain text, else
+        the prompt of an example."""
         if not isinstance(self.training, ExampleStream):
-            return ""
+            return self.tokenizer.encode_prompt("")
         [(prompt, _)] = self.held_out(1, 0) or self.training.held_out(1, 0)
-        return self.tokenizer.decode(prompt)
+        return prompt
+
+    def description(self) -> str:
+        """Returns in words what a run learns from and validates on."""
+        parts = [f"{self.dataset.tokens('train'):,} tokens to read"]
+        if isinstance(self.training, ExampleStream):
+            index = self.training.index
+            parts = [f"{self.training.per_epoch:,} examples of {int(index.lengths.sum()):,} tokens"]
+            parts += [f"{int(index.targets.sum()):,} of these are learned"]
+            parts += [f"{index.cut:,} examples are cut to the context"] if index.cut else []
+            parts += [f"{index.dropped:,} without anything to learn are left out"] if index.dropped else []
+        if self.has_validation():
+            parts.append(f"{self.dataset.tokens('val'):,} tokens kept back to validate on")
+        return ", ".join(parts)
 
     def close(self) -> None:
         for reader in self.readers.values():

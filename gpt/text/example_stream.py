@@ -52,8 +52,16 @@ class ExampleStream:
 
     one_shape = False  # batches have several shapes
 
-    def __init__(self, split: str, reader: TokenReader, mask: np.ndarray, block_size: int, seed: int):
-        self.reader, self.mask, self.block_size, self.seed = reader, mask, block_size, seed
+    def __init__(
+        self,
+        split: str,
+        reader: TokenReader,
+        mask: np.ndarray,
+        block_size: int,
+        seed: int,
+        padding: int = PADDING,
+    ):
+        self.reader, self.mask, self.block_size, self.seed, self.padding = reader, mask, block_size, seed, padding
         path = reader.shards[0].path
         if not mask[0] & FIRST:
             raise IntegrityError(f"{mask_path(path)}: no example begins at its first token; re-run data preparation")
@@ -68,13 +76,13 @@ class ExampleStream:
 
     def tell_lost(self, split: str) -> None:
         """Prints a note about examples that are cut to the context, or that have nothing to learn within it; a warning
-        if most are cut."""
+        if most of those to learn from are cut."""
         index = self.index
         parts = [f"{index.cut:,} are cut to {self.block_size + 1} tokens"] if index.cut else []
         parts += [f"{index.dropped:,} have nothing to learn there and are left out"] if index.dropped else []
         text = f"{split}: of {self.per_epoch + index.dropped:,} examples {', '.join(parts)}"
-        if 2 * index.cut > self.per_epoch:
-            advice = "give a larger --block_size or shorter examples"
+        if split == "train" and 2 * index.cut > self.per_epoch:
+            advice = "give shorter examples, or a model with a longer context"
             note("warning", f"{text}: the model will hardly learn where an answer ends; {advice}")
         elif parts:
             note("info", text)
@@ -112,7 +120,7 @@ class ExampleStream:
     def padded(self, chosen: np.ndarray, rows: int) -> np.ndarray:
         """Returns examples as the first rows of an array, int64 (rows, T + 1); further rows are padding."""
         longest = int(self.index.lengths[chosen].max(initial=2)) - 1
-        width = min(-(-longest // PADDING) * PADDING, self.block_size)
+        width = min(-(-longest // self.padding) * self.padding, self.block_size)
         tokens = np.full((rows, width + 1), NOT_LEARNED, dtype=np.int64)
         for row, example in zip(tokens, chosen, strict=False):
             start, length = int(self.index.starts[example]), int(self.index.lengths[example])
@@ -135,12 +143,13 @@ class ExampleStream:
     def held_out(self, count: int, most_ids: int) -> list[tuple[list[int], list[int]]]:
         """Returns up to `count` examples of the split, evenly chosen, as (ids before the first that is learned, up to
         `most_ids` ids that are learned there)."""
-        chosen = sorted({number * self.per_epoch // count for number in range(count)})
         result = []
-        for example in chosen:
-            [row] = self.padded(np.array([example]), 1)
-            ids, learned = np.where(row < 0, ~row, row), np.append(row >= 0, False)
+        for number in sorted({number * self.per_epoch // count for number in range(count)}):
+            start, length = int(self.index.starts[number]), int(self.index.lengths[number])
+            ids = self.reader.read(start, length).tolist()
+            learned = (self.mask[start : start + length] & TARGET) != 0
+            learned[0] = False  # the first token is never a target
             first = int(np.argmax(learned))
-            end = first + int(np.argmin(learned[first:]))
-            result.append((ids[:first].tolist(), ids[first:end][:most_ids].tolist()))
+            end = first + int(np.argmin(np.append(learned[first:], False)))
+            result.append((ids[:first], ids[first:end][:most_ids]))
         return result

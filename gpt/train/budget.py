@@ -157,6 +157,9 @@ class Budget:
     slot_seconds: float = math.inf
     """what is left of stop_after_minutes, as rank 0 measured it at this step; inf before the first"""
 
+    def __post_init__(self) -> None:
+        assert self.length.max_epochs >= 0, "the number of epochs is not chosen yet"
+
     def total_steps(self, progress: Progress) -> int:
         """Returns the step at which the first limit ends the run. It changes if the batch size changes on resume. Under
         max_minutes, or stop_after_minutes alone, it is an estimate from the pace so far."""

@@ -6,9 +6,10 @@ for GPT-2's sizes are published ones: 6.25e-5 for 117M parameters (Radford et al
 transformers' trainer, 3e-5 for 1.5B in nanoGPT's example. Models learn at lower rates the larger they are."""
 
 import math
+from typing import NamedTuple
 
 from gpt.errors import note
-from gpt.train.budget import BY_SIZE, Budget, LengthConfig, Progress
+from gpt.train.budget import BY_SIZE, Budget, LengthConfig, Progress, RhythmConfig
 from gpt.train.optim import OptimConfig
 
 LEARNING_RATES = (  # a model of fewer parameters: peak learning rate of AdamW
@@ -26,6 +27,8 @@ EPOCHS = (  # data of fewer windows or examples: passes over them
 )
 PRETRAINING = 8  # a learning rate so many times that of the table is one for training from scratch
 FEW_STEPS = 20
+LEAST_EVAL_TOKENS = 8192  # an evaluation reads so many tokens, or as many as there are to learn from, if that is more
+LEFT_TO_SIZES: dict[str, float] = {"lr": 0, "max_epochs": BY_SIZE}  # the values that leave a setting to the sizes
 
 
 def rate_for(parameters: int) -> float:
@@ -52,26 +55,41 @@ def problems_by_size(optim: OptimConfig, length: LengthConfig, has_base: bool) -
     return problems
 
 
+class Sizes(NamedTuple):
+    """What the settings of a fine-tune follow from."""
+
+    parameters: int  # of the model
+    items: int  # windows or examples of an epoch
+    train_tokens: int
+    val_tokens: int  # 0: there is no validation set
+
+
 def choose_by_size(
-    optim: OptimConfig, length: LengthConfig, eval_every: int, batch_size: int, parameters: int, items: int
+    optim: OptimConfig, length: LengthConfig, rhythm: RhythmConfig, batch_size: int, sizes: Sizes
 ) -> dict[str, float]:
-    """Returns the settings of a fine-tune that are left to its sizes, name -> value: `lr` and `max_epochs` where they
-    are 0 and BY_SIZE, and a smaller `eval_every` where an epoch has fewer steps. The model has `parameters` parameters,
-    an epoch has `items` windows or examples."""
+    """Returns the settings of a fine-tune that follow from its sizes, name -> value: `lr` and `max_epochs` where they
+    are left to them (no limit of epochs if another limit is set), and an `eval_every` and `eval_tokens` that are small
+    enough for the data."""
     chosen: dict[str, float] = {}
-    if optim.lr == 0:
-        chosen["lr"] = rate_for(parameters)
-    if length.max_epochs == BY_SIZE:
-        chosen["max_epochs"] = epochs_for(items)
-    steps = max(1, items // batch_size)
-    if eval_every > steps:
+    if optim.lr == LEFT_TO_SIZES["lr"]:
+        chosen["lr"] = rate_for(sizes.parameters)
+    if length.max_epochs == LEFT_TO_SIZES["max_epochs"]:
+        has_limit = length.max_steps or length.max_tokens or length.max_minutes
+        chosen["max_epochs"] = 0.0 if has_limit else epochs_for(sizes.items)
+    if not sizes.val_tokens:
+        return chosen
+    steps = max(1, sizes.items // batch_size)
+    if rhythm.eval_every > steps:
         chosen["eval_every"] = steps
+    enough = max(sizes.train_tokens, LEAST_EVAL_TOKENS)
+    if enough < min(rhythm.eval_tokens or math.inf, sizes.val_tokens):
+        chosen["eval_tokens"] = enough
     return chosen
 
 
 def warn_of_mistakes(optim: OptimConfig, budget: Budget, parameters: int) -> None:
-    """Warns if the learning rate of a new fine-tune is one for training from scratch, or if the run has so few steps
-    that the model will hardly learn."""
+    """Warns if the learning rate of a new fine-tune is one for training from scratch, or if epochs give the run so few
+    steps that the model will hardly learn."""
     usual = rate_for(parameters)
     if optim.optimizer == "adamw" and optim.lr >= PRETRAINING * usual:
         note(
@@ -79,8 +97,8 @@ def warn_of_mistakes(optim: OptimConfig, budget: Budget, parameters: int) -> Non
             f"lr {optim.lr:g} is one for training from scratch: the model may forget what it has learned; "
             f"for {parameters:,} parameters {usual:g} is usual",
         )
-    steps = budget.total_steps(Progress())
-    if steps < FEW_STEPS and not (budget.length.max_steps or budget.length.max_minutes or budget.follows_slot()):
+    steps = budget.steps_left(Progress()).get("max_epochs", FEW_STEPS)
+    if steps < FEW_STEPS and steps == budget.total_steps(Progress()):
         note(
             "warning",
             f"the whole run has {steps} steps: the model will learn little; give a smaller --global_batch_size "

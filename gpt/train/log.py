@@ -4,10 +4,12 @@ import collections
 import contextlib
 import json
 import math
+import os
 import shlex
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -214,9 +216,19 @@ def tell_end(reason: str, progress: Progress, out: Path, chat: bool) -> None:
     that uses the model. `chat`: the model has learned from messages."""
     note("info", f"ended: {reason} at step {progress.step}")
     tell_best(progress, out)
+    note("info", f"next: {sample_command(out, *(['--chat'] if chat else []))}")
+
+
+def sample_command(*words: object) -> str:
+    """Returns the command that runs sample.py, beside the program that runs, with these words, for pasting."""
     program = Path(sys.argv[0])
-    sample = f"python {shlex.quote(str(program.with_name('sample.py')))}" if program.suffix == ".py" else "gpt sample"
-    note("info", f"next: {sample} {shlex.quote(str(out))}{' --chat' if chat else ''}")
+    command = ["python", program.with_name("sample.py")] if program.suffix == ".py" else ["gpt", "sample"]
+    return pasted([*command, *words])
+
+
+def pasted(words: Iterable[object]) -> str:
+    """Returns the words of a command as a line for the shell of this system."""
+    return subprocess.list2cmdline(map(str, words)) if os.name == "nt" else shlex.join(map(str, words))
 
 
 def tell_best(progress: Progress, out: Path) -> None:

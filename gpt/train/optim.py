@@ -54,7 +54,7 @@ class OptimConfig:
         problems, usual = [], OptimConfig.momentum
         if self.lr < 0:
             problems.append(f"lr {self.lr} must be above 0")
-        if not 0 <= self.min_lr <= max(self.lr, 0):
+        if self.min_lr < 0 or (self.lr and self.min_lr > max(self.lr, 0)):
             problems.append(f"min_lr {self.min_lr} must be between 0 and lr {self.lr}")
         for name in ("warmup_steps", "decay_steps"):
             value = getattr(self, name)

@@ -2,7 +2,6 @@
 saves time, locks the run folder, and opens log and checkpoints."""
 
 import contextlib
-import functools
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 
-from gpt.checkpoint.weights import StoredModel
 from gpt.config import flatten
 from gpt.errors import InputError, Stopped, note
 from gpt.kernels.cuda_graph import CudaGraph
@@ -55,11 +53,6 @@ class Run:
     def ranks(self) -> Ranks:
         return self.machine.ranks
 
-    @property
-    def chats(self) -> bool:
-        """Whether the model learns from messages."""
-        return self.corpus.dataset.has_examples and bool(self.corpus.tokenizer.additions.chat_template)
-
     def evaluation_due(self) -> bool:
         """Returns whether to evaluate at this step: every eval_every steps, at the last step, and before the first step
         of a fine-tune; but only if there is a validation set and this step is not evaluated yet."""
@@ -91,23 +84,13 @@ class Run:
         return self.budget.spent(self.state.progress) and not self.evaluation_due()
 
 
-@dataclass(frozen=True)
-class Hooks:
-    """What train.py gives to a run."""
-
-    train_step: TrainStep
-    accumulate: Accumulate
-    sampling: dict[str, Any]
-    """the defaults of generation, which are stored in checkpoints"""
-    draw: Callable[[Path], Callable[[], None]]
-    """draw(out) returns a function that draws the loss curves of the run folder `out`"""
-    report: Callable[[Run, StoredModel | None], None]
-    """report(run, base model) writes the report of a run that a limit has ended"""
-
-
 @contextlib.contextmanager
-def open_run(start: Start, ranks: Ranks, hooks: Hooks) -> Iterator[Run]:
-    """Opens the Run that begins at `start`; closes it afterwards. Raises Stopped if a signal ended the loop."""
+def open_run(
+    start: Start, ranks: Ranks, train_step: TrainStep, accumulate: Accumulate, sampling: dict, draw: Callable
+) -> Iterator[Run]:
+    """Opens the Run that begins at `start`; closes it afterwards. `train_step` and `accumulate` are those of train.py,
+    `sampling` the defaults of generation to store in checkpoints; `draw(out)` returns a function that draws the loss
+    curves of the run folder `out`. Raises Stopped if a signal ended the loop."""
     config, progress, corpus = start.config, start.progress, start.corpus
     machine = Runtime(config.machine, ranks, start.checkpoint)
     if config.machine.kernels == "on":
@@ -120,32 +103,26 @@ def open_run(start: Start, ranks: Ranks, hooks: Hooks) -> Iterator[Run]:
         StopFlag() as stop,
         memory.out_of_memory_errors(progress, config.model.block_size),
     ):
-        state, record = build_state(start, model, machine, hooks.accumulate)
-        step = stepper(config, state, machine, record["compile"], corpus.training.one_shape, hooks.train_step)
-        log = start_log(config, progress, start.budget, hooks.draw) if ranks.leads else None
+        state, record = build_state(start, model, machine, accumulate)
+        step = stepper(config, state, machine, record["compile"], corpus.training.one_shape, train_step)
+        log = start_log(config, progress, start.budget, draw) if ranks.leads else None
         recorder = Recorder(log, config.rhythm.log_every, state, start.budget, corpus.training, machine)
         stop.slot = Slot(config.length.stop_after_minutes, 12 * model.num_parameters())  # weights and two moments, fp32
         constant = {"config": flatten(config), "asked": start.asked, "runtime": record, "base": origin}
-        saver = Saver(out, state, corpus, recorder, constant, hooks.sampling, config.rhythm, check_in_place, stop.slot)
-        if ranks.leads and progress.step == 0:
-            corpus.tell_first_example()
-        with contextlib.closing(corpus):
+        saver = Saver(out, state, corpus, recorder, constant, sampling, config.rhythm, check_in_place, stop.slot)
+        with contextlib.closing(corpus), contextlib.closing(log) if log else contextlib.nullcontext():
             samples = SampleTimes(config.rhythm.sample_every)
             run = Run(config, machine, corpus, start.budget, state, step, recorder, saver, stop, samples)
-            with contextlib.closing(log) if log else contextlib.nullcontext():
-                yield run
-            tell_why(run, out, functools.partial(hooks.report, run, start.base))
+            yield run
+        tell_why(run, out)
 
 
-def tell_why(run: Run, out: Path, report: Callable[[], None]) -> None:
-    """Prints why the loop of a run has ended. Calls `report` if a limit has ended the run; raises Stopped if a signal,
-    or the end of the slot, stopped it."""
+def tell_why(run: Run, out: Path) -> None:
+    """Prints why the loop of a run has ended. Raises Stopped if a signal, or the end of the slot, stopped it."""
     progress, stop, length = run.state.progress, run.stop, run.config.length
     stopped = stop.signal is not None or (stop.slot.is_over and not run.is_complete())
     if not run.ranks.any(stopped):  # also waits until rank 0 has saved the last checkpoint
-        if run.ranks.leads:
-            report()
-        tell_end(run.budget.reason(progress), progress, out, run.chats)
+        tell_end(run.budget.reason(progress), progress, out, run.corpus.has_messages)
         return
     tell_best(progress, out)
     by_signal = run.ranks.any(stop.signal is not None)  # the slots of other ranks may end earlier than that of this one

@@ -30,7 +30,7 @@ from gpt.text.reader import read_masks
 from gpt.text.shards import SPLITS, Dataset, open_dataset
 from gpt.text.tokenizer import Tokenizer, choices, load_tokenizer
 from gpt.train.budget import LIMITS, Budget, LengthConfig, Progress, RhythmConfig
-from gpt.train.finetune import choose_by_size, warn_of_mistakes
+from gpt.train.finetune import LEFT_TO_SIZES, Sizes, choose_by_size, warn_of_mistakes
 from gpt.train.metrics_file import logged_evaluation
 from gpt.train.ranks import Ranks
 from gpt.train.runtime import MachineConfig
@@ -43,7 +43,6 @@ def names(config: type) -> set[str]:
 ARCHITECTURE = names(ModelConfig) - {"dropout"}
 # Settings that do not change the result; data is compared by its hashes.
 NOT_COMPARED = {"data", "out", "resume", "verify", "wandb", "profile", "micro_batch_size"}
-LEFT_TO_SIZES = ("lr", "max_epochs")  # by 0 and -1: see gpt/train/finetune.py
 MAY_CHANGE = names(LengthConfig) | names(RhythmConfig) | names(MachineConfig) | NOT_COMPARED
 
 
@@ -152,6 +151,22 @@ class Start:
         evaluates = self.corpus.has_validation() and self.progress.evaluation_due(0, always=True)
         return self.budget.spent(self.progress) and not (self.checkpoint and evaluates)
 
+    def first_base(self) -> StoredModel | None:
+        """Returns the model that the run began with, also if the run continues; None for a run from scratch and, with a
+        note, if the model is gone or has changed."""
+        origin = self.checkpoint.state["base"] if self.checkpoint else None
+        if self.base or not origin:
+            return self.base
+        try:
+            base = open_model(find_model_folder(origin["init"]))
+            if base.sha256() == origin["sha256"]:
+                return base
+            problem = "it has changed since"
+        except (InputError, IntegrityError, ResourceError) as error:
+            problem = str(error)
+        note("info", f"the report lacks the answers of the base model {origin['init']}: {problem}")
+        return None
+
     def say_finished(self) -> None:
         """Prints that nothing is left to do. Removes the exit.json of an earlier failure."""
         why = " (patience)" if self.budget.out_of_patience(self.progress) else ""
@@ -199,13 +214,15 @@ def fit_settings(
     before = flatten(config)
     if checkpoint:
         asked, began = checkpoint.state.get("asked", {}), checkpoint.state["config"]
-        kept = [n for n in before.keys() & asked if before[n] == asked[n] and (n not in typed or n in LEFT_TO_SIZES)]
+        kept = {name for name in before.keys() & asked if before[name] == asked[name] and name not in typed}
+        kept |= {name for name, value in LEFT_TO_SIZES.items() if before[name] == value}
         fitted = {name: began[name] for name in sorted(kept)}
     else:
-        fitted = shrunk(config, typed, dataset, ranks)
+        examples = int(ranks.first(count_examples(dataset, config.model.block_size)))
+        fitted = shrunk(config, typed, dataset, examples, ranks)
         if base:
             config = make_config(type(config), before, fitted)
-            fitted |= sized(config, base, typed, dataset, ranks)
+            fitted |= sized(config, base, typed, dataset, examples, ranks)
         asked = {name: before[name] for name in fitted}
     tell_fitted(before, fitted, dataset)
     config = make_config(type(config), before, fitted)
@@ -213,43 +230,41 @@ def fit_settings(
     return config, asked
 
 
-def shrunk(config: Any, typed: set[str], dataset: Dataset, ranks: Ranks) -> dict[str, Any]:
-    """Returns the context and the batch that must be smaller for the data, name -> value."""
+def shrunk(config: Any, typed: set[str], dataset: Dataset, examples: int, ranks: Ranks) -> dict[str, Any]:
+    """Returns the context and the batch that must be smaller for the data, name -> value; `examples`: the number of
+    training examples, 0 for plain text."""
     train, val = (int(ranks.first(dataset.tokens(split))) for split in SPLITS)
     unit = ranks.size * max(config.batch.micro_batch_size, 1)
     block_size, batch_size = config.model.block_size, config.batch.global_batch_size
-    if dataset.has_examples:
-        examples = int(ranks.first(count_examples(dataset, block_size)))
-        return shrink_to_examples(batch_size, typed, examples, unit) if examples else {}
-    return shrink_to_data(block_size, batch_size, typed, train, val, unit)
+    if examples:
+        return shrink_to_examples(batch_size, typed, examples, unit)
+    return {} if dataset.has_examples else shrink_to_data(block_size, batch_size, typed, train, val, unit)
 
 
-def sized(config: Any, base: StoredModel, typed: set[str], dataset: Dataset, ranks: Ranks) -> dict[str, Any]:
-    """Returns the settings of a fine-tune that follow from the sizes of model and data, name -> value."""
-    block_size = config.model.block_size
-    items = count_examples(dataset, block_size) or windows_per_epoch(dataset.tokens("train"), block_size)
-    chosen = choose_by_size(
-        config.optim,
-        config.length,
-        config.rhythm.eval_every,
-        config.batch.global_batch_size,
-        count_parameters(config.model, base.vocab_size),
-        int(ranks.first(items)),
-    )
+def sized(
+    config: Any, base: StoredModel, typed: set[str], dataset: Dataset, examples: int, ranks: Ranks
+) -> dict[str, Any]:
+    """Returns the settings of a fine-tune that follow from the sizes of model and data, name -> value. Settings in
+    `typed` stay, except those that are left to the sizes."""
+    train, val = (int(ranks.first(dataset.tokens(split))) for split in SPLITS)
+    items = examples or windows_per_epoch(train, config.model.block_size)
+    sizes = Sizes(count_parameters(config.model, base.vocab_size), items, train, val)
+    chosen = choose_by_size(config.optim, config.length, config.rhythm, config.batch.global_batch_size, sizes)
     return {name: value for name, value in chosen.items() if name in LEFT_TO_SIZES or name not in typed}
 
 
 def tell_fitted(before: dict[str, Any], fitted: dict[str, Any], dataset: Dataset) -> None:
-    """Prints which settings became smaller because there is little text, and which are left to the sizes of model and
-    data."""
-    left = [f"{name} {value:g}" for name, value in fitted.items() if name in LEFT_TO_SIZES]
-    smaller = [f"{name} {before[name]} -> {value}" for name, value in fitted.items() if name not in LEFT_TO_SIZES]
-    if left:
-        note("info", f"by the size of model and data: {', '.join(left)}")
+    """Prints which settings follow from the sizes of model and data, and which became smaller because there is little
+    text."""
+    smaller = [name for name in fitted if name in ("block_size", "global_batch_size")]
+    by_size = [f"{name} {value:g}" for name, value in fitted.items() if value and name not in smaller]  # 0: no limit
+    if by_size:
+        note("info", f"by the size of model and data: {', '.join(by_size)}")
     if smaller:
         train, val = map(dataset.tokens, SPLITS)
         size = f"{train:,} training and {val:,} validation tokens" if val else f"{train:,} training tokens"
-        note("info", f"{dataset.folder}: little text ({size}): {', '.join(smaller)}")
+        texts = [f"{name} {before[name]} -> {fitted[name]}" for name in smaller]
+        note("info", f"{dataset.folder}: little text ({size}): {', '.join(texts)}")
 
 
 def count_examples(dataset: Dataset, block_size: int) -> int:

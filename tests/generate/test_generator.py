@@ -12,7 +12,7 @@ from generation_helpers import EOT, generator_of, greedy, random_model, scripted
 from training_helpers import save_step
 
 from gpt.errors import InputError
-from gpt.generate.generator import TextGenerator, greedy_texts, rows_and_steps
+from gpt.generate.generator import TextGenerator, rows_and_steps
 from gpt.generate.sequence import GenerationParams
 from gpt.model import ModelConfig
 from gpt.text.tokenizer import load_tokenizer
@@ -307,15 +307,15 @@ def test_fault_130_a_process_forked_after_generating_with_several_threads_genera
     assert (child, code) == (f"{parent} 1", "0")
 
 
-# ---- for reports
+# ---- prompts of ids
 
 
-def test_the_texts_of_a_report_are_greedy_ones_after_the_given_ids_and_end_at_end_of_text(generator):
-    prompts = [list(b"abc"), [EOT], [0xC3]]
-    texts = greedy_texts(generator.model, generator.tokenizer, prompts, 12)
-    for ids, text in zip(prompts, texts, strict=True):
+def test_prompts_of_ids_are_continued_as_they_are_up_to_end_of_text(generator):
+    prompts = [[*b"abc"], [EOT], [0xC3]]
+    completions = generator.continue_ids(prompts, max_new_tokens=12, temperature=0.0)
+    for ids, completion in zip(prompts, completions, strict=True):
         chosen = []
         while len(chosen) < 12 and (not chosen or chosen[-1] != EOT):
             with torch.no_grad():
                 chosen.append(int(generator.model(torch.tensor([ids + chosen]))[0, :257].argmax()))
-        assert text == generator.tokenizer.decode([i for i in chosen if i != EOT])
+        assert completion.ids == [i for i in chosen if i != EOT]
