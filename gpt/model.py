@@ -303,6 +303,11 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> int:
     return (vocab_size + config.block_size) * config.n_embd + hidden_parameters(config)
 
 
+def total_parameters(config: ModelConfig, vocab_size: int) -> int:
+    """Returns the number of all parameters, as GPT.num_parameters does for a model."""
+    return count_parameters(config, vocab_size) + (13 * config.n_layer + 2) * config.n_embd
+
+
 def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
     """Returns the FLOPs of training on one token, forward and backward: products with weights, and full attention.
     Source: PaLM (Chowdhery et al. 2022), appendix B."""

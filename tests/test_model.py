@@ -9,7 +9,7 @@ from model_helpers import SMALL, VOCABULARY, random_ids, random_model
 
 from gpt.errors import InputError
 from gpt.loss import IGNORED
-from gpt.model import GPT, KVCache, ModelConfig
+from gpt.model import GPT, KVCache, ModelConfig, total_parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,7 +61,7 @@ def test_logits_and_losses_are_those_of_transformers_for_the_same_weights(model)
 def test_gpt2_small_has_124439808_parameters():
     with torch.device("meta"):
         model = GPT(ModelConfig(), 50257)
-    assert model.num_parameters() == 124_439_808
+    assert model.num_parameters() == total_parameters(model.config, model.vocab_size) == 124_439_808
     assert len(model.token.weight) == 50304
 
 

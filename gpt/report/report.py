@@ -12,7 +12,7 @@ from gpt.config import to_toml
 from gpt.device import is_out_of_memory
 from gpt.errors import Error, InputError, note, printable
 from gpt.files import read_json, read_pointer, step_folders, write_durably
-from gpt.model import ModelConfig, count_parameters
+from gpt.model import ModelConfig, total_parameters
 from gpt.report.metrics import History, Point, read_histories
 from gpt.report.plot import PICTURE
 from gpt.text.corpus import Corpus
@@ -67,7 +67,7 @@ def summary(state: dict[str, Any], vocab_size: int) -> str:
     """Returns what the model is, in one sentence."""
     config, base = state["config"], state["base"]
     model = ModelConfig(**{name: config[name] for name in ("n_layer", "n_head", "n_embd", "block_size")})
-    size = f"{count_parameters(model, vocab_size):,} parameters"
+    size = f"{total_parameters(model, vocab_size):,} parameters"
     shape = (
         f"{model.n_layer} layers of width {model.n_embd}, {model.n_head} heads, a context of {model.block_size} tokens"
     )

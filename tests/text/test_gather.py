@@ -20,7 +20,7 @@ def test_fault_002_no_documents(tmp_path, data):
 
 
 def test_fault_002_a_built_in_corpus_without_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr("gpt.text.gather.standard_library", lambda: ([], {}))
+    monkeypatch.setattr("gpt.text.corpora.standard_library", lambda: ([], {}))
     with pytest.raises(InputError, match="--corpus stdlib: no documents"):
         prepare_here(tmp_path / "out", corpus="stdlib", val_fraction=0)
     assert not (tmp_path / "out").exists()
