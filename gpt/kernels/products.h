@@ -1,4 +1,4 @@
-// Products of a few tokens' inputs with a weight matrix in float, bf16 or int8: x @ weight.T + bias.
+// Products of a few tokens' inputs with a weight matrix in float, fp16, bf16 or int8: x @ weight.T + bias.
 //
 // For few tokens the time is that of reading the weights from memory, so every weight is read once. The rows of the
 // matrix (the outputs) are shared among the threads:
