@@ -7,7 +7,6 @@
 //     bytes, prepare, input   inputs of a token -> memory of `bytes` bytes -> registers
 //     start, finish           begin and end of the sum of SPAN inputs, whose memory is SPAN_BYTES long
 //     TOKENS, UNROLLED        tokens in a tile of 4 rows; whether its loop is unrolled; found by trial
-//     BY_ROW                  whether a tile reads its weights row by row: see the kinds of prompts below
 #pragma once
 #include "vectors.h"
 
@@ -24,7 +23,7 @@ struct Fp32 {
     using Sum = Floats;
     static constexpr size_t WIDTH = LANES, SPAN = SIZE_MAX, SPAN_BYTES = 0;  // one span
     static constexpr int TOKENS = 4;
-    static constexpr bool UNROLLED = LANES < 16, BY_ROW = false;
+    static constexpr bool UNROLLED = LANES < 16;
     static size_t bytes(size_t width) { return 4 * width; }
     static void prepare(const float *x, size_t width, uint8_t *to) { memcpy(to, x, 4 * width); }
     static Vector weights(const float *from, size_t count = WIDTH) { return load(from, count); }
@@ -133,7 +132,7 @@ struct Int8 {
     using Sum = Ints;
     static constexpr size_t WIDTH = 4 * LANES, SPAN = 256;
     static constexpr int TOKENS = 4;
-    static constexpr bool UNROLLED = LANES < 8, BY_ROW = false;  // with AVX2, tiles of 4 tokens become slower
+    static constexpr bool UNROLLED = LANES < 8;  // with AVX2, tiles of 4 tokens become slower
     struct Span {
         int8_t inputs[SPAN];
         Ints offset;  // minus the products of these inputs and weights of 0, which are not 0 where 128 is added
@@ -181,25 +180,24 @@ struct Int8 {
 // ---- prompts
 //
 // For many tokens the time is that of the products. Of 16 registers, 12 hold the sums of 3 tokens, 3 their inputs, and
-// one the weights of one row after another. The other kinds read 4 rows at once, which is faster from memory.
+// one the weights of one row after another. Tiles of 4 tokens, whose sums are in memory, are faster for few.
 
-template <class Kind> struct ByRow : Kind {
+template <class Kind> struct InRegisters : Kind {
     static constexpr int TOKENS = 3;
-    static constexpr bool BY_ROW = true;
     static Floats weights(const typename Kind::Weight *from, size_t count = LANES) {
         return in_register(Kind::weights(from, count));
     }
     static Floats input(const uint8_t *span, size_t k) { return in_register(Kind::input(span, k)); }
 };
 template <class Kind> struct Prompt { using Type = Kind; };
-template <> struct Prompt<Fp32> { using Type = std::conditional_t<REGISTERS < 32, ByRow<Fp32>, Fp32>; };
-template <> struct Prompt<Fp16> { using Type = std::conditional_t<REGISTERS < 32, ByRow<Fp16>, Fp16>; };
+template <> struct Prompt<Fp32> { using Type = std::conditional_t<REGISTERS < 32, InRegisters<Fp32>, Fp32>; };
+template <> struct Prompt<Fp16> { using Type = std::conditional_t<REGISTERS < 32, InRegisters<Fp16>, Fp16>; };
 
 #ifndef __AVX512BF16__
 struct Bf16Prompt : Bf16 {
     using Vector = Input;
     static constexpr int TOKENS = 3;
-    static constexpr bool UNROLLED = false, BY_ROW = true;
+    static constexpr bool UNROLLED = false;
     static Vector weights(const uint16_t *from, size_t count = WIDTH) {
         Ints pairs = Bf16::weights(from, count);
         return {in_register((Floats)(pairs << 16)), in_register((Floats)(pairs & -65536))};
