@@ -123,7 +123,7 @@ def pick_backend(name: str, model: GPT, steps: int, rows: int) -> str:
     if name == "captured" and device != "cuda":
         raise InputError(f"backend captured: CUDA graphs need a CUDA device, the model is on {device}; use auto")
     if name == "native" and native_library(name, model) is None:
-        raise InputError("backend native: needs a CPU, fp32, bf16 or int8 weights and a C++ compiler; use auto")
+        raise InputError("backend native: needs a CPU, fp32, bf16, fp16 or int8 weights and a C++ compiler; use auto")
     return "eager" if name == "auto" else name
 
 

@@ -163,7 +163,9 @@ template <class Kind, class T> struct Call {
         const auto *weight = (const typename Kind::Weight *)model.token.weight + batch.ids[token] * C;
         float scale = model.token.scale ? model.token.scale[batch.ids[token]] : 1.0f;
         for (int c = 0; c < C; c++) {
-            float value = sizeof(*weight) == 2 ? widen(Halves{} + uint16_t(weight[c]))[0] : float(weight[c]);
+            float value;
+            if constexpr (std::is_same_v<typename Kind::Weight, int8_t>) value = weight[c];
+            else value = load(weight + c, 1)[0];
             x[token * C + c] = value * scale + model.position[batch.positions[token] * C + c];
         }
     }
@@ -258,7 +260,7 @@ extern "C" int64_t gpt_forward(const Model *model, const Cache *cache, const Bat
             return i + 1;
     }
     constexpr decltype(&run<Fp32, float>) kinds[] = {run<Fp32, float>, run<Bf16, uint16_t>, run<Int8, float>,
-                                                     run<Int8, uint16_t>};
+                                                     run<Int8, uint16_t>, run<Fp16, Half>, run<Int8, Half>};
     kinds[model->kind](*model, *cache, *batch);
     return 0;
 } catch (const std::bad_alloc &) {

@@ -18,8 +18,10 @@ KINDS = {  # (type of the matrices, type of the activations and the cache) -> nu
     (torch.bfloat16, torch.bfloat16): 1,
     (torch.int8, torch.float32): 2,
     (torch.int8, torch.bfloat16): 3,
+    (torch.float16, torch.float16): 4,
+    (torch.int8, torch.float16): 5,
 }
-CHUNK = 64  # tokens of a prompt that go through the model at once: their activations stay in the CPU's cache
+CHUNK = 96  # tokens of a prompt that go through the model at once: a multiple of the 3 or 4 of a tile
 
 
 class Matrix(ctypes.Structure):

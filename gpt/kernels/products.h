@@ -1,4 +1,4 @@
-// Products of a few tokens' inputs with a weight matrix in float, bf16 or int8: x @ weight.T + bias.
+// Products of a few tokens' inputs with a weight matrix in float, fp16, bf16 or int8: x @ weight.T + bias.
 //
 // For few tokens the time is that of reading the weights from memory, so every weight is read once. The rows of the
 // matrix (the outputs) are shared among the threads:
@@ -15,6 +15,7 @@
 namespace {
 
 constexpr int STRIPES_AHEAD = 2;  // the distance at which weights are fetched from memory: with 1 they come late
+constexpr bool BY_ROW = REGISTERS < 32;  // reads a row's weights when it is multiplied, not those of all rows at once
 
 struct Matrix {  // as native_model.py declares it
     const void *weight;         // (rows, width)
@@ -56,10 +57,10 @@ __attribute__((noinline)) void tile(const typename Kind::Weight *weight, size_t 
                         __builtin_prefetch(ahead + row * width + k, 0, 2);
                 };
                 auto multiply = [&](typename Kind::Sum &sum, int row, int token) __attribute__((always_inline)) {
-                    if (Kind::BY_ROW && token == 0) read_row(row);
+                    if (BY_ROW && token == 0) read_row(row);
                     Kind::multiply(sum, inputs[token], rows[row]);
                 };
-                for (int row = 0; row < TOGETHER && !Kind::BY_ROW; row++) read_row(row);
+                for (int row = 0; row < TOGETHER && !BY_ROW; row++) read_row(row);
                 for (int token = 0; token < TOKENS; token++) inputs[token] = Kind::input(span + token * stride, k);
                 (multiply(sums[I], I / TOKENS, I % TOKENS), ...);
             };

@@ -1,5 +1,6 @@
-// Vectors of floats as wide as the CPU's registers: reading, writing, bf16, fused multiply-add, sums in a fixed order,
-// exp and GELU. The vector types are extensions of GCC and clang, which translate them into the CPU's instructions.
+// Vectors of floats as wide as the CPU's registers: reading, writing, bf16 and fp16, fused multiply-add, sums in a
+// fixed order, exp and GELU. The vector types are extensions of GCC and clang, which translate them into the CPU's
+// instructions.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -28,6 +29,7 @@ constexpr int LANES = 4, REGISTERS = 32;  // as NEON
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));  // bf16; a bf16 is the upper half of a float
+struct Half { uint16_t bits; };  // fp16; a uint16_t alone is a bf16
 using Lanes = std::make_index_sequence<LANES>;
 
 inline size_t round_up(size_t count, size_t multiple) { return (count + multiple - 1) / multiple * multiple; }
@@ -54,17 +56,53 @@ inline Halves narrow(Floats x) {  // float -> nearest bf16, ties to even
     Ints bits = (Ints)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
     return __builtin_convertvector((x == x ? rounded : bits | 0x400000) >> 16, Halves);
 }
+inline Floats widen_half(Halves x) {  // fp16 -> float
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtph_ps((__m256i)x);
+#elif defined(__F16C__)
+    return (Floats)_mm256_cvtph_ps((__m128i)x);
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+    return (Floats)vcvt_f32_f16((float16x4_t)x);
+#else
+    Ints bits = __builtin_convertvector(x, Ints), size = (bits & 0x7fff) << 13, sign = (bits & 0x8000) << 16;
+    Ints normal = size + (112 << 23);  // the exponent of a float is larger by 112
+    Ints subnormal = (Ints)((Floats)(size + (113 << 23)) - 0x1p-14f);
+    return (Floats)(sign | (size < 1 << 23 ? subnormal : size >= 31 << 23 ? size | 0x7f800000 : normal));
+#endif
+}
+inline Halves narrow_half(Floats x) {  // float -> nearest fp16, ties to even, infinite from 65520 on
+#if defined(__AVX512F__)
+    return (Halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+    return (Halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+    return (Halves)vcvt_f16_f32((float32x4_t)x);
+#else
+    Ints size = (Ints)x & 0x7fffffff, sign = ((Ints)x >> 16) & 0x8000;
+    Ints normal = (size - (112 << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+    Ints subnormal = (Ints)((Floats)size + 0.5f) - 0x3f000000;  // the addition rounds to multiples of 2^-24
+    Ints large = x == x ? Ints{} + 0x7c00 : Ints{} + 0x7e00;
+    return __builtin_convertvector(sign | (size < 113 << 23 ? subnormal : size < 143 << 23 ? normal : large), Halves);
+#endif
+}
 inline Floats load(const float *from, int count = LANES) {
     return count >= LANES ? read<Floats>(from) : read<Floats>(from, 4 * count);
 }
 inline Floats load(const uint16_t *from, int count = LANES) {
     return widen(count >= LANES ? read<Halves>(from) : read<Halves>(from, 2 * count));
 }
+inline Floats load(const Half *from, int count = LANES) {
+    return widen_half(count >= LANES ? read<Halves>(from) : read<Halves>(from, 2 * count));
+}
 inline void store(float *to, Floats x, int count = LANES) {
     count >= LANES ? memcpy(to, &x, sizeof x) : memcpy(to, &x, 4 * count);
 }
 inline void store(uint16_t *to, Floats x, int count = LANES) {
     Halves half = narrow(x);
+    count >= LANES ? memcpy(to, &half, sizeof half) : memcpy(to, &half, 2 * count);
+}
+inline void store(Half *to, Floats x, int count = LANES) {
+    Halves half = narrow_half(x);
     count >= LANES ? memcpy(to, &half, sizeof half) : memcpy(to, &half, 2 * count);
 }
 

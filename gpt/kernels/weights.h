@@ -1,4 +1,4 @@
-// The kinds of weights, float, bf16 and int8: how their products with a token's inputs are summed up on this CPU.
+// The kinds of weights, float, fp16, bf16 and int8: how their products with a token's inputs are summed up on this CPU.
 //
 // A kind has
 //     Weight                  a weight in memory
@@ -7,7 +7,6 @@
 //     bytes, prepare, input   inputs of a token -> memory of `bytes` bytes -> registers
 //     start, finish           begin and end of the sum of SPAN inputs, whose memory is SPAN_BYTES long
 //     TOKENS, UNROLLED        tokens in a tile of 4 rows; whether its loop is unrolled; found by trial
-//     BY_ROW                  whether a tile reads its weights row by row: see the kinds of prompts below
 #pragma once
 #include "vectors.h"
 
@@ -24,7 +23,7 @@ struct Fp32 {
     using Sum = Floats;
     static constexpr size_t WIDTH = LANES, SPAN = SIZE_MAX, SPAN_BYTES = 0;  // one span
     static constexpr int TOKENS = 4;
-    static constexpr bool UNROLLED = LANES < 16, BY_ROW = false;
+    static constexpr bool UNROLLED = LANES < 16;
     static size_t bytes(size_t width) { return 4 * width; }
     static void prepare(const float *x, size_t width, uint8_t *to) { memcpy(to, x, 4 * width); }
     static Vector weights(const float *from, size_t count = WIDTH) { return load(from, count); }
@@ -32,6 +31,11 @@ struct Fp32 {
     static Sum start(const uint8_t *) { return Sum{}; }
     static void multiply(Sum &sum, Input input, Vector weight) { sum = multiply_add(input, weight, sum); }
     static Floats finish(Floats, Sum sum, const uint8_t *) { return sum; }
+};
+
+struct Fp16 : Fp32 {
+    using Weight = Half;
+    static Vector weights(const Half *from, size_t count = WIDTH) { return load(from, count); }
 };
 
 #ifdef __AVX512BF16__
@@ -77,16 +81,15 @@ struct Bf16 : Fp32 {  // of each pair of weights, one is a float after a shift, 
 //
 // Inputs are rounded to int8 too, with one scale for each span of 256 inputs, as large values often stand alone:
 //     sum of a span = scale * sum(weight * input)                    the sum is exact
-// Where an instruction multiplies unsigned by signed bytes and adds four products to an int32, this is
-//     scale * (sum((weight + 128) * input) - 128 * sum(input))
+// Where an instruction multiplies unsigned by signed bytes and adds four products to an int32, this is, in each lane,
+//     scale * (sum((weight + 128) * input) - sum((0 + 128) * input))
 // Such instructions are written as assembly, since GCC 12 would copy the sums of their intrinsics.
 
 typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
 
 #if (defined(__AVX512VNNI__) && defined(__AVX512F__)) || defined(__AVXVNNI__)
-constexpr int ADDED = 128;  // to each weight
 using Int8Weights = Ints;
-inline Int8Weights int8_weights(Ints bytes) { return bytes ^ int32_t(0x80808080); }
+inline Int8Weights int8_weights(Ints bytes) { return bytes ^ int32_t(0x80808080); }  // + 128
 inline void add_products(Ints &sum, Int8Weights weight, Ints input) {
 #ifdef __AVX512F__
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(input));
@@ -95,7 +98,6 @@ inline void add_products(Ints &sum, Int8Weights weight, Ints input) {
 #endif
 }
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int ADDED = 0;
 struct Int8Weights { __m256i value, magnitude; };
 inline Int8Weights int8_weights(Ints bytes) { return {(__m256i)bytes, _mm256_abs_epi8((__m256i)bytes)}; }
 inline void add_products(Ints &sum, const Int8Weights &weight, Ints input) {  // the input gets the weight's sign
@@ -103,7 +105,6 @@ inline void add_products(Ints &sum, const Int8Weights &weight, Ints input) {  //
     sum += (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 #elif defined(__ARM_NEON) && defined(__aarch64__)
-constexpr int ADDED = 0;
 using Int8Weights = int8x16_t;
 inline Int8Weights int8_weights(Ints bytes) { return (int8x16_t)bytes; }
 inline void add_products(Ints &sum, Int8Weights weight, Ints input) {
@@ -115,7 +116,6 @@ inline void add_products(Ints &sum, Int8Weights weight, Ints input) {
 #endif
 }
 #else
-constexpr int ADDED = 0;
 struct Int8Weights { Shorts even, odd; };
 inline Int8Weights int8_weights(Ints bytes) { return {(Shorts)bytes << 8 >> 8, (Shorts)bytes >> 8}; }
 inline void add_products(Ints &sum, const Int8Weights &weight, Ints bytes) {
@@ -132,10 +132,10 @@ struct Int8 {
     using Sum = Ints;
     static constexpr size_t WIDTH = 4 * LANES, SPAN = 256;
     static constexpr int TOKENS = 4;
-    static constexpr bool UNROLLED = LANES < 8, BY_ROW = false;  // with AVX2, tiles of 4 tokens become slower
+    static constexpr bool UNROLLED = LANES < 8;  // with AVX2, tiles of 4 tokens become slower
     struct Span {
         int8_t inputs[SPAN];
-        Ints offset;  // -ADDED * sum of the inputs, as one lane of several
+        Ints offset;  // minus the products of these inputs and weights of 0, which are not 0 where 128 is added
         Floats scale;
     };
     static constexpr size_t SPAN_BYTES = sizeof(Span);
@@ -153,14 +153,17 @@ struct Int8 {
             Ints size = (Ints)load(x + k) & 0x7fffffff;
             most = (Floats)(size > (Ints)most ? size : (Ints)most);  // inf and nan have more bits than all numbers
         }
-        int32_t bits = 0, sum = 0;
+        int32_t bits = 0;
         for (int lane = 0; lane < LANES; lane++) bits = std::max(bits, ((Ints)most)[lane]);
         float scale = read<float>(&bits) / 127, inverse = scale > 0 ? 1.0f / scale : 0.0f;
         for (size_t k = 0; k < count; k++) {
             float shifted = x[k] * inverse + 12582912.0f;  // + 1.5 * 2^23: the nearest whole number in the lowest bits
-            sum += span.inputs[k] = int8_t(read<int32_t>(&shifted));
+            span.inputs[k] = int8_t(read<int32_t>(&shifted));
         }
-        span.offset = Ints{-ADDED * sum};
+        Ints products = {};
+        for (size_t k = 0; k < count; k += WIDTH)
+            add_products(products, int8_weights(Ints{}), read<Input>(span.inputs + k));
+        span.offset = -products;
         span.scale = Floats{} + scale;
     }
     static Vector weights(const int8_t *from, size_t count = WIDTH) {
@@ -177,22 +180,24 @@ struct Int8 {
 // ---- prompts
 //
 // For many tokens the time is that of the products. Of 16 registers, 12 hold the sums of 3 tokens, 3 their inputs, and
-// one the weights of one row after another. The other kinds read 4 rows at once, which is faster from memory.
+// one the weights of one row after another. Tiles of 4 tokens, whose sums are in memory, are faster for few.
 
-struct Fp32Prompt : Fp32 {
+template <class Kind> struct InRegisters : Kind {
     static constexpr int TOKENS = 3;
-    static constexpr bool BY_ROW = true;
-    static Vector weights(const float *from, size_t count = WIDTH) { return in_register(Fp32::weights(from, count)); }
-    static Input input(const uint8_t *span, size_t k) { return in_register(Fp32::input(span, k)); }
+    static Floats weights(const typename Kind::Weight *from, size_t count = LANES) {
+        return in_register(Kind::weights(from, count));
+    }
+    static Floats input(const uint8_t *span, size_t k) { return in_register(Kind::input(span, k)); }
 };
 template <class Kind> struct Prompt { using Type = Kind; };
-template <> struct Prompt<Fp32> { using Type = std::conditional_t<REGISTERS < 32, Fp32Prompt, Fp32>; };
+template <> struct Prompt<Fp32> { using Type = std::conditional_t<REGISTERS < 32, InRegisters<Fp32>, Fp32>; };
+template <> struct Prompt<Fp16> { using Type = std::conditional_t<REGISTERS < 32, InRegisters<Fp16>, Fp16>; };
 
 #ifndef __AVX512BF16__
 struct Bf16Prompt : Bf16 {
     using Vector = Input;
     static constexpr int TOKENS = 3;
-    static constexpr bool UNROLLED = false, BY_ROW = true;
+    static constexpr bool UNROLLED = false;
     static Vector weights(const uint16_t *from, size_t count = WIDTH) {
         Ints pairs = Bf16::weights(from, count);
         return {in_register((Floats)(pairs << 16)), in_register((Floats)(pairs & -65536))};

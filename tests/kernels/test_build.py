@@ -399,7 +399,7 @@ def test_the_code_for_other_cpus_gives_no_warning_and_multiplies_bytes_as_they_d
         code = str(tmp_path / f"{source}.o")
         subprocess.run([compiler, *build.COMMON, flag, *warnings, "-c", build.FOLDER / source, "-o", code], check=True)
         shown = subprocess.run([disassembler, "--disassemble", "--demangle", code], capture_output=True, text=True)
-        return shown.stdout.split("\n\n")
+        return re.split(r"\n\n(?!\w+ <\.L)", shown.stdout)  # labels inside of functions, which RISC-V's code keeps
 
     with ThreadPoolExecutor() as threads:
         found = threads.map(functions, itertools.chain(*build.SOURCES.values()))

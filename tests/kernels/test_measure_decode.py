@@ -13,8 +13,8 @@ from gpt.quantize import to_int8
 
 VOCABULARY = 300
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24)
-FP32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8
-KINDS = [(FP32, FP32), (BF16, BF16), (INT8, FP32), (INT8, BF16)]
+FP32, BF16, FP16, INT8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
+KINDS = [(FP32, FP32), (BF16, BF16), (FP16, FP16), (INT8, FP32), (INT8, BF16), (INT8, FP16)]
 LIBRARY, NEXT_VERSION = SimpleNamespace(_name="/a/generation-1.so"), SimpleNamespace(_name="/a/generation-2.so")
 
 
@@ -86,7 +86,7 @@ def test_precisions_are_compared_by_decode_steps_of_equal_models(kernels, contes
     shapes = [make_shape(*kind) for kind in KINDS]
     for shape, plain in itertools.product(shapes, shapes):
         decodes_faster(shape, plain, 3, kernels)
-    assert len({question for question, _ in contests}) == 16
+    assert len({question for question, _ in contests}) == len(KINDS) ** 2
     with torch.inference_mode():
         logits = [way().float() for _, contest in contests for way in contest()]
     for found in logits:

@@ -20,7 +20,7 @@ from gpt.quantize import to_int8
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARY = 211
-KINDS = ("fp32", "bf16", "int8", "int8 in bf16")
+KINDS = ("fp32", "bf16", "fp16", "int8", "int8 in bf16")
 WIDE = (12, 768)  # heads and width of the smallest GPT-2
 SHAPES = [(3, 24), (2, 30), (1, 7), (4, 96), (2, 96), (2, 128), WIDE]  # width of a head: 8, 15, 7, 24, 48, 64, 64
 
@@ -41,6 +41,8 @@ def as_kind(model, kind):
     model = copy.deepcopy(model)
     if "bf16" in kind:
         model = model.bfloat16()
+    if "fp16" in kind:
+        model = model.half()
     return to_int8(model) if "int8" in kind else model
 
 
@@ -129,10 +131,13 @@ def test_logits_of_unequal_rows_are_those_of_the_uncached_model_in_fp32(kernels,
     assert cache.lengths.tolist() == [length + 5 for length in lengths]
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int8 in bf16"])
-@pytest.mark.parametrize(("heads", "width"), [(2, 30), WIDE])
+SMALL = [(*shape, kind) for shape in ((2, 30), WIDE) for kind in KINDS[1:]]
+
+
+@pytest.mark.parametrize(("heads", "width", "kind"), [*SMALL, (2, 30, "int8 in fp16")])
 def test_the_logit_error_of_small_weights_is_within_its_bound(kernels, heads, width, kind):
-    bound = {"bf16": 0.01, "int8": 1e-5 if width == 30 else 0.01, "int8 in bf16": 0.03}[kind]
+    bounds = {"bf16": 0.01, "fp16": 0.001, "int8": 1e-5 if width == 30 else 0.01}
+    bound = bounds.get(kind, 0.03)
     original = make_model(heads, width)
     model, ids, lengths = as_kind(original, kind), random_ids(2, 60), [3, 40]
     rounded = dequantized(model, original) if "int8" in kind else copy.deepcopy(model).float()
@@ -144,15 +149,20 @@ def test_the_logit_error_of_small_weights_is_within_its_bound(kernels, heads, wi
     assert error < bound
 
 
-@pytest.mark.parametrize(("kind", "inputs"), [("int8", "no ties"), *product(KINDS[2:], ["ties", "largest", "zeros"])])
+INT8_INPUTS = [("int8", "no ties"), ("int8", "no ties, one sign"), *product(KINDS[3:], ["ties", "largest", "zeros"])]
+
+
+@pytest.mark.parametrize(("kind", "inputs"), INT8_INPUTS)
 @pytest.mark.parametrize("width", [7, 256, 300, 520])
 def test_an_int8_product_rounds_its_inputs_in_spans_of_256_and_sums_exactly(kernels, width, kind, inputs):
     model = as_kind(make_model(1, width, layers=1), kind)
-    x = inputs_of_spans(width, ties=inputs != "no ties")
+    x = inputs_of_spans(width, ties="no ties" not in inputs)
     if inputs == "largest":  # sums of 16 bits, where there are any, come close to their limits
         x[:], model.token.weight[:100], model.token.weight[100:120] = 1, 127, -127
     elif inputs == "zeros":
         x[-256:] = 0
+    elif "one sign" in inputs:  # the sums that are subtracted with VNNI are large
+        x.abs_()
     model.ln_f.weight.zero_()  # so that its bias is what the head gets
     model.ln_f.bias.copy_(x)
     arrays = (tensor.double().numpy() for tensor in (model.ln_f.bias, model.token.weight, model.token.scale))
@@ -160,6 +170,34 @@ def test_an_int8_product_rounds_its_inputs_in_spans_of_256_and_sums_exactly(kern
     for rows in range(1, 6):
         logits = NativeModel(model, kernels).decode(torch.arange(rows), KVCache(model.config, rows, model.dtype))
         assert np.abs(logits.double().numpy() - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+def test_every_finite_weight_in_fp16_is_read_exactly(kernels):
+    model = GPT(ModelConfig(1, 1, 32, 8), 2048).eval().requires_grad_(False).half()
+    numbers = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.float16)
+    model.token.weight.copy_(numbers.nan_to_num(0, 0, 0).view(2048, 32))
+    model.ln_f.weight.zero_()  # so that its bias is what the head gets
+    for column in range(32):
+        model.ln_f.bias.copy_(torch.arange(32) == column)
+        rows = column % 8 + 1
+        logits = NativeModel(model, kernels).decode(torch.arange(rows), KVCache(model.config, rows, model.dtype))
+        assert all(torch.equal(row, model.token.weight[:, column].float()) for row in logits)
+
+
+def test_keys_and_values_in_fp16_are_the_nearest_numbers(kernels):
+    bits = torch.cat([torch.linspace(0, 0x3FF, 50), torch.linspace(0x400, 0x7BFE, 145)]).to(torch.int16)
+    below, above = (
+        each.view(torch.float16).float() for each in (bits, bits + 1)
+    )  # neighbours; at first subnormal ones
+    ties = torch.cat([(below + above) / 2, torch.tensor([65520, 1e6, math.inf, math.nan, 1e-40])])
+    values = torch.cat([ties, *(ties.nextafter(torch.tensor(end)) for end in (0.0, math.inf))])
+    model = make_model(1, 600, layers=1).half()
+    model.blocks[0].attn.qkv.weight.zero_()
+    model.blocks[0].attn.qkv.bias = nn.Parameter(torch.cat([torch.zeros(600), values, -values]))
+    cache = KVCache(model.config, 1, model.dtype)
+    NativeModel(model, kernels).prefill(random_ids(1, 1), cache)
+    found = torch.cat([cache.keys[0][0, 0, 0], cache.values[0][0, 0, 0]])
+    assert torch.equal(found.view(torch.int16), torch.cat([values, -values]).half().view(torch.int16))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -250,8 +288,8 @@ def test_ids_and_positions_that_do_not_exist_are_refused(kernels):
 
 def test_only_models_of_one_known_kind_on_the_cpu_are_supported():
     model = make_model()
-    assert all(supports(as_kind(model, kind)) for kind in KINDS)
-    assert not supports(copy.deepcopy(model).half())
+    assert all(supports(as_kind(model, kind)) for kind in (*KINDS, "int8 in fp16"))
+    assert not supports(copy.deepcopy(model).double())
     assert not supports(copy.deepcopy(model).to("meta"))
     mixed = copy.deepcopy(model)
     mixed.blocks[1].mlp.bfloat16()
