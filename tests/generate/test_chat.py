@@ -120,7 +120,14 @@ def test_help_names_every_command(talk):
     assert all(command in told for command in ("/system", "/set", "/reset", "/help", "/quit", "Ctrl-C", "Ctrl-D"))
 
 
-@pytest.mark.parametrize("template, why", [("", "has not learned from messages"), ("{{ x }}", "of another program")])
-def test_a_model_without_our_template_is_refused(talk, template, why):
-    with pytest.raises(InputError, match=f"--chat: this model .*{why}"):
-        talk("a\n", "", generator=generator_with(template))
+def test_a_model_without_a_template_is_refused(talk):
+    with pytest.raises(InputError, match=r"--chat: this model has not learned from messages"):
+        talk("a\n", "", generator=generator_with(""))
+
+
+def test_a_model_with_the_template_of_another_program_is_asked_by_it(talk):
+    template = "{% for m in messages %}{{ m.role[0] + ': ' + m.content + eos_token }}{% endfor %}"
+    asked, written, told = talk("Hi\nBye<|endoftext|>\nNo\n", "Yo|Ok|", generator=generator_with(template))
+    assert asked == ["u: Hi|", "u: Hi|a: Yo|u: No|"]
+    assert written == "Yo\nOk\n"
+    assert "error: the content of a message holds the special token <|endoftext|>" in told
