@@ -26,8 +26,9 @@ from gpt.text.tokenizer import Tokenizer
 from gpt.train.metrics_file import METRICS
 
 Json = dict[str, Any]
-NOT_SHOWN = {  # settings that say where a run was made, and how often it wrote something
-    *("data", "out", "init", "resume", "tokenizer", "verify", "wandb", "profile", "device", "threads"),
+NOT_SHOWN = {  # settings of the size, which stands above; of the place and the machine; of what a run writes
+    *("n_layer", "n_head", "n_embd", "block_size", "data", "out", "init", "resume", "tokenizer", "verify"),
+    *("wandb", "profile", "device", "dtype", "compile", "kernels", "threads", "stop_after_minutes"),
     *("log_every", "eval_every", "save_every", "sample_every", "keep_last", "keep_every"),
 }
 CHAT = '[{"role": "user", "content": "Hello"}]'
@@ -190,7 +191,7 @@ def amount(facts: Facts, split: str) -> str:
 
 
 def training(facts: Facts) -> str:
-    """Returns the section on the training, "" if nothing is known of it."""
+    """Returns the section on the training, "" if nothing is known of it. Leaves out settings that are off."""
     progress, runtime = facts.progress, facts.runtime
     if not progress:
         return ""
@@ -201,7 +202,7 @@ def training(facts: Facts) -> str:
         count = runtime.get("world_size", 1)
         words.append(f"on {runtime.get('device')}{f' × {count}' if count > 1 else ''} in {runtime.get('precision')}")
     by = f"gpt-text-generator {__version__}" + (f", torch {runtime['torch']}" if "torch" in runtime else "")
-    shown = {name: value for name, value in facts.settings.items() if name not in NOT_SHOWN and value not in ("", None)}
+    shown = {name: value for name, value in facts.settings.items() if value and name not in NOT_SHOWN}
     lines = ["## Training", "", f"{', '.join(words)}, with {by}."]
     return "\n".join(lines + (["", "```toml", to_toml(shown).rstrip(), "```"] if shown else []))
 

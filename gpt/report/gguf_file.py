@@ -5,6 +5,8 @@ tokenizer is the same byte-level BPE: the spelled tokens by their ids, the list 
 that it knows. The package leaves out empty arrays, which llama.cpp then misses, so a tokenizer without merges gets one
 that can never apply."""
 
+import contextlib
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -228,12 +230,17 @@ def check_gguf(path: Path, model: GPT, words: Words, kind: str) -> None:
 
 
 def check_ids(path: Path, tokenizer: Tokenizer) -> None:
-    """Raises InputError if llama.cpp, where llama-cpp-python is installed, gives other ids for one of PROBES."""
+    """Loads the file in llama.cpp, where llama-cpp-python is installed. Raises IntegrityError if that fails, InputError
+    if it gives other ids for one of PROBES."""
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError):  # the last two: its library does not load
         return
-    theirs = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # it warns that its smallest context exceeds the model's
+            theirs = llama_cpp.Llama(str(path), n_ctx=64, verbose=False)
+    except ValueError as error:
+        raise IntegrityError(f"{path}: llama.cpp does not load it ({error}); report it") from None
     for probe in PROBES:
         if theirs.tokenize(probe.encode(), add_bos=False, special=False) != tokenizer.encode(probe):
             raise InputError(
