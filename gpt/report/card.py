@@ -1,29 +1,25 @@
-"""The model card: what is known of a model, in Markdown. A run's report and the README.md of an exported model share
-it.
+"""The model card: what is known of a model, in Markdown, with the fields that the hub reads at the top of README.md.
 
-`facts_of` gathers the facts from the files of a checkpoint, `card_body` writes them; `front_matter` writes the fields
-in YAML that the hub reads from the top of a README.md."""
+It is a run's report without what belongs to one machine: `facts_of` gathers the facts from the files of a checkpoint,
+`card_body` writes them, `front_matter` writes the fields in YAML."""
 
 import contextlib
-import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpt import __version__
 from gpt.checkpoint.adapters import base_name
 from gpt.checkpoint.hub import is_hub_name
 from gpt.checkpoint.read import MANIFEST, STATE
-from gpt.config import to_toml
-from gpt.errors import Error, printable
+from gpt.errors import Error
 from gpt.files import read_json
 from gpt.model import ModelConfig, count_parameters
-from gpt.report.metrics import Point, read_points, read_settings
+from gpt.report.metrics import History, read_histories
+from gpt.report.report import bullets, duration, fenced, heading, settings, whether_it_worked
 from gpt.text.foreign import ADAPTER_CONFIG
 from gpt.text.shards import MANIFEST as DATASET
 from gpt.text.tokenizer import Tokenizer
-from gpt.train.metrics_file import METRICS
 
 Json = dict[str, Any]
 NOT_SHOWN = {  # settings of the size, which stands above; of the place and the machine; of what a run writes
@@ -31,7 +27,8 @@ NOT_SHOWN = {  # settings of the size, which stands above; of the place and the 
     *("wandb", "profile", "device", "dtype", "compile", "kernels", "threads", "stop_after_minutes"),
     *("log_every", "eval_every", "save_every", "sample_every", "keep_last", "keep_every"),
 }
-CHAT = '[{"role": "user", "content": "Hello"}]'
+KINDS = {"prompts": "examples of prompts and completions", "messages": "conversations"}
+MOST_NAMES = 10  # of files of the data
 
 
 @dataclass(frozen=True)
@@ -42,23 +39,16 @@ class Facts:
     tokenizer: Tokenizer
     base: str
     """hub name or path of the model that training began with; "" for none"""
-    progress: Json
-    """step, tokens and train_seconds of training, as state.json holds them"""
+    manifest: Json
+    """of the checkpoint"""
+    state: Json
+    """the content of its state.json"""
     settings: Json
     """of the run, flat name -> value"""
-    runtime: Json
-    """the machine, as state.json holds it"""
     data: Json
     """the manifest of the data, if they are still where the run read them"""
-    shards: Json
-    """split -> [name, tokens, sha256] of each shard"""
-    points: list[Point]
+    history: History | None
     """the run's metrics up to this checkpoint"""
-
-    @property
-    def parameters(self) -> int:
-        matrices = count_parameters(self.config, self.tokenizer.vocab_size)
-        return matrices + (13 * self.config.n_layer + 2) * self.config.n_embd  # biases and layer norms
 
 
 # ---- gathering
@@ -70,15 +60,12 @@ def facts_of(path: Path, config: ModelConfig, tokenizer: Tokenizer, source: str 
     manifest, state = read_part(path / MANIFEST), read_part(path / STATE)
     if not manifest:
         base = base_name(path) if (path / ADAPTER_CONFIG).exists() else source
-        return Facts(config, tokenizer, base, {}, {}, {}, {}, {}, [])
-    run, step = path.parent, manifest["step"]
-    settings = state.get("config") or read_settings(run)
-    base = (state.get("base") or {}).get("init") or settings.get("init") or ""
-    points = [point for point in points_of(run) if point.step <= step]
-    shards = manifest.get("dataset") or {}
-    progress = state.get("progress") or progress_at(points, step)
-    data = data_of(settings.get("data") or "", shards)
-    return Facts(config, tokenizer, base, progress, settings, state.get("runtime") or {}, data, shards, points)
+        return Facts(config, tokenizer, base, {}, {}, {}, {}, None)
+    history = history_of(path.parent, manifest["step"])
+    config_of_run = state.get("config") or (history.settings if history else {})
+    base = (state.get("base") or {}).get("init") or config_of_run.get("init") or ""
+    data = data_of(config_of_run.get("data") or "", manifest.get("dataset") or {})
+    return Facts(config, tokenizer, base, manifest, state, config_of_run, data, history)
 
 
 def read_part(path: Path) -> Json:
@@ -88,31 +75,27 @@ def read_part(path: Path) -> Json:
     return {}
 
 
-def points_of(run: Path) -> list[Point]:
-    """Returns the metrics of a run, [] if they cannot be read."""
+def history_of(run: Path, step: int) -> History | None:
+    """Returns the History of a run up to a step, None if it cannot be read."""
     with contextlib.suppress(Error):
-        return read_points(run / METRICS) if (run / METRICS).exists() else []
-    return []
-
-
-def progress_at(points: list[Point], step: int) -> Json:
-    """Returns what the metrics tell of the progress at a step."""
-    last = [point for point in points if point.step == step]
-    known = {"tokens": last[0].tokens, "train_seconds": last[0].seconds} if last else {}
-    return {"step": step} | {name: value for name, value in known.items() if value is not None}
+        [history] = read_histories([run])
+        return replace(history, points=[point for point in history.points if point.step <= step])
+    return None
 
 
 def data_of(folder: str, shards: Json) -> Json:
     """Returns the manifest of the data in `folder`, {} unless their shards are `shards`."""
     manifest = read_part(Path(folder) / DATASET) if folder else {}
     with contextlib.suppress(KeyError, TypeError, AttributeError):
-        found = {
-            split: [[entry["name"], entry["tokens"], entry["sha256"]] for entry in entries]
-            for split, entries in manifest["splits"].items()
-        }
-        if all(found.get(split) == [entry[:3] for entry in entries] for split, entries in shards.items()):
+        found = {entry["sha256"] for entries in manifest["splits"].values() for entry in entries}
+        if {entry[2] for entries in shards.values() for entry in entries if is_shard(entry)} == found:
             return manifest
     return {}
+
+
+def is_shard(entry: list[Any]) -> bool:
+    """Returns whether an entry of the manifest's dataset is a shard of tokens, and no mask."""
+    return not entry[0].endswith(".mask")
 
 
 # ---- writing
@@ -129,97 +112,74 @@ def front_matter(facts: Facts, license_name: str = "") -> str:
 
 def card_body(facts: Facts, title: str) -> str:
     """Returns the model card without its front matter; `title` is the name of the model."""
-    parts = [f"# {plain(title)}", summary(facts), usage(facts), data_section(facts), training(facts), results(facts)]
-    return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def plain(text: str) -> str:
-    """Returns a name as one line of Markdown without markup."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in printable(text, keep=""))
+    parts = [f"# {heading(title)}", summary(facts), *usage(facts)]
+    if facts.history and facts.history.evaluations():
+        last = {"progress": {"step": facts.manifest["step"]}}
+        parts += ["## Did it work?", *whether_it_worked(facts.history, last, is_validated=True, has_picture=False)]
+    if facts.manifest:
+        parts += ["## What went in", bullets(ingredients(facts))]
+    shown = {name: value for name, value in facts.settings.items() if value and name not in NOT_SHOWN}
+    if shown:  # those that are not off
+        parts.append(settings(shown))
+    return "\n\n".join(parts) + "\n"
 
 
 def summary(facts: Facts) -> str:
+    """Returns what the model is."""
     config, tokenizer = facts.config, facts.tokenizer
+    biases_and_norms = (13 * config.n_layer + 2) * config.n_embd
     size = (
-        f"A GPT-2 language model of {facts.parameters:,} parameters: {config.n_layer} layers, width {config.n_embd}, "
-        f"{config.n_head} heads, a context of {config.block_size:,} tokens. Its tokenizer is {plain(tokenizer.name)}, "
-        f"with {tokenizer.vocab_size:,} ids."
+        f"A GPT-2 language model of {count_parameters(config, tokenizer.vocab_size) + biases_and_norms:,} parameters: "
+        f"{config.n_layer} layers of width {config.n_embd}, {config.n_head} heads, a context of {config.block_size:,} "
+        f"tokens. Its tokenizer is {heading(tokenizer.name)}, with {tokenizer.vocab_size:,} ids."
     )
+    verb = "Fine-tuned" if facts.manifest else "Written"
+    return f"{size} {verb} from {public_name(facts.base)}." if facts.base else size
+
+
+def public_name(base: str) -> str:
+    """Returns the name of a base model without the folders that lead to it."""
+    return heading(base if is_hub_name(base) else Path(base).name)
+
+
+def usage(facts: Facts) -> list[str]:
+    """Returns the part with the lines to paste."""
+    asked, written = '"Once upon a time"', ""
+    if facts.tokenizer.additions.chat_template:
+        asked, written = '[{"role": "user", "content": "Hello"}]', '[-1]["content"]'
+    lines = [
+        "from transformers import pipeline",
+        "",
+        'write = pipeline("text-generation", model="NAME")  # this folder, or its name on the hub',
+        f'print(write({asked}, max_new_tokens=100)[0]["generated_text"]{written})',
+    ]
+    about = "What the model writes is likely, by what it has learned, and made up."
+    return ["## How to use it", fenced("\n".join(lines), "python"), about]
+
+
+def ingredients(facts: Facts) -> dict[str, str]:
+    """Returns what went into the run, name -> text. Tells the names of files without their folders."""
+    state, config = facts.state, facts.settings
+    known = {"data": described_data(facts)}
     if facts.base:
-        verb = "Fine-tuned from" if facts.progress else "Written from"
-        name = facts.base if is_hub_name(facts.base) else Path(facts.base).name
-        return f"{size} {verb} {plain(name)}."
-    return size
+        known["base"] = public_name(facts.base)
+    if state:
+        progress, runtime = state["progress"], state["runtime"]
+        seconds = duration(progress["train_seconds"])
+        known["length"] = f"{progress['step']:,} steps, {progress['tokens']:,} tokens, {seconds} of training"
+        known["learning rate"] = f"{config['lr']:g} ({config['optimizer']})"
+        known["machine"] = f"{runtime['device']}, {runtime['precision']}, torch {runtime['torch']}"
+        known["machine"] += f", {runtime['world_size']} processes" if runtime["world_size"] > 1 else ""
+    return known
 
 
-def usage(facts: Facts) -> str:
-    """Returns the section with the lines to paste. NAME stands for the folder, or its name on the hub."""
-    asked = CHAT if facts.tokenizer.additions.chat_template else '"Once upon a time"'
-    return f"""## Use
-
-```python
-from transformers import pipeline
-
-write = pipeline("text-generation", model="NAME")
-print(write({asked}, max_new_tokens=100)[0]["generated_text"])
-```
-
-NAME is this folder, or its name on the hub. What the model writes is likely, by what it has learned, and made up."""
-
-
-def data_section(facts: Facts) -> str:
-    """Returns the section on the training data, "" if nothing is known of them. Tells the names of files without their
-    folders."""
-    if not facts.shards:
-        return ""
-    source = facts.data.get("source") or {}
-    names = [plain(Path(name).name) for name in [*source.get("inputs", []), source.get("corpus", "")] if name]
-    kinds = {"prompts": "examples of prompts and completions", "messages": "conversations"}
-    lines = [f"- text: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"] if names else []
-    lines += [f"- kind: {kinds[source['holds']]}"] if source.get("holds") in kinds else []
-    lines += [f"- {label}: {amount(facts, split)}" for split, label in (("train", "training"), ("val", "validation"))]
-    return "\n".join(["## Data", "", *lines])
-
-
-def amount(facts: Facts, split: str) -> str:
-    """Returns the size of a split, in words."""
-    tokens = sum(entry[1] for entry in facts.shards.get(split) or [])
-    entries = (facts.data.get("splits") or {}).get(split) or []
-    known = [(sum(entry[name] for entry in entries), name) for name in ("documents", "source_bytes") if entries]
-    more = [f"{number:,} {name.replace('source_', '')}" for number, name in known if number]
-    return ", ".join([f"{tokens:,} tokens", *more]) if tokens else "none"
-
-
-def training(facts: Facts) -> str:
-    """Returns the section on the training, "" if nothing is known of it. Leaves out settings that are off."""
-    progress, runtime = facts.progress, facts.runtime
-    if not progress:
-        return ""
-    words = [f"{progress['step']:,} steps"]
-    words += [f"{progress['tokens']:,.0f} tokens"] if "tokens" in progress else []
-    words += [f"{progress['train_seconds'] / 60:,.1f} minutes"] if "train_seconds" in progress else []
-    if runtime:
-        count = runtime.get("world_size", 1)
-        words.append(f"on {runtime.get('device')}{f' × {count}' if count > 1 else ''} in {runtime.get('precision')}")
-    by = f"gpt-text-generator {__version__}" + (f", torch {runtime['torch']}" if "torch" in runtime else "")
-    shown = {name: value for name, value in facts.settings.items() if value and name not in NOT_SHOWN}
-    lines = ["## Training", "", f"{', '.join(words)}, with {by}."]
-    return "\n".join(lines + (["", "```toml", to_toml(shown).rstrip(), "```"] if shown else []))
-
-
-def results(facts: Facts) -> str:
-    """Returns the table of the losses on the validation data: before the first step, if it was measured, the best, and
-    the last. Returns "" without any."""
-    evaluations = [point for point in facts.points if point.val_loss is not None]
-    if not evaluations:
-        return ""
-    first = [point for point in evaluations if point.step == 0]
-    best = min(evaluations, key=lambda point: point.val_loss or 0.0)
-    steps = {point.step: point for point in [*first, best, evaluations[-1]]}
-    rows = ["| step | nats per token | perplexity | bits per byte |", "|---|---|---|---|"]
-    for step, point in sorted(steps.items()):
-        assert point.val_loss is not None
-        bits = "" if point.val_bpb is None else f"{point.val_bpb:.4f}"
-        perplexity = f"{math.exp(min(point.val_loss, 50)):,.2f}"
-        rows.append(f"| {step:,} | {point.val_loss:.4f} | {perplexity} | {bits} |")
-    return "\n".join(["## Results", "", "On the validation data:", "", *rows])
+def described_data(facts: Facts) -> str:
+    """Returns the kind, the files and the size of the data."""
+    source, dataset = facts.data.get("source") or {}, facts.manifest.get("dataset") or {}
+    names = [Path(name).name for name in [*source.get("inputs", []), source.get("corpus", "")] if name]
+    shown = ", ".join(map(heading, names[:MOST_NAMES])) + (" …" if len(names) > MOST_NAMES else "")
+    what = " of ".join(filter(None, [KINDS.get(source.get("holds")), shown]))
+    counts = {split: sum(entry[1] for entry in filter(is_shard, entries)) for split, entries in dataset.items()}
+    sizes = f"{counts.get('train', 0):,} tokens to learn from"
+    sizes += f", {counts['val']:,} to validate on" if counts.get("val") else ""
+    return f"{what}: {sizes}" if what else sizes
