@@ -10,6 +10,7 @@ for llama.cpp. Whatever is written is read back and compared before it gets its 
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Container
 from dataclasses import dataclass
@@ -96,12 +97,19 @@ def check_flags(config: ExportConfig, flags: Container[str]) -> None:
         ("dtype" in flags and not config.dir, "--dtype is for DIR; --type is that of --gguf"),
     ]
     refuse([problem for applies, problem in rules if applies])
-    folder = Path(config.dir)
-    if config.dir and os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+    if config.dir:
+        check_folder_target(Path(config.dir))
+    if config.gguf:
+        check_gguf_target(Path(config.gguf), config.dir)
+
+
+def check_folder_target(folder: Path) -> None:
+    """Raises InputError unless `folder` can be a new folder, or is an empty one."""
+    if folder.name in ("", ".."):
+        raise InputError(f"{folder}: no name of a folder; give a new folder")
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         what = "holds other files" if folder.is_dir() else "a file"
         raise InputError(f"{folder}: {what}; give a new folder")
-    if config.gguf:
-        check_gguf_target(Path(config.gguf))
 
 
 def load_source(path: Path) -> Source:
@@ -149,7 +157,10 @@ def write_folder(target: Path, source: Source, dtype: torch.dtype, card: str) ->
     except (OSError, SafetensorError) as error:
         raise writing_failed(target, error, needs=size) from None
     name = next(name for name, known in DTYPES.items() if known == dtype)
-    note("info", f"{target}: {size / 1e6:,.1f} MB of weights in {name}; to the hub: hf upload NAME {target}")
+    note(
+        "info",
+        f"{target}: {size / 1e6:,.1f} MB of weights in {name}; to the hub: hf upload NAME {shlex.quote(str(target))}",
+    )
 
 
 def check_folder(folder: Path, source: Source, dtype: torch.dtype) -> None:

@@ -61,10 +61,12 @@ def load_package() -> Any:
     return gguf
 
 
-def check_gguf_target(path: Path) -> None:
-    """Raises InputError unless the package is there and `path` can be a new file, or is a GGUF file."""
+def check_gguf_target(path: Path, new_folder: str = "") -> None:
+    """Raises InputError unless the package is there and `path` can be a new file, or is a GGUF file. `new_folder`: a
+    folder that will exist by then."""
     load_package()
-    if is_folder(path) or not is_folder(path.parent):
+    within = bool(new_folder) and os.path.abspath(path.parent) == os.path.abspath(new_folder)
+    if is_folder(path) or not (within or is_folder(path.parent)):
         raise InputError(f"{path}: must be a file in an existing folder; give another --gguf")
     if os.path.lexists(path):
         with open(path, "rb") as file:

@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from training_helpers import in_process, make_data, tiny_model, train_here
 
 from gpt.checkpoint.read import load_pretrained
+from gpt.config import explanations, fields
 from gpt.generate.generator import TextGenerator
 from gpt.report import export
+from gpt.report.export import ExportConfig
 from gpt.text.examples import chat_template
 from gpt.text.tokenizer import load_tokenizer, save_tokenizer
 
@@ -137,6 +139,8 @@ def test_a_folder_or_file_in_the_place_stays_as_it_is(run, tmp_path):
         (["run", "out", "more"], "'more' belongs to no option"),
         (["run", "--out", "x"], "unknown option --out; here it is DIR"),
         (["none", "out"], "no such checkpoint folder"),
+        (["run", "."], "no name of a folder"),
+        (["run", "x/.."], "no name of a folder"),
     ],
 )
 def test_settings_without_a_meaning_are_refused_before_anything_is_created(words, message, tmp_path, monkeypatch):
@@ -144,6 +148,12 @@ def test_settings_without_a_meaning_are_refused_before_anything_is_created(words
     done = export_here(*(word if word != "none" else "./none" for word in words))
     assert done.code == 2 and message in done.last
     assert not list(tmp_path.iterdir())
+
+
+def test_the_help_explains_every_setting():
+    assert explanations(ExportConfig).keys() == fields(ExportConfig).keys()
+    done = export_here("--help")
+    assert done.code == 0 and all(f"--{name} " in done.stdout for name in ("dtype", "license", "gguf", "type"))
 
 
 def test_a_weight_that_fp16_cannot_hold_is_refused_and_bf16_can(tmp_path):

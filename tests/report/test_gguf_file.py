@@ -187,6 +187,8 @@ def test_other_files_stay_and_an_earlier_gguf_file_is_replaced(made, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.gguf"]
     for place in (tmp_path, tmp_path / "none/x.gguf"):
         assert export_here(folder, "--gguf", place).code == 2
+    assert export_here(folder, tmp_path / "new", "--gguf", tmp_path / "new/x.gguf").code == 0
+    assert fields(tmp_path / "new/x.gguf")["general.name"] == "x" and (tmp_path / "new/README.md").exists()
 
 
 def test_without_the_package_one_line_says_what_brings_it(made, tmp_path, monkeypatch):
