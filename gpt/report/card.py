@@ -178,7 +178,7 @@ def described_data(facts: Facts) -> str:
     source, dataset = facts.data.get("source") or {}, facts.manifest.get("dataset") or {}
     names = [Path(name).name for name in [*source.get("inputs", []), source.get("corpus", "")] if name]
     shown = ", ".join(map(heading, names[:MOST_NAMES])) + (" …" if len(names) > MOST_NAMES else "")
-    what = " of ".join(filter(None, [KINDS.get(source.get("holds")), shown]))
+    what = " of ".join(filter(None, [KINDS.get(source.get("holds", "")), shown]))
     counts = {split: sum(entry[1] for entry in filter(is_shard, entries)) for split, entries in dataset.items()}
     sizes = f"{counts.get('train', 0):,} tokens to learn from"
     sizes += f", {counts['val']:,} to validate on" if counts.get("val") else ""

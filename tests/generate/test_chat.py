@@ -11,7 +11,7 @@ from gpt.generate.chat import Chat
 from gpt.generate.generator import TextGenerator
 from gpt.generate.interactive import interact
 from gpt.model import ModelConfig
-from gpt.text.examples import chat_template
+from gpt.text.examples import Turn, chat_template
 from gpt.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,7 +127,10 @@ def test_a_model_without_a_template_is_refused(talk):
 
 def test_a_model_with_the_template_of_another_program_is_asked_by_it(talk):
     template = "{% for m in messages %}{{ m.role[0] + ': ' + m.content + eos_token }}{% endfor %}"
-    asked, written, told = talk("Hi\nBye<|endoftext|>\nNo\n", "Yo|Ok|", generator=generator_with(template))
+    generator = generator_with(template)
+    asked, written, told = talk("Hi\nBye<|endoftext|>\nNo\n", "Yo|Ok|", generator=generator)
     assert asked == ["u: Hi|", "u: Hi|a: Yo|u: No|"]
     assert written == "Yo\nOk\n"
     assert "error: the content of a message holds the special token <|endoftext|>" in told
+    with pytest.raises(InputError, match="prompt 7: the content of a message holds"):
+        generator.events(["a", (Turn("user", "<|endoftext|>"),)], [generator.params()] * 2, [6, 7])
