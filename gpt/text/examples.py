@@ -268,6 +268,8 @@ def encode_by_template(turns: Turns, tokenizer: Tokenizer) -> tuple[np.ndarray, 
     of an answer is not learned."""
     parts = parts_of(tokenizer.additions.chat_template, *for_template(turns, tokenizer))
     ids = tokenizer.encode_to_numpy("".join(text for text, _ in parts), allow_special=True)
+    if not len(ids):
+        raise InputError("the chat template makes no text of this conversation; use --chat_template ours")
     sizes = [len(tokenizer.decode_bytes([rank])) for rank in ids.tolist()]
     ends = np.cumsum(sizes)
     begins, mask, at = ends - sizes, np.zeros(len(ids), np.uint8), 0

@@ -211,6 +211,7 @@ PROMPTS = ("The tide came", "A fisherman counted", "the others he left")
 def learned(request, tmp_path_factory, bpe_cache):
     """A model that knows POEM by heart, so that greedy choices are clear, exported as a folder and a GGUF file: (its
     generator, the folder, the file)."""
+    pytest.importorskip("gguf", reason="needs gguf, the extra [export]")
     root = tmp_path_factory.mktemp("learned")
     (root / "poem.txt").write_text(POEM * 40)
     prepare_here(root / "data", root / "poem.txt", tokenizer=request.param)

@@ -94,6 +94,7 @@ def test_a_token_that_spans_the_border_before_an_answer_is_not_learned(tmp_path)
         (CHATML, "a<|im_end|>", "holds the special token <|im_end|>"),
         ("{{ messages[-1].content }}", "a", "changes earlier turns"),
         ("{{ raise_exception('not so') }}", "a", "refuses this conversation (not so)"),
+        ("{# nothing #}", "a", "makes no text of this conversation"),
         ("{% for", "a", "refuses this conversation ("),
         ("{{ 1 / 0 }}", "a", "refuses this conversation (division by zero)"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "a", "is unsafe"),
