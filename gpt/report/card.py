@@ -14,7 +14,7 @@ from gpt.checkpoint.hub import is_hub_name
 from gpt.checkpoint.read import MANIFEST, STATE
 from gpt.errors import Error
 from gpt.files import read_json
-from gpt.model import ModelConfig, count_parameters
+from gpt.model import ModelConfig, total_parameters
 from gpt.report.metrics import History, read_histories
 from gpt.report.report import bullets, duration, fenced, heading, settings, whether_it_worked
 from gpt.text.foreign import ADAPTER_CONFIG
@@ -127,9 +127,8 @@ def card_body(facts: Facts, title: str) -> str:
 def summary(facts: Facts) -> str:
     """Returns what the model is."""
     config, tokenizer = facts.config, facts.tokenizer
-    biases_and_norms = (13 * config.n_layer + 2) * config.n_embd
     size = (
-        f"A GPT-2 language model of {count_parameters(config, tokenizer.vocab_size) + biases_and_norms:,} parameters: "
+        f"A GPT-2 language model of {total_parameters(config, tokenizer.vocab_size):,} parameters: "
         f"{config.n_layer} layers of width {config.n_embd}, {config.n_head} heads, a context of {config.block_size:,} "
         f"tokens. Its tokenizer is {heading(tokenizer.name)}, with {tokenizer.vocab_size:,} ids."
     )
