@@ -156,74 +156,14 @@ def for_openvino(folder: Path, precision: str, exporter: str = "optimum-cli") ->
     return target
 
 
-GGUF_NAMES = {
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
-
-
-def gguf_name(name: str) -> str:
-    """Returns llama.cpp's name of a GPT-2 tensor: "transformer.h.3.mlp.c_fc.bias" -> "blk.3.ffn_up.bias"."""
-    path, kind = name.removeprefix("transformer.").rsplit(".", 1)
-    if path.startswith("h."):
-        _, layer, inner = path.split(".", 2)
-        return f"blk.{layer}.{GGUF_NAMES[inner]}.{kind}"
-    return {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}[path] + "." + kind
-
-
 def for_llamacpp(folder: Path, precision: str) -> Path:
     """Returns a GGUF file; writes it if missing. Matrices are in `precision` ("f32", "f16", "q8_0"), vectors and
     positions in F32, as llama.cpp's own converter leaves them."""
     target = folder.with_name(f"{folder.name}-{precision}.gguf")
     if not target.exists():
-        import gguf
+        from gpt.checkpoint.read import load_pretrained
+        from gpt.report.gguf_file import KINDS, words_of, write_gguf
 
-        with Whole(target) as unfinished:
-            writer = gguf.GGUFWriter(str(unfinished), "gpt2")
-            write_gguf(writer, folder, gguf.GGMLQuantizationType[precision.upper()])
+        model, tokenizer, _ = load_pretrained(folder)
+        write_gguf(target, model, tokenizer, words_of(tokenizer), KINDS[precision], license_name="")
     return target
-
-
-def write_gguf(writer, folder, matrices):
-    import gguf
-    from safetensors.numpy import load_file
-
-    config = json.loads((folder / "config.json").read_text())
-    writer.add_context_length(config["n_positions"])
-    writer.add_embedding_length(config["n_embd"])
-    writer.add_block_count(config["n_layer"])
-    writer.add_feed_forward_length(4 * config["n_embd"])
-    writer.add_head_count(config["n_head"])
-    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
-    write_gguf_vocabulary(writer, folder, config)
-    for name, value in load_file(folder / "model.safetensors").items():
-        matrix = name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and value.ndim == 2
-        value = value.T.copy() if matrix else value  # GPT-2 stores (in, out)
-        kind = matrices if matrix or "wte" in name else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(gguf_name(name), gguf.quants.quantize(value, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def write_gguf_vocabulary(writer, folder, config):
-    stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    tokens = [f"[unused{index}]" for index in range(config["vocab_size"])]
-    for text, rank in stored["vocab"].items():
-        tokens[rank] = text
-    tokens[config["eos_token_id"]] = "<|endoftext|>"
-    kinds = [1] * len(tokens)  # ordinary
-    kinds[config["eos_token_id"]] = 3  # control
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in stored["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(config["eos_token_id"])
-    writer.add_eos_token_id(config["eos_token_id"])

@@ -81,6 +81,8 @@ class PrepareConfig:
     """keep CRLF and CR; otherwise they become line breaks (LF)"""
     allow_special: bool = False
     """read special tokens in the text, such as <|endoftext|>, as tokens; else they are ordinary text"""
+    chat_template: Literal["ours", "base"] = "ours"
+    """how messages are laid out: as this program does it, or by the chat template of the --tokenizer folder"""
     workers: int = 0
     """threads; 0 = one per core"""
     shard_tokens: int = 100_000_000
@@ -146,7 +148,8 @@ def prepare(config: PrepareConfig, typed: Container[str] = ()) -> None:
             say(f"tokenizer: {name}, which suits {size} of text (to fine-tune a model, give its own: --tokenizer gpt2)")
         tell_encodings(data)
         say(f"validation: {data.split.reason}")
-    tokenizer = with_template_of(data, tokenizer or load_tokenizer(name, training_sample(data)))
+    tokenizer = tokenizer or load_tokenizer(name, training_sample(data))
+    tokenizer = with_template_of(data, tokenizer, config.chat_template)
     dtype = choose_dtype(config.dtype, tokenizer)
     with contextlib.suppress(BrokenPipeError):
         show_examples(data, tokenizer, config.preview)
@@ -211,17 +214,32 @@ def choose_dtype(asked: str, tokenizer: Tokenizer) -> str:
     return asked
 
 
-def with_template_of(data: GatheredInput, tokenizer: Tokenizer) -> Tokenizer:
-    """Returns the tokenizer with the chat template that the data follow: ours for messages, else none. Prints a note if
-    the tokenizer has another one."""
-    template = chat_template(tokenizer) if data.holds == MESSAGES else ""
-    if template and tokenizer.additions.chat_template not in ("", template):
+def with_template_of(data: GatheredInput, tokenizer: Tokenizer, choice: str) -> Tokenizer:
+    """Returns the tokenizer with the chat template that the data follow: for messages ours, or its own one if `choice`
+    is base; else none. Prints a note if it has another one than ours, or one after which a model would not learn to
+    end. Raises InputError if `choice` has no meaning."""
+    own, ours = tokenizer.additions.chat_template, chat_template(tokenizer)
+    if choice == "base":
+        if data.holds != MESSAGES or not own:
+            what = f"tokenizer {tokenizer.name} has none" if data.holds == MESSAGES else "the input has no messages"
+            raise InputError(f"--chat_template base: {what}; leave it out")
+        check_ends(data, tokenizer)
+        return tokenizer
+    if data.holds == MESSAGES and own not in ("", ours):
         note(
             "info",
             f"tokenizer {tokenizer.name} has another chat template; a model that learns these messages gets this "
-            "program's instead",
+            "program's instead (--chat_template base keeps it)",
         )
-    return tokenizer.with_chat_template(template)
+    return tokenizer.with_chat_template(ours if data.holds == MESSAGES else "")
+
+
+def check_ends(data: GatheredInput, tokenizer: Tokenizer) -> None:
+    """Warns if the first example teaches no token that ends a text: a model would write on after its answer."""
+    [first] = itertools.islice((part for part in data.parts() if part.turns), 1)
+    ids, mask = encode_example(first.turns, tokenizer)
+    if not np.isin(ids[(mask & TARGET) != 0], tokenizer.stops).any():
+        note("warning", f"the chat template of {tokenizer.name} ends an answer with no token that ends a text")
 
 
 def show_examples(data: GatheredInput, tokenizer: Tokenizer, count: int) -> None:

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("gpt.commands.train", "token shards -> a trained model; without a preset it lists them"),
     "sample": ("gpt.commands.sample", "a trained model and prompts -> text"),
     "plot": ("gpt.report.plot", "draws and compares the losses of runs"),
+    "export": ("gpt.report.export", "a trained model -> a folder or a GGUF file for other programs"),
 }
 
 

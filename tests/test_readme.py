@@ -11,6 +11,8 @@ from paths import ROOT
 import sample
 import train
 from gpt.config import fields, find_preset, parse_flags
+from gpt.report.export import ExportConfig
+from gpt.report.plot import PlotConfig
 
 README, CLI, MAP = (
     (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/cli.md", "docs/architecture.md")
@@ -20,15 +22,16 @@ COMMANDS = {
     "sample.py": sample.SampleConfig,
     "data/prepare.py": prepare.PrepareConfig,
 }
-POSITIONAL = {"inputs", "checkpoint", "preset"}
+MODULES = {"python -m gpt.export": ExportConfig, "python -m gpt.plot": PlotConfig}
+POSITIONAL = {"inputs", "checkpoint", "preset", "dir", "runs"}
 
 
-@pytest.mark.parametrize("script", COMMANDS)
-def test_the_reference_names_every_flag_and_no_other(script):
-    section = re.split(r"^## ", CLI, flags=re.MULTILINE)
-    [text] = [part for part in section if part.startswith(script)]
+@pytest.mark.parametrize("command", COMMANDS | MODULES)
+def test_the_reference_names_every_flag_and_no_other(command):
+    section = re.split(r"^###? ", CLI, flags=re.MULTILINE)
+    [text] = [part for part in section if part.startswith(command)]
     named = set(re.findall(r"`--(\w+)", text))
-    assert named == fields(COMMANDS[script]).keys() - POSITIONAL
+    assert named == fields((COMMANDS | MODULES)[command]).keys() - POSITIONAL
 
 
 def commands():
@@ -68,4 +71,6 @@ def test_the_map_names_every_module():
 def test_the_readme_is_short_and_links_to_pages_that_exist():
     assert len(README.splitlines()) <= 160
     for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+        page, _, place = target.partition("#")
+        headings = re.findall(r"^#+ (.*)", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+        assert not place or place in [heading.lower().replace(" ", "-") for heading in headings], target

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-COMMANDS = ("prepare", "train", "sample", "plot")
+COMMANDS = ("prepare", "train", "sample", "plot", "export")
 
 
 def run(*command, code=0, **options):
@@ -66,7 +66,7 @@ def test_an_unknown_command_is_refused_with_a_suggestion(gpt):
     assert gpt("zzz", code=2) == "error: gpt: no command 'zzz'; gpt --help lists the commands\n"
 
 
-@pytest.mark.parametrize("name", ["prepare", "train", "sample", "plot"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(gpt, name):
     usage = gpt(name, "--help").splitlines()[0]
     assert usage.startswith("usage: ") and name in usage

@@ -99,12 +99,12 @@ def as_stored(model: GPT, name: str, parameter: Tensor) -> Tensor:
     return parameter.t() if name.endswith(TRANSPOSED) else parameter
 
 
-def weights_of(model: GPT) -> Tensors:
-    """Returns the tensors of model.safetensors: name -> contiguous fp32 tensor on the CPU."""
+def weights_of(model: GPT, dtype: torch.dtype = torch.float32) -> Tensors:
+    """Returns the tensors of model.safetensors: name -> contiguous tensor of type `dtype` on the CPU."""
     weights = {}
     for name, parameter in model.named_parameters():
         value = as_stored(model, name, parameter.detach())
-        weights[PREFIX + huggingface_name(name)] = value.to("cpu", torch.float32).contiguous()
+        weights[PREFIX + huggingface_name(name)] = value.to("cpu", dtype).contiguous()
     return weights
 
 
@@ -114,8 +114,12 @@ def all_finite(value: Tensor) -> bool:
     return bool(torch.stack(value.aminmax()).isfinite().all())
 
 
-def config_json(config: ModelConfig, vocab_size: int, role_ids: dict[str, int]) -> dict[str, Any]:
-    """Returns the content of config.json for a model with this ModelConfig, vocabulary size and ids of the roles."""
+def config_json(
+    config: ModelConfig, vocab_size: int, role_ids: dict[str, int], dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Returns the content of config.json for a model with this ModelConfig, vocabulary size, ids of the roles and type
+    of the weights."""
+    dtype_name = str(dtype).removeprefix("torch.")
     return {
         "architectures": ["GPT2LMHeadModel"],
         **GPT2_ONLY,
@@ -132,8 +136,8 @@ def config_json(config: ModelConfig, vocab_size: int, role_ids: dict[str, int]) 
         "initializer_range": 0.02,
         "use_cache": True,
         **role_ids,
-        "dtype": "float32",
-        "torch_dtype": "float32",
+        "dtype": dtype_name,
+        "torch_dtype": dtype_name,
     }
 
 

@@ -54,12 +54,14 @@ def save_checkpoint(
 
 
 def write_model(folder: Path, weights: Tensors, model: GPT, tokenizer: Tokenizer, sampling: Json) -> None:
-    """Writes the files of a checkpoint that Hugging Face reads: weights, settings and tokenizer."""
+    """Writes the files of a checkpoint that Hugging Face reads: weights, settings and tokenizer. All of `weights` have
+    the same type."""
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     ids = tokenizer.role_ids
     first, *others = ids["eos_token_id"]
     one_eos = ids | {"eos_token_id": first}  # some programs read only one id from config.json
-    write_json(folder / "config.json", config_json(model.config, model.vocab_size, one_eos))
+    dtype = next(iter(weights.values())).dtype
+    write_json(folder / "config.json", config_json(model.config, model.vocab_size, one_eos, dtype))
     write_json(folder / "generation_config.json", {"do_sample": True, **sampling, **(ids if others else one_eos)})
     save_tokenizer(tokenizer, folder, model_max_length=model.config.block_size)
 
@@ -80,7 +82,7 @@ def make_durable(folder: Path) -> dict[str, Json]:
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
         entries[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
-    for path in (folder / "training", folder):
+    for path in sorted({(folder / name).parent for name in entries}, reverse=True):  # a folder after those in it
         sync_folder(path)
     return entries
 

@@ -158,12 +158,15 @@ class TextGenerator:
     def encode(self, prompt: str | Turns, name: str, params: GenerationParams) -> np.ndarray:
         """Returns the ids of a prompt, int32 (T,); end-of-text alone for an empty one. If a prompt is longer than the
         context, keeps its last ids if `params.truncate`, else raises InputError, which calls it `name`. Also raises
-        InputError for a conversation if the model has not learned from messages."""
+        InputError for a conversation if the model has not learned from messages, or if its chat template refuses it."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode_prompt(prompt, params.allow_special)
         else:
             require_template(self.tokenizer, name)
-            ids = encode_chat(prompt, self.tokenizer)
+            try:
+                ids = encode_chat(prompt, self.tokenizer)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
         context = self.model.config.block_size
         if len(ids) > context and not params.truncate:
             raise InputError(f"{name} has {len(ids)} tokens, context is {context}; use --truncate")

@@ -1,1 +1,1 @@
-"""What runs have reached, in tables and pictures."""
+"""What runs have reached, in tables and pictures, and their models for other programs."""

@@ -193,8 +193,10 @@ def use_lines(run: Path, answers: dict[str, list[str]], corpus: Corpus) -> str:
     prompt = answers["the prompt"][0] if is_example else "Once upon a time"
     sample = ["--chat"] if corpus.has_messages else ["--prompt", prompt]
     folder = read_pointer(run, "best") or step_folders(run)[0]
+    export = ["python", "-m", "gpt.export", run, f"my-{run.resolve().name}"]
     upload = ["hf", "upload", f"YOUR_NAME/{run.resolve().name}", folder, "--exclude", "training/*"]
-    return "\n".join([sample_command(run, *sample), f"{pasted(upload)}  # to the Hugging Face hub"])
+    lines = [sample_command(run, *sample), f"{pasted(export)}  # for other programs, with a model card"]
+    return "\n".join([*lines, f"{pasted(upload)}  # to the Hugging Face hub"])
 
 
 # ---- Markdown

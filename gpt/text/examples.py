@@ -14,7 +14,8 @@ stands in brackets, and | is the end-of-text id:
 
 The content of a turn is trimmed. `<|endoftext|>` in it is ordinary text, so no content can pretend to be a turn. The
 same layout is written as `chat_template` for transformers, where a typed `<|endoftext|>` would become the id: there the
-template raises an error."""
+template raises an error. A tokenizer with the chat template of another program lays out conversations by that: see
+templates.py."""
 
 import itertools
 import json
@@ -24,9 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt.errors import InputError, printable
-from gpt.text.records import Record, fields_of, type_of
+from gpt.text.records import FIELDS, Record, fields_of, type_of
 from gpt.text.shards import FIRST, TARGET
-from gpt.text.tokenizer import Tokenizer
+from gpt.text.templates import parts_of, rendered
+from gpt.text.tokenizer import ROLES_WITH_IDS, Tokenizer
 
 PROMPTS, MESSAGES = "prompts", "messages"  # the two kinds of examples
 PROMPT, COMPLETION = "prompt", "completion"  # roles of the turns of the first kind
@@ -82,7 +84,9 @@ class Form(NamedTuple):
 
 def recognise(records: Iterable[Any]) -> Form | None:
     """Returns the Form of records by the names of their fields, upper or lower case: a field in CONVERSATIONS that is a
-    list of objects, else a pair in PAIRS of strings. Returns None if there is neither."""
+    list of objects, else a pair in PAIRS of strings. A pair of which the records have one string only is an example
+    too, unless there is a field of text beside it: turns_of then names the other field. Returns None if there is
+    neither."""
     values = [value for value in records if isinstance(value, dict)]
     names = {key.lower(): key for value in values for key in value if isinstance(key, str)}
     for name in CONVERSATIONS:
@@ -90,10 +94,11 @@ def recognise(records: Iterable[Any]) -> Form | None:
         if any(isinstance(items, list) and items and isinstance(items[0], dict) for items in lists):
             return Form(MESSAGES, (names[name],))
     texts = {name for name, key in names.items() if any(isinstance(value.get(key), str) for value in values)}
-    for prompt, completion in PAIRS:
-        if {prompt, completion} <= texts:
-            more = [name for name in CONTEXTS if name in names and prompt == "instruction"][:1]
-            return Form(PROMPTS, tuple(names[name] for name in (prompt, *more, completion)))
+    whole = [pair for pair in PAIRS if texts.issuperset(pair)]
+    half = [pair for pair in PAIRS if names.keys() >= set(pair) and texts.intersection(pair)]
+    for prompt, completion in whole or ([] if texts.intersection(FIELDS) else half):
+        more = [name for name in CONTEXTS if name in names and prompt == "instruction"][:1]
+        return Form(PROMPTS, tuple(names[name] for name in (prompt, *more, completion)))
     return None
 
 
@@ -146,9 +151,9 @@ def text_in(value: dict[str, Any], name: str, optional: bool, where: str) -> str
 
 
 def message_turns(messages: Any, where: str, advice: str = "") -> Turns:
-    """Returns the turns of a list of messages, {"role": …, "content": …} or ShareGPT's {"from": …, "value": …}. Raises
-    InputError, which begins with `where`, for anything else, an unknown role, and a system message after the first
-    turn."""
+    """Returns the turns of a list of messages, {"role": …, "content": …} or ShareGPT's {"from": …, "value": …}. Content
+    is a string, or a list of parts {"type": "text", "text": …}, which are joined. Raises InputError, which begins with
+    `where`, for anything else, an unknown role, and a system message after the first turn."""
     if not isinstance(messages, list) or not messages:
         raise wrong(where, "expected a list of messages", advice)
     turns: list[Turn] = []
@@ -156,7 +161,7 @@ def message_turns(messages: Any, where: str, advice: str = "") -> Turns:
         place = f"{where}: message {number}"
         if not isinstance(message, dict):
             raise wrong(place, f"expected an object, it is {type_of(message)}", advice)
-        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        role, content = message.get("role", message.get("from")), joined(message.get("content", message.get("value")))
         if not isinstance(role, str) or role not in ROLES:
             raise wrong(place, f"unknown role {json.dumps(role)[:60]}; roles are {', '.join(ROLES)}", advice)
         if not isinstance(content, str):
@@ -165,6 +170,15 @@ def message_turns(messages: Any, where: str, advice: str = "") -> Turns:
             raise wrong(place, "a system message must be the first, and there may be one", advice)
         turns.append(Turn(ROLES[role], content))
     return tuple(turns)
+
+
+def joined(content: Any) -> Any:
+    """Returns the text of a list of parts of text, as OpenAI's messages have them; anything else as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    whole = [text for text in texts if isinstance(text, str)]
+    return "".join(whole) if len(whole) == len(content) else content
 
 
 def wrong(where: str, problem: str, advice: str = "") -> InputError:
@@ -187,7 +201,10 @@ def whole_text(turns: Turns) -> str:
 
 
 def encode_example(turns: Turns, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the ids of an example, uint32 (T,), and its mask of the bits TARGET and FIRST, uint8 (T,)."""
+    """Returns the ids of an example, uint32 (T,), and its mask of the bits TARGET and FIRST, uint8 (T,). Raises
+    InputError for a conversation that the tokenizer's own template cannot lay out."""
+    if turns[0].role != PROMPT and has_other_template(tokenizer):
+        return encode_by_template(turns, tokenizer)
     parts: list[tuple[Iterable[int], bool]] = []
     for turn in turns:
         learned = is_learned(turn)
@@ -218,9 +235,52 @@ def ids_over(ids: np.ndarray, size: int, tokenizer: Tokenizer) -> int:
 
 
 def encode_chat(turns: Iterable[Turn], tokenizer: Tokenizer) -> list[int]:
-    """Returns the ids after which a model writes the assistant's next turn."""
+    """Returns the ids after which a model writes the assistant's next turn. Raises InputError for a conversation that
+    the tokenizer's own template cannot lay out."""
+    if has_other_template(tokenizer):
+        text = rendered(tokenizer.additions.chat_template, *for_template(turns, tokenizer), ask=True)
+        return tokenizer.encode(text, allow_special=True)
     texts = [*map(turn_text, turns), f"{ASSISTANT}\n"]
     return list(itertools.chain.from_iterable([tokenizer.eot, *tokenizer.encode(text)] for text in texts))
+
+
+# ---- the layout of another program
+
+
+def has_other_template(tokenizer: Tokenizer) -> bool:
+    """Returns whether a tokenizer has a chat template that is not this program's."""
+    return tokenizer.additions.chat_template not in ("", chat_template(tokenizer))
+
+
+def for_template(turns: Iterable[Turn], tokenizer: Tokenizer) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """Returns the messages and the names of tokens that a chat template gets. Raises InputError for content that holds
+    a special token, which would be read as the token."""
+    messages = [turn._asdict() for turn in turns]
+    for message in messages:
+        if held := [token for token in tokenizer.special_tokens if token in message["content"]]:
+            raise InputError(f"the content of a message holds the special token {held[0]}; leave it out")
+    [end] = [text for text, rank in tokenizer.special_tokens.items() if rank == tokenizer.eot]
+    return messages, dict.fromkeys(ROLES_WITH_IDS, end) | tokenizer.additions.roles
+
+
+def encode_by_template(turns: Turns, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what encode_example returns, laid out by the tokenizer's own chat template. A token that spans the border
+    of an answer is not learned."""
+    parts = parts_of(tokenizer.additions.chat_template, *for_template(turns, tokenizer))
+    ids = tokenizer.encode_to_numpy("".join(text for text, _ in parts), allow_special=True)
+    if not len(ids):
+        raise InputError("the chat template makes no text of this conversation; use --chat_template ours")
+    sizes = [len(tokenizer.decode_bytes([rank])) for rank in ids.tolist()]
+    ends = np.cumsum(sizes)
+    begins, mask, at = ends - sizes, np.zeros(len(ids), np.uint8), 0
+    answers = iter(map(is_learned, (turn for turn in turns if turn.role == ASSISTANT)))
+    for text, is_answer in parts:
+        size = len(text.encode("utf-8", "replace"))
+        if is_answer and next(answers):
+            mask[(begins >= at) & (ends <= at + size)] = TARGET
+        at += size
+    mask[0] = FIRST
+    return ids, mask
 
 
 # ---- the same layout for other programs
@@ -251,10 +311,9 @@ def chat_template(tokenizer: Tokenizer) -> str:
 
 
 def require_template(tokenizer: Tokenizer, name: str) -> None:
-    """Raises InputError, which begins with `name`, unless the tokenizer of a model has this program's template."""
-    template = tokenizer.additions.chat_template
-    if template != chat_template(tokenizer):
-        why = "has a chat template of another program" if template else "has not learned from messages"
+    """Raises InputError, which begins with `name`, unless the tokenizer of a model has a chat template."""
+    if not tokenizer.additions.chat_template:
+        why = "has not learned from messages: it has no chat template"
         raise InputError(f"{name}: this model {why}; give it a prompt, or fine-tune it on messages")
 
 

@@ -320,7 +320,7 @@ def check_engine(tokenizer: Tokenizer, text: str) -> None:
     stored = tokenizers.Tokenizer.from_str(text)
     stored.encode_special_tokens = True
     for probe in PROBES:
-        if stored.encode(probe).ids != tokenizer.encode(probe):
+        if stored.encode(probe, add_special_tokens=False).ids != tokenizer.encode(probe):
             raise InputError(
                 f"tokenizer {tokenizer.name}: its pattern splits {probe[:20]!r}… differently in Hugging Face's engine; "
                 "write it without possessive repeats and $"

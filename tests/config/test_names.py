@@ -11,8 +11,9 @@ import train
 from gpt.config import fields, parse_flags
 from gpt.config.names import NOT_OFFERED, OTHER_NAMES, suggestion
 from gpt.errors import InputError
+from gpt.report.export import ExportConfig
 
-COMMANDS = (train.CommandLine, sample.SampleConfig, prepare.PrepareConfig)
+COMMANDS = (train.CommandLine, sample.SampleConfig, prepare.PrepareConfig, ExportConfig)
 KNOWN = set().union(*map(fields, COMMANDS))
 SIMILAR = {  # `suggestion` finds them without a table
     "warmup_iters": "warmup_steps",
@@ -47,6 +48,7 @@ PROGRAMS = {  # what people type, command by command, and the first word of the 
         (sample.SampleConfig, {"n_predict": "max_new_tokens", "temp": "temperature", "model": "CHECKPOINT"}),
         (sample.SampleConfig, {"repeat_penalty": "repetition_penalty", "reverse_prompt": "stop", "mirostat": None}),
         (sample.SampleConfig, {"ignore_eos": "ignore_eot", "ngl": "device", "grammar": None, "file": "prompts"}),
+        (ExportConfig, {"outfile": "gguf", "outtype": "type", "model": "CHECKPOINT"}),
         (sample.SampleConfig, {"-n": "max_new_tokens", "-p": "prompt", "-m": "CHECKPOINT", "-t": "threads"}),
     ],
 }

@@ -11,7 +11,7 @@ from gpt.generate.chat import Chat
 from gpt.generate.generator import TextGenerator
 from gpt.generate.interactive import interact
 from gpt.model import ModelConfig
-from gpt.text.examples import chat_template
+from gpt.text.examples import Turn, chat_template
 from gpt.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,7 +120,17 @@ def test_help_names_every_command(talk):
     assert all(command in told for command in ("/system", "/set", "/reset", "/help", "/quit", "Ctrl-C", "Ctrl-D"))
 
 
-@pytest.mark.parametrize("template, why", [("", "has not learned from messages"), ("{{ x }}", "of another program")])
-def test_a_model_without_our_template_is_refused(talk, template, why):
-    with pytest.raises(InputError, match=f"--chat: this model .*{why}"):
-        talk("a\n", "", generator=generator_with(template))
+def test_a_model_without_a_template_is_refused(talk):
+    with pytest.raises(InputError, match=r"--chat: this model has not learned from messages"):
+        talk("a\n", "", generator=generator_with(""))
+
+
+def test_a_model_with_the_template_of_another_program_is_asked_by_it(talk):
+    template = "{% for m in messages %}{{ m.role[0] + ': ' + m.content + eos_token }}{% endfor %}"
+    generator = generator_with(template)
+    asked, written, told = talk("Hi\nBye<|endoftext|>\nNo\n", "Yo|Ok|", generator=generator)
+    assert asked == ["u: Hi|", "u: Hi|a: Yo|u: No|"]
+    assert written == "Yo\nOk\n"
+    assert "error: the content of a message holds the special token <|endoftext|>" in told
+    with pytest.raises(InputError, match="prompt 7: the content of a message holds"):
+        generator.events(["a", (Turn("user", "<|endoftext|>"),)], [generator.params()] * 2, [6, 7])

@@ -207,7 +207,7 @@ def test_escapes_are_those_three_and_other_backslashes_stay(typed, read):
 
 
 def test_messages_in_place_of_a_prompt_are_a_conversation_to_answer(tmp_path):
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": " a "}]
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": " a "}]}]
     [prompt, text] = read(tmp_path, {"messages": messages, "seed": 3}, {"prompt": "p", "messages": "x"})
     assert prompt.turns == (("system", "s"), ("user", " a "))
     assert (prompt.settings, prompt.extra) == ({"seed": 3}, {})

@@ -73,6 +73,10 @@ def prepare_records(tmp_path, *records, val_fraction=0, **settings):
         ({"prompt": "Who?", "response": "Me."}, "Who?[\nMe.|]"),
         (chat("a", "b"), "|user\na|assistant\n[b|]"),
         (chat(" a\n", "\tb \n"), "|user\na|assistant\n[b|]"),
+        (
+            chat([{"type": "text", "text": "a "}, {"type": "text", "text": "b"}], [{"type": "text", "text": "c"}]),
+            "|user\na b|assistant\n[c|]",
+        ),
         (chat("a", "b", "c", "d"), "|user\na|assistant\n[b|]user\nc|assistant\n[d|]"),
         (chat("a", "b", system="s"), "|system\ns|user\na|assistant\n[b|]"),
         (chat("a", "", "c", "d"), "|user\na|assistant\n|user\nc|assistant\n[d|]"),
@@ -177,7 +181,13 @@ def test_the_field_that_is_asked_for_is_read_as_plain_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", [{"text": "t", "prompt": "p"}, {"text": "t", "messages": ["a"]}, {"text": "t", "output": "o"}]
+    "value",
+    [
+        {"text": "t", "prompt": "p"},
+        {"text": "t", "messages": ["a"]},
+        {"text": "t", "output": "o"},
+        {"text": "t", "input": 5, "output": "o"},
+    ],
 )
 def test_half_a_pair_or_a_list_of_strings_is_no_example(tmp_path, value):
     prepare_records(tmp_path, value)
@@ -217,6 +227,13 @@ def test_fault_004_a_pair_without_its_strings_is_named_or_skipped(tmp_path, reco
     check_refused(tmp_path, good, record, message, "p[c|]")
 
 
+@pytest.mark.parametrize("prompt, kind", [(5, "number"), (None, "null"), (["p"], "list"), ({"a": "p"}, "object")])
+def test_fault_004_a_single_pair_whose_prompt_is_no_string_is_not_read_as_plain_text(tmp_path, prompt, kind):
+    with pytest.raises(InputError, match=f'x.jsonl:1: "prompt" is {kind}, expected a string'):
+        prepare_records(tmp_path, {"prompt": prompt, "completion": "b"})
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "messages, message",
     [
@@ -225,7 +242,10 @@ def test_fault_004_a_pair_without_its_strings_is_named_or_skipped(tmp_path, reco
         ([], "expected a list of messages"),
         (["hello"], "message 1: expected an object, it is string"),
         ([{"role": "user"}], "message 1: its content is null, expected a string"),
-        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "message 1: its content is list"),
+        ([{"role": "user", "content": [{"type": "image", "text": "a"}]}], "message 1: its content is list"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}], "message 1: its content is list"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "message 1: its content is list"),
+        ([{"role": "user", "content": []}], "message 1: its content is list"),
         ([{"role": "tool", "content": "a"}], 'message 1: unknown role "tool"; roles are system, user, assistant'),
         ([{"role": ["user"], "content": "a"}], "message 1: unknown role"),
         ([{"content": "a"}], "message 1: unknown role null"),
