@@ -1,7 +1,9 @@
 """The built-in corpora."""
 
 import ast
+import email
 import json
+from pathlib import Path
 
 import pytest
 from prepare_helpers import documents_of, prepare_here, write
@@ -92,10 +94,11 @@ def test_docstrings_are_the_prompts_of_their_short_functions(tmp_path, monkeypat
     assert manifest["source"]["corpus"] == "docstrings"
 
 
-def test_this_interpreters_functions_are_python_that_begins_with_def(tmp_path):
+def test_real_functions_are_python_that_begins_with_def(tmp_path, monkeypatch):
+    monkeypatch.setattr("sysconfig.get_path", lambda _: Path(email.__file__).parent)  # a part of the library
     [source], _ = docstrings(tmp_path)
     examples = [json.loads(line) for line in source.spool]
-    assert len(examples) > 2000
+    assert len(examples) > 50
     for example in examples:
         [function] = ast.parse(example["completion"]).body
         assert isinstance(function, ast.FunctionDef) and example["completion"].startswith("def ")
