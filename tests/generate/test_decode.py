@@ -328,11 +328,12 @@ def test_fault_094_tensors_do_not_pile_up_over_many_tokens_and_carry_no_graph(ge
         gc.collect()
         return [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
 
+    left = {id(found) for found in tensors() if found.grad_fn}  # by earlier tests of this process
     events = generator.events(["abc"], [generator.params(max_new_tokens=10_000, ignore_eot=True, seed=1)])
     counts = [len(tensors()) for n, _ in zip(range(801), events, strict=False) if n in (30, 800)]
     print(counts)
     assert counts[1] <= counts[0]
-    assert not any(found.grad_fn for found in tensors())
+    assert not any(found.grad_fn for found in tensors() if id(found) not in left)
 
 
 @pytest.mark.slow
