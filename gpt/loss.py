@@ -94,8 +94,8 @@ class OnePass(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, gradient = ctx.saved_tensors
         upstream = upstream[:, None]  # float32: in bf16, all gradients would have the same rounding error
         to_x, scaled = (upstream * (gradient @ weight)).to(x.dtype), (upstream * x).to(x.dtype)
-        return to_x, gradient.T @ scaled, None, None
+        return to_x, gradient.T @ scaled if ctx.needs_input_grad[1] else None, None, None
