@@ -108,8 +108,10 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         y = F.linear(x, self.weight, self.bias)
-        dropped = F.dropout(x, self.config.lora_dropout, self.training)
-        return torch.add(y, F.linear(F.linear(dropped, self.lora_A), self.lora_B), alpha=self.scale)
+        low = F.linear(F.dropout(x, self.config.lora_dropout, self.training), self.lora_A)
+        # In place: two more tensors of this size for each layer would leave holes in the heap of a CPU.
+        y.view(-1, y.shape[-1]).addmm_(low.flatten(0, -2), self.lora_B.to(y.dtype).t(), alpha=self.scale)
+        return y
 
     def merged_weight(self) -> Tensor:  # (out, in)
         return self.weight + delta(self.lora_A, self.lora_B, self.scale).t()

@@ -10,6 +10,7 @@ import torch
 from gpt.checkpoint.adapters import SIZES
 from gpt.device import GIB, free_memory, total_memory
 from gpt.errors import InputError, ResourceError
+from gpt.loss import frozen_rows
 from gpt.model import ModelConfig, count_parameters, hidden_parameters, padded_vocabulary
 from gpt.train.budget import Progress
 from gpt.train.freeze import matches, split_patterns
@@ -32,6 +33,10 @@ class Method:
     lora: LoraConfig = field(default=LoraConfig())
     checkpoint_activations: bool = False
 
+    def freezes_head(self) -> bool:
+        """Returns whether the embedding, which is also the head, is frozen."""
+        return bool(self.lora.lora_rank) or matches("token.weight", split_patterns(self.freeze))
+
 
 def estimate(
     model_config: ModelConfig,
@@ -48,14 +53,13 @@ def estimate(
     hidden, others = count_trained(model_config, vocab_size, method.freeze)
     trained = adapters or hidden + others
     by_muon = hidden if method.optimizer == "muon" else 0
-    tokens = micro_batch_size * model_config.block_size
-    passing = extra_for_backward(model_config, vocab_size, dtype, device, method)
     kept = kept_for_backward(model_config, vocab_size, micro_batch_size, dtype, device, method)
+    passing = extra_for_backward(model_config, vocab_size, micro_batch_size, dtype, device, method)
     return {
         "weights": 4 * (count_parameters(model_config, vocab_size) + adapters),
         "gradients": 4 * trained,
         "optimizer": 8 * trained - 4 * by_muon,
-        "activations": max(kept + tokens * passing, MUON_BYTES * by_muon),
+        "activations": max(kept + passing, MUON_BYTES * by_muon),
     }
 
 
@@ -83,7 +87,7 @@ def kept_for_backward(
     """Returns the number of bytes that the forward pass over a micro-batch keeps for the backward pass."""
     c, width = config.n_embd, torch.finfo(dtype).bits // 8
     per_layer = 4 * c if method.checkpoint_activations else layer_bytes(config, dtype, device, method.lora)
-    logits = width * padded_vocabulary(vocab_size)
+    logits = 0 if method.freezes_head() else width * padded_vocabulary(vocab_size)
     per_token = config.n_layer * per_layer + (width + 4) * c + logits  # layers, last layer norm, logits
     copied = count_parameters(config, vocab_size)
     if method.lora.lora_rank and method.checkpoint_activations:  # autocast keeps no copies of frozen weights
@@ -111,16 +115,26 @@ def layer_bytes(config: ModelConfig, dtype: torch.dtype, device: torch.device, l
 
 
 def extra_for_backward(
-    config: ModelConfig, vocab_size: int, dtype: torch.dtype, device: torch.device, method: Method = Method()
+    config: ModelConfig,
+    vocab_size: int,
+    micro_batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    method: Method = Method(),
 ) -> int:
-    """Returns the number of bytes per token that the backward pass needs in addition: gradients of one layer's
-    attention and, with checkpointed activations, all of one layer's, as far as they need more than the logits, whose
-    memory is free by then."""
-    gradients = 4 * config.n_head * config.block_size if keeps_scores(config, device) else 0
-    if not method.checkpoint_activations:
-        return gradients
+    """Returns the number of bytes that the backward pass needs in addition at its peak: the gradients of one layer's
+    attention and, with checkpointed activations, all activations of one layer, as far as they need more than the
+    logits, whose memory is free by then."""
+    tokens, gradients = micro_batch_size * config.block_size, 0
+    if keeps_scores(config, device):
+        gradients = 4 * config.n_head * config.block_size * tokens
     logits = torch.finfo(dtype).bits // 8 * padded_vocabulary(vocab_size)
-    return max(0, layer_bytes(config, dtype, device, method.lora) + gradients - logits)
+    of_layer = 0
+    if method.checkpoint_activations:
+        of_layer = layer_bytes(config, dtype, device, method.lora) * tokens
+    if method.freezes_head():  # the logits of some rows exist at a time, in the forward pass
+        return max(gradients + of_layer, logits * min(tokens, frozen_rows(device)))
+    return max(0, gradients + of_layer - logits * tokens) if method.checkpoint_activations else gradients
 
 
 def keeps_scores(config: ModelConfig, device: torch.device) -> bool:
@@ -132,9 +146,10 @@ def check_fits(model_config: ModelConfig, vocab_size: int, device: torch.device,
     """Raises InputError if weights, gradients and optimizer state alone do not fit on the device. Allocates nothing."""
     needs = sum(estimate(model_config, vocab_size, 0, torch.float32, device, method).values())
     if needs > total_memory(device):
+        advice = "" if method.lora.lora_rank else ", or fine-tune one with --lora_rank"
         raise InputError(
             f"a model of n_layer {model_config.n_layer}, n_embd {model_config.n_embd} needs {needs:,} bytes to train: "
-            f"{device} has {total_memory(device):,}; choose a smaller model"
+            f"{device} has {total_memory(device):,}; choose a smaller model{advice}"
         )
 
 

@@ -1,21 +1,36 @@
 """LoRA: adapters alone are trained, checkpoints are merged and hold PEFT's adapter, and a run continues to the bit."""
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from adapter_helpers import adapted, save_adapter
-from checkpoint_helpers import assert_same_outputs, flip_a_bit, load_theirs
+from checkpoint_helpers import assert_same_outputs, flip_a_bit, load_theirs, save
 from safetensors.torch import load_file, save_file
-from training_helpers import fingerprint, metrics, sha256, snapshot, tiny_model, train_here
+from training_helpers import (
+    fingerprint,
+    make_data,
+    make_examples,
+    metrics,
+    random_examples,
+    sha256,
+    snapshot,
+    start_train,
+    tiny_model,
+    train_here,
+)
 
 import gpt
 import train
 from gpt.checkpoint.read import Checkpoint, load_pretrained, verify_checkpoint
 from gpt.config import flatten, make_config
 from gpt.errors import InputError, IntegrityError, printable
+from gpt.model import GPT, ModelConfig
+from gpt.text.tokenizer import load_tokenizer
 from gpt.train.budget import Progress
 from gpt.train.lora import LoraConfig, add_adapters, merged, restore_adapters
 from gpt.train.optim import LossScaler, OptimConfig, make_optimizer
@@ -267,3 +282,43 @@ def test_compiled_adapters_are_trained_as_uncompiled_ones(made, base, tmp_path):
         assert done.code == 0, done.stderr
     losses = {name: [r["loss"] for r in metrics(tmp_path / name) if "loss" in r] for name in ("on", "off")}
     assert losses["on"] == pytest.approx(losses["off"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_adapters_on_examples_are_trained_padded_and_in_micro_batches(base, tmp_path):
+    data = make_examples(tmp_path / "data", random_examples(24, 30), random_examples(5, 30, seed=1))
+    command = ("tiny", "--init", base, "--data", data, *LORA, "--max_steps", 8, "--save_every", 4, "--log_every", 1)
+    for name, flags in {"bf16": ("--dtype", "bf16"), "fp32": ()}.items():
+        done = train_here(*command, "--out", tmp_path / name, *flags)
+        assert done.code == 0, done.stderr
+        done = train_here("--resume", tmp_path / name / "step-000000004", "--out", tmp_path / f"{name}-half", *flags)
+        assert done.code == 0, done.stderr
+        ours, theirs = fingerprint(tmp_path / f"{name}-half", 8), fingerprint(tmp_path / name, 8)
+        assert (ours["weights"], ours["optimizer"]) == (theirs["weights"], theirs["optimizer"])
+
+
+# ---- memory
+
+
+def peak_memory(*args):
+    """Runs train.py in a process of its own and returns the most memory that it had, in KiB."""
+    process = start_train(*args)
+    text = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, text
+    return usage.ru_maxrss
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory in the units of Linux")
+def test_adapters_need_at_most_055_of_the_memory_of_full_fine_tuning_of_124m(bpe_cache, tmp_path):
+    gpt2 = load_tokenizer("gpt2")
+    torch.manual_seed(0)
+    model = save(GPT(ModelConfig(block_size=256), gpt2.vocab_size), gpt2, tmp_path)
+    data = make_data(tmp_path / "data", 30_000, 3_000, tokenizer=gpt2)
+    command = ("--init", model, "--data", data, "--max_steps", 2, "--max_epochs", 0, "--global_batch_size", 4)
+    flags = {"full": (), "lora": ("--lora_rank", 16), "less": ("--lora_rank", 16, "--checkpoint_activations")}
+    peaks = {name: peak_memory(*command, "--out", tmp_path / name, *flags[name]) for name in flags}
+    assert peaks["lora"] <= 0.55 * peaks["full"], peaks
+    assert peaks["less"] < 0.9 * peaks["lora"], peaks
