@@ -74,18 +74,18 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -
     """Returns the losses (N,) in nats, float32, of logits x (N, C) @ weight (P, C).T at targets (N,); 0 where a target
     is IGNORED. The softmax covers the first `vocab_size` rows of the weight. Autocast sets the precision of the
     products."""
-    device = x.device.type
+    device, is_frozen = x.device.type, not weight.requires_grad
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
     counted = targets != IGNORED
     targets = targets.where(counted, 0)
-    if not torch.is_grad_enabled():
-        losses = losses_of_logits(F.linear(x, weight), targets, vocab_size)
-    elif weight.requires_grad:
+    if is_frozen:
+        losses = FrozenWeight.apply(x, weight, targets, vocab_size, torch.is_grad_enabled())
+    elif torch.is_grad_enabled():
         losses = OnePass.apply(x, weight, targets, vocab_size)
     else:
-        losses = FrozenWeight.apply(x, weight, targets, vocab_size)
+        losses = losses_of_logits(F.linear(x, weight), targets, vocab_size)
     return losses * counted
 
 
@@ -113,20 +113,22 @@ class OnePass(torch.autograd.Function):
 
 
 class FrozenWeight(torch.autograd.Function):
-    """Computes the losses where the weight is frozen, and keeps the gradient of x for the backward pass."""
+    """Computes the losses where the weight is frozen. With `gradient`, keeps the gradient of x for the backward
+    pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, gradient: bool) -> Tensor:
         rows, losses, to_x = min(frozen_rows(x.device), len(x)), [], torch.empty_like(x)
         buffer = x.new_empty(rows, len(weight))  # one for all: glibc's heap finds no second use for so large a piece
         for x_chunk, target, out in zip(x.split(rows), targets.split(rows), to_x.split(rows), strict=True):
             logits = torch.mm(x_chunk, weight.t(), out=buffer[: len(x_chunk)])
-            losses.append(losses_of_logits(logits, target, vocab_size, gradient=True))
-            torch.mm(logits, weight, out=out)
+            losses.append(losses_of_logits(logits, target, vocab_size, gradient))
+            if gradient:
+                torch.mm(logits, weight, out=out)
         ctx.save_for_backward(to_x)
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         (to_x,) = ctx.saved_tensors
-        return (upstream[:, None] * to_x).to(to_x.dtype), None, None, None
+        return (upstream[:, None] * to_x).to(to_x.dtype), None, None, None, None

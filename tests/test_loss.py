@@ -53,6 +53,8 @@ def test_with_a_frozen_weight_losses_and_gradient_are_those_of_float64(rows, dty
     given = problem(1001, 1024, rows)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         losses, gradient, none = one_pass(*given, 1001, frozen=True)
+        with torch.no_grad():
+            assert torch.equal(cross_entropy(*given[:3], 1001), losses)
     assert none is None
     assert losses.dtype == torch.float32
     for found, exact in zip((losses, gradient), reference(*given, 1001)[:2], strict=True):

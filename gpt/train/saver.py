@@ -137,7 +137,8 @@ class Saver:
             self.check_in_place()
             assert self.recorder.log
             self.recorder.log.sync()
-            save_checkpoint(self.out, step, merged(state.model), corpus.tokenizer, files, self.sampling, about)
+            model = merged(state.model, as_stored=True)
+            save_checkpoint(self.out, step, model, corpus.tokenizer, files, self.sampling, about)
             self.point()
 
     def point(self) -> None:
