@@ -34,7 +34,7 @@ from gpt.text.tokenizer import load_tokenizer
 from gpt.train.budget import Progress
 from gpt.train.lora import LoraConfig, add_adapters, merged, restore_adapters
 from gpt.train.optim import LossScaler, OptimConfig, make_optimizer
-from gpt.train.start import check_settings, read_settings
+from gpt.train.start import check_settings
 from gpt.train.state import State
 
 DROPOUTS = ("--lora_dropout", "0.1", "--dropout", "0.1", "--micro_batch_size", "2")
@@ -205,15 +205,6 @@ def test_an_adapter_of_peft_starts_here_merged(made, base, tmp_path):
     done = train_here("tiny", "--init", tmp_path / "adapter", "--data", made / "data", "--out", out, *LORA, *settings)
     assert done.code == 0, done.stderr
     assert_same_outputs(load_pretrained(out)[0], adapted(base, tensors, lambda module: 3.0), 257)
-
-
-def test_the_default_learning_rate_is_ten_times_that_of_full_fine_tuning(base):
-    def rate(*flags):
-        argv = ["--init", str(base), "--data", "data", *flags]
-        return read_settings(train.CommandLine, train.TrainConfig, argv, train.PRESETS, "")[0].optim.lr
-
-    assert rate("--lora_rank", "2") == 10 * rate()
-    assert rate("--lora_rank", "2", "--lr", "1e-5") == 1e-5
 
 
 @pytest.mark.parametrize(
