@@ -34,6 +34,7 @@ from gpt.report.plot import RunPicture
 from gpt.report.report import REPORT, report_errors, write_report
 from gpt.train.budget import BY_THE_CLOCK, BatchConfig, LengthConfig, RhythmConfig
 from gpt.train.finetune import problems_by_size
+from gpt.train.lora import LoraConfig, merged
 from gpt.train.optim import OptimConfig, clip_gradients, gated_step, learning_rate
 from gpt.train.ranks import join
 from gpt.train.runtime import MachineConfig, Runtime, seed_step
@@ -72,12 +73,14 @@ class TrainConfig:
     batch: BatchConfig = field(default=BatchConfig())
     length: LengthConfig = field(default=LengthConfig())
     optim: OptimConfig = field(default=OptimConfig())
+    lora: LoraConfig = field(default=LoraConfig())
     rhythm: RhythmConfig = field(default=RhythmConfig())
     machine: MachineConfig = field(default=MachineConfig())
 
     def __post_init__(self) -> None:
-        groups = (self.model, self.batch, self.length, self.optim, self.rhythm, self.machine)
+        groups = (self.model, self.batch, self.length, self.optim, self.lora, self.rhythm, self.machine)
         problems = [problem for group in groups for problem in group.problems()]
+        problems += self.lora.conflicts(self.model, self.init, self.optim.optimizer, self.optim.freeze)
         if not self.data:
             problems.append("data is not given; make a folder with data/prepare.py and pass --data FOLDER")
         if self.optim.warmup_steps >= 1 and 0 < self.length.max_steps < self.optim.warmup_steps:
@@ -206,8 +209,8 @@ def evaluate(run: Run) -> tuple[float, float] | None:
 def sample(run: Run) -> str:
     """Returns a text that the model generates from an empty prompt, or after the prompt of an example: up to
     SAMPLE_TOKENS tokens between a heading and an end line or, where sample_every is left out, one line."""
-    step, model, tokenizer, seed = run.state.progress.step, run.state.model, run.corpus.tokenizer, run.config.seed
-    prompt = run.corpus.sample_prompt()
+    step, tokenizer, seed = run.state.progress.step, run.corpus.tokenizer, run.config.seed
+    model, prompt = merged(run.state.model), run.corpus.sample_prompt()
     if run.samples.every == BY_THE_CLOCK:
         heading = f"sample at step {step}, {run.samples.seconds():.0f} s: "
         return heading + sample_line(model, tokenizer, prompt, LINE_TOKENS, seed, width=79 - len(heading))

@@ -9,6 +9,9 @@ the products, and the forward pass overwrites them with their gradient:
         logits = softmax(logits) - onehot(target)
     backward:  d x = upstream * (logits @ weight),  d weight = logits.T @ (upstream * x)
 
+Where the weight is frozen, d x is all that is needed: it is computed at once, without the factor `upstream`, for some
+rows of x at a time, so that most logits never exist at the same time.
+
 Shapes: N positions, C width, V vocabulary, P its padded size (P >= V)."""
 
 from typing import Any
@@ -20,6 +23,7 @@ from torch import Tensor
 IGNORED = -1  # a target without loss
 NOT_LEARNED = ~0  # a padding token, as inputs_and_targets takes it: id 0, without loss
 CPU_ROWS, GPU_ROWS = 64, 512  # rows at a time in float32: on a CPU they stay in its cache
+FROZEN_ROWS = {"cpu": 256, "cuda": 2048}  # rows of x at a time where the weight is frozen; on other devices as on CUDA
 CPU_LOGITS = 2**19  # at least so many logits at a time on a CPU: each operation on fewer costs more than it computes
 
 
@@ -70,17 +74,24 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -
     """Returns the losses (N,) in nats, float32, of logits x (N, C) @ weight (P, C).T at targets (N,); 0 where a target
     is IGNORED. The softmax covers the first `vocab_size` rows of the weight. Autocast sets the precision of the
     products."""
-    device = x.device.type
+    device, is_frozen = x.device.type, not weight.requires_grad
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
     counted = targets != IGNORED
     targets = targets.where(counted, 0)
-    if torch.is_grad_enabled():
+    if is_frozen:
+        losses = FrozenWeight.apply(x, weight, targets, vocab_size, torch.is_grad_enabled())
+    elif torch.is_grad_enabled():
         losses = OnePass.apply(x, weight, targets, vocab_size)
     else:
         losses = losses_of_logits(F.linear(x, weight), targets, vocab_size)
     return losses * counted
+
+
+def frozen_rows(device: torch.device) -> int:
+    """Returns how many rows of x have logits at the same time where the weight is frozen."""
+    return FROZEN_ROWS.get(device.type, FROZEN_ROWS["cuda"])
 
 
 class OnePass(torch.autograd.Function):
@@ -99,3 +110,25 @@ class OnePass(torch.autograd.Function):
         upstream = upstream[:, None]  # float32: in bf16, all gradients would have the same rounding error
         to_x, scaled = (upstream * (gradient @ weight)).to(x.dtype), (upstream * x).to(x.dtype)
         return to_x, gradient.T @ scaled, None, None
+
+
+class FrozenWeight(torch.autograd.Function):
+    """Computes the losses where the weight is frozen. With `gradient`, keeps the gradient of x for the backward
+    pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, gradient: bool) -> Tensor:
+        rows, losses, to_x = min(frozen_rows(x.device), len(x)), [], torch.empty_like(x)
+        buffer = x.new_empty(rows, len(weight))  # one for all: glibc's heap finds no second use for so large a piece
+        for x_chunk, target, out in zip(x.split(rows), targets.split(rows), to_x.split(rows), strict=True):
+            logits = torch.mm(x_chunk, weight.t(), out=buffer[: len(x_chunk)])
+            losses.append(losses_of_logits(logits, target, vocab_size, gradient))
+            if gradient:
+                torch.mm(logits, weight, out=out)
+        ctx.save_for_backward(to_x)
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (to_x,) = ctx.saved_tensors
+        return (upstream[:, None] * to_x).to(to_x.dtype), None, None, None, None

@@ -49,6 +49,11 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def run_block(block: "Block", x: Tensor, ops: "Ops", layer: LayerCache | None) -> Tensor:
+    """Returns the output (B, T, C) of a block for x (B, T, C)."""
+    return block(x, ops, layer)
+
+
 @dataclass(frozen=True)
 class Ops:
     """The operations of a forward pass that have faster kernels. The defaults are the reference implementations in
@@ -60,6 +65,8 @@ class Ops:
     """attention of new tokens to all positions of their rows: qkv (B, T, 3 C), number of heads, cache of the layer ->
     (B, T, C); appends the new keys and values to the cache"""
     gelu: Callable[[Tensor], Tensor] = gelu
+    block: Callable[..., Tensor] = run_block
+    """a block of the model: see run_block; training may replace it to keep fewer activations"""
 
 
 REFERENCE = Ops()
@@ -218,7 +225,7 @@ class GPT(nn.Module):
         caches of the layers, or None for each."""
         x = self.drop(self.token(ids) + self.position(positions))
         for block, layer in zip(self.blocks, layers, strict=True):
-            x = block(x, ops, layer)
+            x = ops.block(block, x, ops, layer)
         return x
 
     def check_positions(self, tokens: int, cache: KVCache | None) -> None:
@@ -308,8 +315,8 @@ def total_parameters(config: ModelConfig, vocab_size: int) -> int:
     return count_parameters(config, vocab_size) + (13 * config.n_layer + 2) * config.n_embd
 
 
-def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
-    """Returns the FLOPs of training on one token, forward and backward: products with weights, and full attention.
-    Source: PaLM (Chowdhery et al. 2022), appendix B."""
+def flops_per_token(config: ModelConfig, vocab_size: int, trained: float = 1.0) -> float:
+    """Returns the FLOPs of training on one token, forward and backward: products with weights, and full attention. Only
+    the share `trained` of the weights has gradients. Source: PaLM (Chowdhery et al. 2022), appendix B."""
     products = hidden_parameters(config) + vocab_size * config.n_embd
-    return 6 * products + 12 * config.n_layer * config.n_embd * config.block_size
+    return (4 + 2 * trained) * products + 12 * config.n_layer * config.n_embd * config.block_size

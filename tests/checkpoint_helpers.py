@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from gpt.checkpoint.read import OPTIMIZER, STATE
 from gpt.checkpoint.write import save_checkpoint
 from gpt.generate.sampling import SamplingParams
 from gpt.model import ModelConfig
@@ -38,7 +39,8 @@ def released_size(name):
 def save(model, tokenizer, out):
     """Saves a model without trainer state as step 1 of the run `out` and returns the step folder."""
     defaults = dataclasses.asdict(SamplingParams())
-    return save_checkpoint(out, 1, model, tokenizer, {}, {}, defaults, {"dataset": {"train": []}})
+    files = {OPTIMIZER: {}, STATE: {}}
+    return save_checkpoint(out, 1, model, tokenizer, files, defaults, {"dataset": {"train": []}})
 
 
 def load_transformers():

@@ -95,9 +95,8 @@ def gpt2_on_the_hub(tmp_path, bpe_cache, monkeypatch):
     """Makes "gpt2" on the hub a model with one small layer, GPT-2's vocabulary and its context of 1024."""
     tokenizer = load_tokenizer("gpt2")
     model = tiny_model(tokenizer.vocab_size, n_layer=1, n_embd=4, block_size=1024)
-    state = {"progress": {}, "scaler": {}, "config": {}, "runtime": {}, "base": None}
     about = {"dataset": {"train": []}, "code": "test"}
-    folder = save_checkpoint(tmp_path / "hub", 1, model, tokenizer, {}, state, vars(SamplingParams()), about)
+    folder = save_checkpoint(tmp_path / "hub", 1, model, tokenizer, {}, vars(SamplingParams()), about)
     monkeypatch.setattr("gpt.checkpoint.read.fetch_from_hub", lambda name: folder)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gpt import loss
 from gpt.loss import CPU_ROWS, IGNORED, cross_entropy
 
 
@@ -27,8 +28,8 @@ def reference(x, weight, targets, upstream, vocab_size):
     return losses.detach(), x.grad, weight.grad
 
 
-def one_pass(x, weight, targets, upstream, vocab_size, function=cross_entropy):
-    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+def one_pass(x, weight, targets, upstream, vocab_size, function=cross_entropy, frozen=False):
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
     losses = function(x, weight, targets, vocab_size)
     losses.backward(upstream)
     return losses.detach(), x.grad, weight.grad
@@ -43,6 +44,21 @@ def test_losses_and_gradients_are_those_of_float64(vocab_size, padded, rows):
     given = problem(vocab_size, padded, rows)
     for found, expected in zip(one_pass(*given, vocab_size), reference(*given, vocab_size), strict=True):
         torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 64, 200])
+def test_with_a_frozen_weight_losses_and_gradient_are_those_of_float64(rows, dtype, monkeypatch):
+    monkeypatch.setitem(loss.FROZEN_ROWS, "cpu", 64)
+    given = problem(1001, 1024, rows)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        losses, gradient, none = one_pass(*given, 1001, frozen=True)
+        with torch.no_grad():
+            assert torch.equal(cross_entropy(*given[:3], 1001), losses)
+    assert none is None
+    assert losses.dtype == torch.float32
+    for found, exact in zip((losses, gradient), reference(*given, 1001)[:2], strict=True):
+        assert (found.double() - exact).norm() <= (0.02 if dtype == torch.bfloat16 else 2e-6) * exact.norm()
 
 
 @pytest.mark.parametrize("spread", [0.0, 40.0])
@@ -101,10 +117,13 @@ def test_compiled_it_gives_the_same():
         torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_the_compilers_version_is_one_that_torch_itself_can_run(backend):
+def test_the_compilers_version_is_one_that_torch_itself_can_run(backend, frozen):
     """Inductor skips checks that torch makes: its own backends show an operation that torch does not have."""
     given = problem(257, 320, 7)
     compiled = torch.compile(cross_entropy, backend=backend, fullgraph=True)
-    for found, expected in zip(one_pass(*given, 257, compiled), reference(*given, 257), strict=True):
-        torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=2e-5)
+    kept = 2 if frozen else 3
+    found = one_pass(*given, 257, compiled, frozen)[:kept]
+    for value, expected in zip(found, reference(*given, 257)[:kept], strict=True):
+        torch.testing.assert_close(value.double(), expected, atol=2e-5, rtol=2e-5)

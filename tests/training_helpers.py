@@ -26,7 +26,7 @@ import torch
 from paths import ROOT
 
 import train
-from gpt.checkpoint.read import sealed
+from gpt.checkpoint.read import OPTIMIZER, STATE, sealed
 from gpt.checkpoint.write import save_checkpoint
 from gpt.errors import run_main
 from gpt.generate.sampling import SamplingParams
@@ -155,9 +155,9 @@ def save_step(out, step, model=None, tokenizer=None):
     tokenizer = tokenizer or load_tokenizer("byte")
     model = model or tiny_model(tokenizer.vocab_size, seed=step)
     state = {"progress": {"step": step}, "scaler": {}, "config": {"seed": 1}, "runtime": {}, "base": None}
-    optimizer = optimizer_tensors(model, optimizer_of(model))
+    files = {OPTIMIZER: optimizer_tensors(model, optimizer_of(model)), STATE: state}
     about = {"dataset": {"train": []}, "code": "test"}
-    return save_checkpoint(Path(out), step, model, tokenizer, optimizer, state, asdict(SamplingParams()), about)
+    return save_checkpoint(Path(out), step, model, tokenizer, files, asdict(SamplingParams()), about)
 
 
 def rewrite_manifest(folder, **changes):

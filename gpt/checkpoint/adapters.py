@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format (Hu et al. 2021, arXiv:2106.09685), merged into their base model.
+"""LoRA adapters in PEFT's format (Hu et al. 2021, arXiv:2106.09685): read, and merged into their base model; written.
 
 An adapter changes a matrix W, as `x @ W` uses it, by two small ones:  W + scale * (B @ A).T
 
@@ -73,6 +73,33 @@ def with_adapter(folder: Path, base: StoredModel) -> StoredModel:
         read=read,
         deltas=deltas,
     )
+
+
+# ---- written
+
+
+def peft_settings(base: str, rank: int, alpha: float, dropout: float, targets: list[str]) -> dict[str, Any]:
+    """Returns the content of adapter_config.json for an adapter of the model `base`, a path or hub name; `targets` are
+    the adapted modules of a block."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": targets,
+        "fan_in_fan_out": True,  # GPT-2 stores its matrices as (in, out)
+        "bias": "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def peft_name(module: str, half: str) -> str:
+    """Returns PEFT's name for a tensor of an adapter: for ("h.0.mlp.c_fc", "A")
+    "base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight"."""
+    return f"{PEFT_PREFIX}{PREFIX}{module}.lora_{half}.weight"
 
 
 # ---- what is supported

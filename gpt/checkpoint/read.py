@@ -30,6 +30,9 @@ FORMAT_VERSION = 1
 MANIFEST = "training/manifest.json"
 OPTIMIZER = "training/optimizer.safetensors"
 STATE = "training/state.json"
+FROZEN = "training/frozen.safetensors"  # with LoRA: the frozen matrices, which are merged with adapters in the root
+TRAINER_FILES = (OPTIMIZER, STATE, FROZEN)
+ADAPTER_FOLDER = "adapter"  # with LoRA: the adapter in PEFT's format
 THREADS_LOCK = threading.Lock()
 
 MOST_READINGS = 10  # of a run's pointers, while the run deletes step folders
@@ -54,12 +57,12 @@ class Checkpoint:
 
 def verify_checkpoint(folder: Path, training: bool = True) -> Checkpoint:
     """Checks every file of a step folder against its manifest and returns the Checkpoint. Without `training`, accepts a
-    folder of weights only, and checks the optimizer's tensors by size alone: hashing them takes longer than the rest.
+    folder of weights only, and checks the trainer's tensors by size alone: hashing them takes longer than the rest.
     Raises IntegrityError if a check fails, ResourceError if a file cannot be read."""
     manifest = read_manifest(folder)
     try:
         for name, entry in manifest["files"].items():
-            check_file(folder, name, entry, hash_it=training or name != OPTIMIZER)
+            check_file(folder, name, entry, hash_it=training or name not in (OPTIMIZER, FROZEN))
     except OSError as error:
         raise ResourceError(f"{error.filename}: {error.strerror}; make it readable") from None
     state = read_json(folder / STATE) if {STATE, OPTIMIZER} <= manifest["files"].keys() else None

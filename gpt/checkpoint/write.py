@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpt.checkpoint.read import FORMAT_VERSION, MANIFEST, OPTIMIZER, STATE, sealed
+from gpt.checkpoint.read import FORMAT_VERSION, MANIFEST, sealed
 from gpt.checkpoint.weights import WEIGHTS, all_finite, config_json, weights_of
 from gpt.errors import NonFiniteError, ResourceError
 from gpt.files import remove_tree, set_mode, sha256_of, sync_folder, write_durably
@@ -25,11 +25,11 @@ Tensors = dict[str, Tensor]
 
 
 def save_checkpoint(
-    out: Path, step: int, model: GPT, tokenizer: Tokenizer, optimizer: Tensors, state: Json, sampling: Json, about: Json
+    out: Path, step: int, model: GPT, tokenizer: Tokenizer, files: dict[str, Any], sampling: Json, about: Json
 ) -> Path:
-    """Writes `out/step-<step>`, whole or not at all, and returns its path. `optimizer` and `state` are the trainer's
-    tensors and plain data, `sampling` the defaults for generation_config.json, `about` further entries of the manifest.
-    Raises NonFiniteError for weights that are not finite, ResourceError if writing fails."""
+    """Writes `out/step-<step>`, whole or not at all, and returns its path. `files` are the files of the trainer: see
+    write_files. `sampling` are the defaults for generation_config.json, `about` further entries of the manifest. Raises
+    NonFiniteError for weights that are not finite, ResourceError if writing fails."""
     weights = weights_of(model)
     damaged = [name for name, value in weights.items() if not all_finite(value)]
     if damaged:
@@ -40,8 +40,7 @@ def save_checkpoint(
         remove_tree(temporary)
         (temporary / "training").mkdir(parents=True)
         write_model(temporary, weights, model, tokenizer, sampling)
-        save_file(optimizer, temporary / OPTIMIZER)
-        write_json(temporary / STATE, state)
+        write_files(temporary, files)
         manifest = {"format_version": FORMAT_VERSION, "step": step, "tokenizer": tokenizer.manifest_entry, **about}
         write_json(temporary / MANIFEST, sealed(manifest | {"files": make_durable(temporary)}))
         remove_tree(target)  # a damaged save of the same step
@@ -64,6 +63,17 @@ def write_model(folder: Path, weights: Tensors, model: GPT, tokenizer: Tokenizer
     write_json(folder / "config.json", config_json(model.config, model.vocab_size, one_eos, dtype))
     write_json(folder / "generation_config.json", {"do_sample": True, **sampling, **(ids if others else one_eos)})
     save_tokenizer(tokenizer, folder, model_max_length=model.config.block_size)
+
+
+def write_files(folder: Path, files: dict[str, Any]) -> None:
+    """Writes `files`, name -> content, into `folder`: tensors by name as safetensors, plain data as JSON."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        if path.suffix == ".json":
+            write_json(path, content)
+        else:
+            save_file(content, path)
 
 
 def write_json(path: Path, values: Json) -> None:

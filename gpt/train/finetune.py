@@ -18,6 +18,7 @@ LEARNING_RATES = (  # a model of fewer parameters: peak learning rate of AdamW
     (250_000_000, 5e-5),
     (math.inf, 3e-5),
 )
+ADAPTERS_LEARN = 10  # times that rate, at most the first (Schulman et al. 2025, thinkingmachines.ai/blog/lora)
 EPOCHS = (  # data of fewer windows or examples: passes over them
     (300, 10.0),
     (1_000, 5.0),
@@ -31,9 +32,10 @@ LEAST_EVAL_TOKENS = 8192  # an evaluation reads so many tokens, or as many as th
 LEFT_TO_SIZES: dict[str, float] = {"lr": 0, "max_epochs": BY_SIZE}  # the values that leave a setting to the sizes
 
 
-def rate_for(parameters: int) -> float:
-    """Returns the peak learning rate with which AdamW fine-tunes a model of so many parameters."""
-    return next(rate for limit, rate in LEARNING_RATES if parameters < limit)
+def rate_for(parameters: int, adapters: bool = False) -> float:
+    """Returns the peak learning rate with which AdamW fine-tunes a model of so many parameters, or `adapters` of it."""
+    rate = next(rate for limit, rate in LEARNING_RATES if parameters < limit)
+    return min(ADAPTERS_LEARN * rate, LEARNING_RATES[0][1]) if adapters else rate
 
 
 def epochs_for(items: int) -> float:
@@ -62,6 +64,7 @@ class Sizes(NamedTuple):
     items: int  # windows or examples of an epoch
     train_tokens: int
     val_tokens: int  # 0: there is no validation set
+    adapters: bool = False  # alone are trained
 
 
 def choose_by_size(
@@ -72,7 +75,7 @@ def choose_by_size(
     enough for the data."""
     chosen: dict[str, float] = {}
     if optim.lr == LEFT_TO_SIZES["lr"]:
-        chosen["lr"] = rate_for(sizes.parameters)
+        chosen["lr"] = rate_for(sizes.parameters, sizes.adapters)
     if length.max_epochs == LEFT_TO_SIZES["max_epochs"]:
         has_limit = length.max_steps or length.max_tokens or length.max_minutes
         chosen["max_epochs"] = 0.0 if has_limit else epochs_for(sizes.items)
@@ -87,10 +90,10 @@ def choose_by_size(
     return chosen
 
 
-def warn_of_mistakes(optim: OptimConfig, budget: Budget, parameters: int) -> None:
+def warn_of_mistakes(optim: OptimConfig, budget: Budget, parameters: int, adapters: bool) -> None:
     """Warns if the learning rate of a new fine-tune is one for training from scratch, or if epochs give the run so few
     steps that the model will hardly learn."""
-    usual = rate_for(parameters)
+    usual = rate_for(parameters, adapters)
     if optim.optimizer == "adamw" and optim.lr >= PRETRAINING * usual:
         note(
             "warning",

@@ -48,6 +48,8 @@ class OptimConfig:
     """decay of matrices per step, times the learning rate; biases and layer norms have none"""
     grad_clip: float = 1.0
     """largest norm of the gradient; 0 = no clipping"""
+    freeze: str = ""
+    """parameters that stay as they are: names or patterns, with commas between them, such as wte,wpe,h.0.*"""
 
     def problems(self) -> list[str]:
         """Returns what is wrong with these values, in words; empty if nothing is."""
@@ -103,12 +105,15 @@ def exact_learning_rate(config: OptimConfig, step: int, total_steps: int) -> flo
 def make_optimizer(
     model: GPT, config: OptimConfig, dtype: torch.dtype = torch.float32, ranks: Ranks | None = None
 ) -> Optimizer:
-    """Returns an AdamW, or a MuonAdamW, with weight decay on matrices and embeddings only. Every parameter is in
-    exactly one group. `dtype` is the precision of Muon's products, which `ranks` (None: this process alone) share."""
-    hidden = [p for p in model.blocks.parameters() if p.dim() >= 2] if config.optimizer == "muon" else []
-    others = set(model.parameters()) - set(hidden)
-    matrices = [p for p in model.parameters() if p in others and p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p in others and p.dim() < 2]
+    """Returns an AdamW, or a MuonAdamW, with weight decay on matrices and embeddings only. Every parameter that is not
+    frozen is in exactly one group. `dtype` is the precision of Muon's products, which `ranks` (None: this process
+    alone) share."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    in_blocks = set(model.blocks.parameters()) if config.optimizer == "muon" else set()
+    hidden = [p for p in trained if p in in_blocks and p.dim() >= 2]
+    others = set(trained) - set(hidden)
+    matrices = [p for p in trained if p in others and p.dim() >= 2]
+    vectors = [p for p in trained if p in others and p.dim() < 2]
     decay = config.weight_decay
     groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     adamw = AdamW(groups, config.beta1, config.beta2, config.eps)

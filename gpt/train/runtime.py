@@ -53,6 +53,9 @@ class MachineConfig:
     """bit-exact repetition on CUDA too, slower there (on CPU it always holds, with the same kernels)"""
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch"""
+    checkpoint_activations: bool = False
+    """keep only the inputs of blocks and compute the rest once more in the backward pass: much less memory, a third
+    slower, the same results"""
 
     def problems(self) -> list[str]:
         """Returns what is wrong with these values, in words; empty if nothing is."""

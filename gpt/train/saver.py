@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt import __version__
-from gpt.checkpoint.read import MANIFEST, OPTIMIZER, STATE, read_manifest, sealed
+from gpt.checkpoint.read import MANIFEST, OPTIMIZER, STATE, TRAINER_FILES, read_manifest, sealed
 from gpt.checkpoint.write import save_checkpoint, write_json
 from gpt.config import to_toml
 from gpt.errors import IntegrityError, ResourceError, note
@@ -26,6 +26,7 @@ from gpt.files import (
 )
 from gpt.text.corpus import Corpus
 from gpt.train.log import Recorder
+from gpt.train.lora import adapter_files, merged
 from gpt.train.ranks import Ranks
 from gpt.train.slot import Slot
 from gpt.train.state import State, optimizer_tensors
@@ -129,13 +130,15 @@ class Saver:
     def write(self, step: int) -> None:
         state, corpus = self.state, self.corpus
         stored = {"progress": asdict(state.progress), "scaler": state.scaler.state(), **self.constant}
-        tensors = optimizer_tensors(state.model, state.optimizer)
+        files = {OPTIMIZER: optimizer_tensors(state.model, state.optimizer), STATE: stored}
+        files |= adapter_files(state.model, self.constant["base"])
         about = {"dataset": corpus.shard_list, "code": __version__}
         with write_errors(self.out, "free some space or make it writable"):
             self.check_in_place()
             assert self.recorder.log
             self.recorder.log.sync()
-            save_checkpoint(self.out, step, state.model, corpus.tokenizer, tensors, stored, self.sampling, about)
+            model = merged(state.model, as_stored=True)
+            save_checkpoint(self.out, step, model, corpus.tokenizer, files, self.sampling, about)
             self.point()
 
     def point(self) -> None:
@@ -218,8 +221,8 @@ def drop_trainer_state(folder: Path) -> None:
         manifest = read_manifest(folder)
     except (IntegrityError, ResourceError):
         return  # damaged or unreadable: the user decides
-    files = {name: entry for name, entry in manifest["files"].items() if name not in (OPTIMIZER, STATE)}
+    files = {name: entry for name, entry in manifest["files"].items() if name not in TRAINER_FILES}
     if files != manifest["files"]:
         write_json(folder / MANIFEST, sealed(manifest | {"files": files}))
-    for name in (OPTIMIZER, STATE):
+    for name in TRAINER_FILES:
         (folder / name).unlink(missing_ok=True)

@@ -4,7 +4,7 @@ saves time, locks the run folder, and opens log and checkpoints."""
 import contextlib
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from gpt.train.graph import GraphedStep
 from gpt.train.log import Recorder, exit_record, start_log, tell_best, tell_end
 from gpt.train.optim import LossScaler, make_optimizer
 from gpt.train.ranks import Ranks
+from gpt.train.recompute import recomputed
 from gpt.train.runtime import Runtime, StopFlag, check_runtime, profiler
 from gpt.train.saver import Saver, locked_run_folder
 from gpt.train.slot import Slot
@@ -95,7 +96,7 @@ def open_run(
     machine = Runtime(config.machine, ranks, start.checkpoint)
     if config.machine.kernels == "on":
         machine.check_kernels(config.model)
-    memory.check_fits(config.model, corpus.tokenizer.vocab_size, machine.device, config.optim.optimizer)
+    memory.check_fits(config.model, corpus.tokenizer.vocab_size, machine.device, method_of(config))
     model, origin = first_model(start)
     with (
         locked_run_folder(config.out, flatten(config), start.newest, ranks) as (out, check_in_place),
@@ -141,6 +142,8 @@ def build_state(start: Start, model: GPT, machine: Runtime, accumulate: Accumula
     flops = flops_of_run(start, model, machine)
     compiled = machine.compiles(config.machine.compile, flops)
     ops = machine.ops(config.machine.kernels, config.model, compiled, flops)
+    if config.machine.checkpoint_activations:
+        ops = replace(ops, block=recomputed)
     record = machine.record(compiled, ops, progress.micro_batch_size)
     if checkpoint:
         if checkpoint.step > 0:  # before the first step the optimizer holds nothing
@@ -190,9 +193,15 @@ def micro_batch_size(config: Any, progress: Progress, model: GPT, machine: Runti
         return config.batch.micro_batch_size
     if progress.micro_batch_size and size % progress.micro_batch_size == 0:
         return progress.micro_batch_size
-    kind, sharers = config.optim.optimizer, machine.sharers()
-    fits = memory.choose_micro_batch(config.model, model.vocab_size, size, machine.dtype, machine.device, sharers, kind)
+    how, sharers = method_of(config), machine.sharers()
+    fits = memory.choose_micro_batch(config.model, model.vocab_size, size, machine.dtype, machine.device, sharers, how)
     return machine.ranks.least(fits)
+
+
+def method_of(config: Any) -> memory.Method:
+    """Returns how a run with these settings trains its model, as far as its memory depends on it."""
+    optim = config.optim
+    return memory.Method(optim.optimizer, optim.freeze, config.lora, config.machine.checkpoint_activations)
 
 
 def muon_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -203,12 +212,13 @@ def muon_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def tell_sizes(config: Any, state: State, machine: Runtime, record: dict[str, Any]) -> None:
     """Prints the size of the model, the machine, and the memory that a step needs."""
-    model, size = state.model, state.progress.micro_batch_size
+    model, size, parameters = state.model, state.progress.micro_batch_size, list(state.model.parameters())
     kernels = ", C++ kernels" if record["kernels"] else ""
-    note("info", f"{model.num_parameters():,} parameters on {record['device']}, {record['precision']}{kernels}")
-    kind = config.optim.optimizer
-    needs = memory.estimate(config.model, model.vocab_size, size, machine.dtype, machine.device, kind)
-    note("info", memory.memory_line(needs))
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    some = "" if all(parameter.requires_grad for parameter in parameters) else f", {trained:,} of them trained,"
+    note("info", f"{model.num_parameters():,} parameters{some} on {record['device']}, {record['precision']}{kernels}")
+    place = config.model, model.vocab_size, size, machine.dtype, machine.device, method_of(config)
+    note("info", memory.memory_line(memory.estimate(*place), memory.less_if_short(*place, machine.sharers())))
 
 
 def warm_up(state: State, block_size: int, machine: Runtime, accumulate: Accumulate) -> None:
@@ -230,6 +240,8 @@ def stepper(
 
     tokens = state.progress.micro_batch_size * config.model.block_size
     flops = tokens * flops_per_token(config.model, state.model.vocab_size)
-    if compiled or config.profile or not (one_shape and machine.captures(flops, config.model.n_layer)):
-        return step  # a profile shows kernels by the operations that launched them
+    if compiled or config.profile or config.machine.checkpoint_activations:
+        return step  # a profile shows kernels by the operations that launched them; a graph has no random state to save
+    if not (one_shape and machine.captures(flops, config.model.n_layer)):
+        return step
     return GraphedStep(step, CudaGraph(machine.device), state.optimizer.zero_grad)

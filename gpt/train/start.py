@@ -1,6 +1,7 @@
 """Where a run begins: its settings, and whether it continues a checkpoint, fine-tunes a base model or starts from
 scratch. Settings, data and machine are compared with those of the checkpoint."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -31,6 +32,8 @@ from gpt.text.shards import SPLITS, Dataset, open_dataset
 from gpt.text.tokenizer import Tokenizer, choices, load_tokenizer
 from gpt.train.budget import LIMITS, Budget, LengthConfig, Progress, RhythmConfig
 from gpt.train.finetune import LEFT_TO_SIZES, Sizes, choose_by_size, warn_of_mistakes
+from gpt.train.freeze import freeze
+from gpt.train.lora import LoraConfig, add_adapters, restore_adapters
 from gpt.train.metrics_file import logged_evaluation
 from gpt.train.ranks import Ranks
 from gpt.train.runtime import MachineConfig
@@ -41,6 +44,7 @@ def names(config: type) -> set[str]:
 
 
 ARCHITECTURE = names(ModelConfig) - {"dropout"}
+TRAINED = {"lora_rank", "lora_targets", "freeze"}  # they decide which parameters the optimizer's state is of
 # Settings that do not change the result; data is compared by its hashes.
 NOT_COMPARED = {"data", "out", "resume", "verify", "wandb", "profile", "micro_batch_size"}
 MAY_CHANGE = names(LengthConfig) | names(RhythmConfig) | names(MachineConfig) | NOT_COMPARED
@@ -191,7 +195,8 @@ def find_start(config: Any, base: StoredModel | None, typed: set[str], ranks: Ra
     compare_with_checkpoint(config, base, corpus, checkpoint)
     progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
     if base and not checkpoint:
-        warn_of_mistakes(config.optim, budget, count_parameters(config.model, base.vocab_size))
+        parameters = count_parameters(config.model, base.vocab_size)
+        warn_of_mistakes(config.optim, budget, parameters, adapters=config.lora.lora_rank > 0)
     if checkpoint and progress.evaluated_step != progress.step:  # evaluated after the checkpoint was saved, perhaps
         loss = logged_evaluation(Path(config.out), progress.step)
         if loss is not None:
@@ -248,7 +253,8 @@ def sized(
     `typed` stay, except those that are left to the sizes."""
     train, val = (int(ranks.first(dataset.tokens(split))) for split in SPLITS)
     items = examples or windows_per_epoch(train, config.model.block_size)
-    sizes = Sizes(count_parameters(config.model, base.vocab_size), items, train, val)
+    adapters = config.lora.lora_rank > 0
+    sizes = Sizes(count_parameters(config.model, base.vocab_size), items, train, val, adapters)
     chosen = choose_by_size(config.optim, config.length, config.rhythm, config.batch.global_batch_size, sizes)
     return {name: value for name, value in chosen.items() if name in LEFT_TO_SIZES or name not in typed}
 
@@ -339,7 +345,7 @@ def check_settings(values: dict[str, Any], checkpoint: Checkpoint, accept: bool)
     """Compares `values`, the settings of a run by flat name, with those of its checkpoint. Raises InputError for
     another architecture, optimizer or seed. For another setting raises it too or, if `accept`, prints a note. Settings
     in MAY_CHANGE (length, rhythm, hardware) may change."""
-    old = checkpoint.state["config"]
+    old = flatten(LoraConfig()) | {"freeze": ""} | checkpoint.state["config"]
     tell_new_length(old, values)
     changed = {
         name: (old[name], value)
@@ -352,9 +358,10 @@ def check_settings(values: dict[str, Any], checkpoint: Checkpoint, accept: bool)
         raise InputError(f"{checkpoint.path}: made with optimizer {was}, not {now}; use a new --out, and --init")
     if "seed" in changed:
         raise InputError(f"{checkpoint.path}: made with another seed ({texts[0]}); use a new --out")
-    fixed = [text for text, name in zip(texts, changed, strict=True) if name in ARCHITECTURE]
-    if fixed:
-        raise InputError(f"{checkpoint.path}: another architecture ({', '.join(fixed)}); use a new --out")
+    for what, fixed in (("another architecture", ARCHITECTURE), ("other parameters to train", TRAINED)):
+        found = [text for text, name in zip(texts, changed, strict=True) if name in fixed]
+        if found:
+            raise InputError(f"{checkpoint.path}: {what} ({', '.join(found)}); use a new --out")
     if texts and not accept:
         raise InputError(
             f"{checkpoint.path}: made with other settings ({', '.join(texts)}); use a new --out, "
@@ -412,17 +419,23 @@ def first_model(start: Start) -> tuple[GPT, dict[str, str] | None]:
         torch.manual_seed(config.seed)
         model, origin = GPT(config.model, corpus.tokenizer.vocab_size), None
     model.set_dropout(config.model.dropout)
+    if start.checkpoint:
+        restore_adapters(model, config.lora, start.checkpoint.path)
+    else:
+        add_adapters(model, config.lora, config.seed)
+    freeze(model, config.optim.freeze)
     return model, origin
 
 
 def load_base(base: StoredModel, init: str, block_size: int, corpus: Corpus) -> tuple[GPT, Tokenizer, dict[str, str]]:
     """Returns the model to fine-tune, its context cropped to `block_size`, its tokenizer, and a record of it: the name
-    `init` that the user gave, and the sha256 of the weights. Raises InputError if its tokenizer is not that of the
-    data."""
+    `init` that the user gave, the hub name or path of the model, and the sha256 of its weights. Raises InputError if
+    its tokenizer is not that of the data."""
     model, tokenizer, _ = load_stored(base)
     corpus.check_tokenizer(init, tokenizer.manifest_entry, tokenizer_source(init, base, tokenizer))
     model.crop_context(block_size)
-    return model, tokenizer, {"init": init, "sha256": base.sha256()}
+    name = str(base.path.resolve()) if os.path.exists(init) else init
+    return model, tokenizer, {"init": init, "model": name, "sha256": base.sha256()}
 
 
 def tokenizer_source(init: str, base: StoredModel, tokenizer: Tokenizer) -> str:

@@ -1,5 +1,6 @@
 """What training changes and a checkpoint holds: State, and its tensors by name."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def optimizer_tensors(model: GPT, optimizer: Optimizer) -> dict[str, torch.Tenso
     """Returns an optimizer's state as name -> CPU tensor, such as "exp_avg.blocks.0.ln_1.bias", without the padding of
     the vocabulary."""
     tensors = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained_parameters(model):
         for key, value in optimizer.state[parameter].items():
             if name == "token.weight" and value.dim():
                 value = value[: model.vocab_size]
@@ -41,7 +42,7 @@ def load_optimizer(optimizer: Optimizer, model: GPT, checkpoint: Checkpoint) -> 
     another shape."""
     path = checkpoint.path / OPTIMIZER
     tensors = read_safetensors(path)
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained_parameters(model):
         rows = model.vocab_size if name == "token.weight" else len(parameter)
         state = {}
         for key in state_names(optimizer, parameter):
@@ -51,6 +52,11 @@ def load_optimizer(optimizer: Optimizer, model: GPT, checkpoint: Checkpoint) -> 
         optimizer.state[parameter] = state
     if tensors:
         raise IntegrityError(f"{path}: {min(tensors)} is unknown; use another checkpoint")
+
+
+def trained_parameters(model: GPT) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yields name and parameter of all that are not frozen."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def take_tensor(tensors: dict[str, torch.Tensor], name: str, shape: tuple, path: Path) -> torch.Tensor:

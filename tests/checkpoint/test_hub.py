@@ -175,7 +175,7 @@ def test_init_takes_a_hub_name(hub, processes, environment, tmp_path):
     state = json.loads((tmp_path / "tuned/step-000000002/training/state.json").read_text())
     content = (hub.folder / "model.safetensors").read_bytes()
     digest = hashlib.sha256(hashlib.sha256(content).hexdigest().encode()).hexdigest()
-    assert state["base"] == {"init": "someone/tiny-gpt2", "sha256": digest}
+    assert state["base"] == {"init": "someone/tiny-gpt2", "model": "someone/tiny-gpt2", "sha256": digest}
 
 
 def test_a_name_the_hub_does_not_know_is_exit_2(sample, processes, environment, tmp_path):

@@ -18,7 +18,7 @@ from checkpoint_helpers import (
 from safetensors.torch import load_file, save_file
 from training_helpers import continue_run, make_data, optimizer_of, save_step, snapshot, tiny_model, train_here
 
-from gpt.checkpoint.read import Checkpoint, load_pretrained, verify_checkpoint
+from gpt.checkpoint.read import OPTIMIZER, STATE, Checkpoint, load_pretrained, verify_checkpoint
 from gpt.checkpoint.write import save_checkpoint
 from gpt.errors import IntegrityError, NonFiniteError, ResourceError
 from gpt.model import GPT
@@ -197,8 +197,8 @@ def test_ctranslate2_converts_our_step_folder_and_chooses_our_tokens(byte, tmp_p
 def test_the_optimizers_state_comes_back_bit_for_bit_without_the_padding(tmp_path):
     model = tiny_model()
     optimizer = optimizer_of(model)
-    tensors, about = optimizer_tensors(model, optimizer), {"dataset": {}}
-    folder = save_checkpoint(tmp_path, 1, model, load_tokenizer("byte"), tensors, {"progress": {}}, {}, about)
+    files = {OPTIMIZER: optimizer_tensors(model, optimizer), STATE: {"progress": {}}}
+    folder = save_checkpoint(tmp_path, 1, model, load_tokenizer("byte"), files, {}, {"dataset": {}})
     assert load_file(folder / "training/optimizer.safetensors")["exp_avg.token.weight"].shape == (257, 16)
     loaded, _, _ = load_pretrained(folder)
     other = optimizer_of(loaded, seed=9)

@@ -34,7 +34,10 @@ PROGRAMS = {  # what people type, command by command, and the first word of the 
         (train.TrainConfig, {"num_steps": "max_steps", "generate_every": "sample_every", "fp16": "dtype"}),
         (train.TrainConfig, {"line_by_line": "data"}),
         (prepare.PrepareConfig, {"line_by_line": "split_on lines", "file_path": "INPUTS"}),
-        (train.TrainConfig, {"n_gpu": None, "freeze_layers": None, "gradient_checkpointing": None}),
+        (
+            train.TrainConfig,
+            {"n_gpu": None, "freeze_layers": "freeze", "gradient_checkpointing": "checkpoint_activations"},
+        ),
     ],
     "run_clm": [
         (train.TrainConfig, {"model_name_or_path": "init", "output_dir": "out", "num_train_epochs": "max_epochs"}),

@@ -44,6 +44,12 @@ def test_only_what_is_left_to_the_sizes_is_chosen():
         assert chosen(length=LengthConfig(max_epochs=-1, **limit)) == {"max_epochs": 0}
 
 
+def test_adapters_learn_ten_times_as_fast_and_never_faster_than_the_smallest_models():
+    assert chosen(OptimConfig(lr=0), adapters=True) == {"lr": pytest.approx(5e-4)}
+    assert chosen(OptimConfig(lr=0), parameters=10**6, adapters=True) == {"lr": 3e-3}
+    assert chosen(OptimConfig(lr=1e-6), adapters=True) == {}
+
+
 def test_evaluations_are_as_frequent_and_as_long_as_the_data_allow():
     seldom = RhythmConfig(eval_every=50)
     assert chosen(rhythm=seldom, items=160) == {"eval_every": 10}

@@ -64,7 +64,8 @@ def test_fault_082_a_model_of_any_source_starts_with_its_logits_trains_and_write
     losses = [record["val_loss"] for record in metrics(out) if "val_loss" in record]
     assert losses[-1] < losses[0]
     recorded = json.loads((out / "step-000000020/training/state.json").read_text())["base"]
-    assert recorded == {"init": str(init), "sha256": open_model(find_model_folder(init)).sha256()}
+    model = open_model(find_model_folder(init))
+    assert recorded == {"init": str(init), "model": str(model.path), "sha256": model.sha256()}
     written = in_process(
         sample.main, "sample.py", out, "--prompt", "the sea", "--max_new_tokens", "8", "--device", "cpu"
     )

@@ -151,6 +151,13 @@ def test_in_bf16_two_processes_with_several_micro_batches_follow_the_run_of_one(
     assert found == pytest.approx(wanted, abs=0.005)
 
 
+def test_two_processes_train_adapters_as_one_does(train_ranks, data, one, tmp_path):
+    flags = ("--init", one, "--lora_rank", 4, "--max_steps", 12, "--eval_every", 0, "--micro_batch_size", 2)
+    assert train_here("tiny", "--data", data, "--out", tmp_path / "one", *with_flags(*flags)).code == 0
+    assert codes(train_ranks(tmp_path / "two", *flags)) == [0, 0]
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
 def test_two_processes_under_torchrun_repeat_the_run_of_one_and_only_the_first_is_heard(data, one, tmp_path):
     out = tmp_path / "out"
     done = torchrun("tiny", "--data", data, "--out", out, *FLAGS, "--micro_batch_size", 2)

@@ -137,7 +137,7 @@ def test_fault_082_a_fine_tune_starts_anew_records_its_base_and_leaves_it_alone(
     state = state_of(out, 8)
     base = run / (run / "best.txt").read_text().strip()
     digest = hashlib.sha256(sha256(base / "model.safetensors").encode()).hexdigest()
-    assert state["base"] == {"init": str(run), "sha256": digest}
+    assert state["base"] == {"init": str(run), "model": str(base), "sha256": digest}
     assert (state["progress"]["step"], state["progress"]["windows_seen"]) == (8, 64)
     records = metrics(out)
     assert [record["step"] for record in records] == list(range(9))

@@ -12,8 +12,10 @@ from training_helpers import EIGHT_STEPS, metrics, tiny_model, train_here
 from gpt.model import GPT
 from gpt.train import memory, setup
 from gpt.train.budget import Progress
+from gpt.train.lora import LoraConfig
 from gpt.train.optim import OptimConfig
 from gpt.train.ranks import Ranks
+from gpt.train.runtime import MachineConfig
 from gpt.train.setup import micro_batch_size
 
 
@@ -43,7 +45,7 @@ def test_profile_writes_a_chrome_trace_and_a_table(made, tmp_path):
 def test_the_micro_batch_is_the_given_one_the_checkpoints_or_what_fits(monkeypatch, given, of_checkpoint, size):
     monkeypatch.setattr(memory, "choose_micro_batch", lambda *_: 6)
     batch = SimpleNamespace(global_batch_size=24, micro_batch_size=given)
-    config = SimpleNamespace(batch=batch, model=None, optim=OptimConfig())
+    config = SimpleNamespace(batch=batch, model=None, optim=OptimConfig(), lora=LoraConfig(), machine=MachineConfig())
     machine = SimpleNamespace(ranks=Ranks(), dtype=torch.float32, device=torch.device("cpu"), sharers=lambda: 1)
     progress = Progress(micro_batch_size=of_checkpoint)
     assert micro_batch_size(config, progress, SimpleNamespace(vocab_size=257), machine) == size
