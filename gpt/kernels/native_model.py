@@ -21,7 +21,7 @@ KINDS = {  # (type of the matrices, type of the activations and the cache) -> nu
     (torch.float16, torch.float16): 4,
     (torch.int8, torch.float16): 5,
 }
-CHUNK = 96  # tokens of a prompt that go through the model at once: a multiple of the 3 or 4 of a tile
+CHUNK = 96  # tokens of a prompt in one call; a multiple of 3 and 4, the tokens of a tile, so that all tiles are full
 
 
 class Matrix(ctypes.Structure):

@@ -15,7 +15,7 @@
 namespace {
 
 constexpr int STRIPES_AHEAD = 2;  // the distance at which weights are fetched from memory: with 1 they come late
-constexpr bool BY_ROW = REGISTERS < 32;  // reads a row's weights when it is multiplied, not those of all rows at once
+constexpr bool BY_ROW = REGISTERS < 32;  // a tile loads the weights of a row just before they are multiplied
 
 struct Matrix {  // as native_model.py declares it
     const void *weight;         // (rows, width)
@@ -31,10 +31,10 @@ struct Output {  // (N, rows)
     bool adds;  // adds to what is there, instead of overwriting it
 };
 
-// Computes the products of ROWS weight rows and TOKENS inputs into out, (ROWS, TOKENS). For one token it reads the rows
-// one after another, which is fastest from memory; for more, all at once, which loads the inputs less often. The FIRST
-// tile of a stripe has a later stripe fetched from memory. I are the numbers of the sums: GCC 12 keeps sums in
-// registers only if their numbers are constants.
+// Computes the products of ROWS weight rows and TOKENS inputs into out, (ROWS, TOKENS). For one token it goes through
+// one row after another, which is fastest from memory; for more tokens it goes through all rows TOGETHER, which loads
+// the inputs less often. The FIRST tile of a stripe has a later stripe fetched from memory. I are the numbers of the
+// sums: GCC 12 keeps sums in registers only if their numbers are constants.
 template <class Kind, int ROWS, int TOKENS, bool FIRST, size_t... I>
 __attribute__((noinline)) void tile(const typename Kind::Weight *weight, size_t width, const uint8_t *input,
                                     size_t stride, float *out, std::index_sequence<I...>) {

@@ -28,8 +28,8 @@ constexpr int LANES = 4, REGISTERS = 32;  // as NEON
 #endif
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));  // bf16; a bf16 is the upper half of a float
-struct Half { uint16_t bits; };  // fp16; a uint16_t alone is a bf16
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));  // the bits of LANES numbers in bf16 or fp16
+struct Half { uint16_t bits; };  // the type of a number in fp16; the type of a number in bf16 is uint16_t
 using Lanes = std::make_index_sequence<LANES>;
 
 inline size_t round_up(size_t count, size_t multiple) { return (count + multiple - 1) / multiple * multiple; }
@@ -41,14 +41,14 @@ template <class T> inline T read(const void *from, int bytes = sizeof(T)) {  // 
     memcpy(&value, from, bytes);
     return value;
 }
-inline Floats widen(Halves x) {  // bf16 -> float
-#ifdef __AVX512F__               // GCC 12 turns the line below into five instructions
+inline Floats widen_bf16(Halves x) {  // bf16 -> float; a bf16 is the upper half of a float
+#ifdef __AVX512F__                    // GCC 12 turns the line below into five instructions
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16);
 #else
     return (Floats)(__builtin_convertvector(x, Ints) << 16);
 #endif
 }
-inline Halves narrow(Floats x) {  // float -> nearest bf16, ties to even
+inline Halves narrow_bf16(Floats x) {  // float -> nearest bf16, ties to even
 #ifdef __AVX512BF16__
     auto half = _mm512_cvtneps_pbh((__m512)x);  // values below 1e-38 become 0
     return read<Halves>(&half);
@@ -56,7 +56,7 @@ inline Halves narrow(Floats x) {  // float -> nearest bf16, ties to even
     Ints bits = (Ints)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
     return __builtin_convertvector((x == x ? rounded : bits | 0x400000) >> 16, Halves);
 }
-inline Floats widen_half(Halves x) {  // fp16 -> float
+inline Floats widen_fp16(Halves x) {  // fp16 -> float
 #if defined(__AVX512F__)
     return (Floats)_mm512_cvtph_ps((__m256i)x);
 #elif defined(__F16C__)
@@ -64,13 +64,14 @@ inline Floats widen_half(Halves x) {  // fp16 -> float
 #elif defined(__ARM_NEON) && defined(__aarch64__)
     return (Floats)vcvt_f32_f16((float16x4_t)x);
 #else
+    // size: exponent and mantissa, in the bits where a float has them
     Ints bits = __builtin_convertvector(x, Ints), size = (bits & 0x7fff) << 13, sign = (bits & 0x8000) << 16;
     Ints normal = size + (112 << 23);  // the exponent of a float is larger by 112
-    Ints subnormal = (Ints)((Floats)(size + (113 << 23)) - 0x1p-14f);
+    Ints subnormal = (Ints)((Floats)(size + (113 << 23)) - 0x1p-14f);  // (2^-14 + mantissa * 2^-24) - 2^-14
     return (Floats)(sign | (size < 1 << 23 ? subnormal : size >= 31 << 23 ? size | 0x7f800000 : normal));
 #endif
 }
-inline Halves narrow_half(Floats x) {  // float -> nearest fp16, ties to even, infinite from 65520 on
+inline Halves narrow_fp16(Floats x) {  // float -> nearest fp16, ties to even, infinite from 65520 on
 #if defined(__AVX512F__)
     return (Halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__)
@@ -78,9 +79,9 @@ inline Halves narrow_half(Floats x) {  // float -> nearest fp16, ties to even, i
 #elif defined(__ARM_NEON) && defined(__aarch64__)
     return (Halves)vcvt_f16_f32((float32x4_t)x);
 #else
-    Ints size = (Ints)x & 0x7fffffff, sign = ((Ints)x >> 16) & 0x8000;
-    Ints normal = (size - (112 << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
-    Ints subnormal = (Ints)((Floats)size + 0.5f) - 0x3f000000;  // the addition rounds to multiples of 2^-24
+    Ints size = (Ints)x & 0x7fffffff, sign = ((Ints)x >> 16) & 0x8000;      // size: exponent and mantissa
+    Ints normal = (size - (112 << 23) + 0xfff + ((size >> 13) & 1)) >> 13;  // a tie is rounded up if bit 13 is 1
+    Ints subnormal = (Ints)((Floats)size + 0.5f) - 0x3f000000;  // the sum is rounded to a multiple of 2^-24
     Ints large = x == x ? Ints{} + 0x7c00 : Ints{} + 0x7e00;
     return __builtin_convertvector(sign | (size < 113 << 23 ? subnormal : size < 143 << 23 ? normal : large), Halves);
 #endif
@@ -89,20 +90,20 @@ inline Floats load(const float *from, int count = LANES) {
     return count >= LANES ? read<Floats>(from) : read<Floats>(from, 4 * count);
 }
 inline Floats load(const uint16_t *from, int count = LANES) {
-    return widen(count >= LANES ? read<Halves>(from) : read<Halves>(from, 2 * count));
+    return widen_bf16(count >= LANES ? read<Halves>(from) : read<Halves>(from, 2 * count));
 }
 inline Floats load(const Half *from, int count = LANES) {
-    return widen_half(count >= LANES ? read<Halves>(from) : read<Halves>(from, 2 * count));
+    return widen_fp16(count >= LANES ? read<Halves>(from) : read<Halves>(from, 2 * count));
 }
 inline void store(float *to, Floats x, int count = LANES) {
     count >= LANES ? memcpy(to, &x, sizeof x) : memcpy(to, &x, 4 * count);
 }
 inline void store(uint16_t *to, Floats x, int count = LANES) {
-    Halves half = narrow(x);
+    Halves half = narrow_bf16(x);
     count >= LANES ? memcpy(to, &half, sizeof half) : memcpy(to, &half, 2 * count);
 }
 inline void store(Half *to, Floats x, int count = LANES) {
-    Halves half = narrow_half(x);
+    Halves half = narrow_fp16(x);
     count >= LANES ? memcpy(to, &half, sizeof half) : memcpy(to, &half, 2 * count);
 }
 

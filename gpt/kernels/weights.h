@@ -81,9 +81,9 @@ struct Bf16 : Fp32 {  // of each pair of weights, one is a float after a shift, 
 //
 // Inputs are rounded to int8 too, with one scale for each span of 256 inputs, as large values often stand alone:
 //     sum of a span = scale * sum(weight * input)                    the sum is exact
-// Where an instruction multiplies unsigned by signed bytes and adds four products to an int32, this is, in each lane,
+// VNNI's instruction multiplies unsigned by signed bytes and adds four products to an int32. With it a lane computes
 //     scale * (sum((weight + 128) * input) - sum((0 + 128) * input))
-// Such instructions are written as assembly, since GCC 12 would copy the sums of their intrinsics.
+// The instruction is written as assembly, since GCC 12 would copy the sums of its intrinsic.
 
 typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
 
@@ -135,7 +135,7 @@ struct Int8 {
     static constexpr bool UNROLLED = LANES < 8;  // with AVX2, tiles of 4 tokens become slower
     struct Span {
         int8_t inputs[SPAN];
-        Ints offset;  // minus the products of these inputs and weights of 0, which are not 0 where 128 is added
+        Ints offset;  // start of each lane's sum: with VNNI -sum(128 * input), else 0
         Floats scale;
     };
     static constexpr size_t SPAN_BYTES = sizeof(Span);
@@ -180,7 +180,7 @@ struct Int8 {
 // ---- prompts
 //
 // For many tokens the time is that of the products. Of 16 registers, 12 hold the sums of 3 tokens, 3 their inputs, and
-// one the weights of one row after another. Tiles of 4 tokens, whose sums are in memory, are faster for few.
+// one the weights of one row after another. For few tokens, tiles of 4 are faster although some sums are in memory.
 
 template <class Kind> struct InRegisters : Kind {
     static constexpr int TOKENS = 3;
