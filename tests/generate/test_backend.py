@@ -89,12 +89,13 @@ def test_a_model_that_training_has_compiled_generates_without_compiling():
 
 # ---- native
 
+FORMS = {"fp32": GPT.float, "bf16": GPT.bfloat16, "fp16": GPT.half, "int8": to_int8}
 
-@pytest.mark.parametrize("form", ["fp32", "bf16", "fp16", "int8"])
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_fault_083_native_greedy_text_is_that_of_the_uncached_rule(kernels, form, rows):
-    forms = {"fp32": GPT.float, "bf16": GPT.bfloat16, "fp16": GPT.half, "int8": to_int8}
-    reference, model = random_model(), forms[form](random_model())
+    reference, model = random_model(), FORMS[form](random_model())
     generator = generator_of(model, "native")
     prompts = PROMPTS[: max(rows, 2)]
     found = greedy(generator, prompts, rows=rows)
@@ -116,10 +117,10 @@ class Uncached:
         return self.native.decode(ids[:, -1], cache).clone()
 
 
-@pytest.mark.parametrize("form", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_native_text_is_the_same_bits_in_any_number_of_rows(kernels, form):
     model = random_model(ModelConfig(n_layer=1, n_head=4, n_embd=64, block_size=32))
-    model = {"fp32": lambda: model, "bf16": model.bfloat16, "int8": lambda: to_int8(model)}[form]()
+    model = FORMS[form](model)
     generator, prompts = generator_of(model, "native"), ["bb" * 9, "c", "the same prompt", "dd", "e" * 30]
     settings = {"max_new_tokens": 40, "seed": 3, "ignore_eot": True, "logprobs": True}
     found = [generator.generate(prompts, range(5), rows=rows, **settings) for rows in (1, 2, 5, 7)]
