@@ -27,6 +27,12 @@ TRIMMED = """{{- bos_token }}
   {%- if loop.last %}{% break %}{% endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt %}[ASSISTANT] {% endif -%}"""
+NESTED = """{%- if tools is not none or documents is not none %}{{ raise_exception('nothing was given') }}{% endif -%}
+{%- for m in messages -%}
+  {%- if m.role == 'assistant' -%}
+    {% generation %}{{ m | tojson(separators=(',', ':'), sort_keys=true) }}{{ eos_token }}{% endgeneration %}
+  {%- else %}{{ m | tojson }}{% endif -%}
+{%- endfor -%}"""
 
 
 def with_template(tmp_path, template):
@@ -37,7 +43,7 @@ def turns(messages):
     return tuple(Turn(**message) for message in messages)
 
 
-@pytest.mark.parametrize("template", [CHATML, DIALOG, TRIMMED])
+@pytest.mark.parametrize("template", [CHATML, DIALOG, TRIMMED, NESTED])
 def test_the_ids_are_those_of_transformers(tmp_path, template):
     AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
     tokenizer = with_template(tmp_path, template)
@@ -75,7 +81,8 @@ def test_the_answers_and_what_ends_them_are_learned(tmp_path, template, expected
     assert text + "]" * learned == expected
     assert mask[0] == 2 and set(mask[1:]) == {0, 1}
     _, mask = encode_example(tuple(map(Turn, roles, ("a", " ", "c", "d"))), tokenizer)
-    assert (mask & 1).sum() == expected.rpartition("[")[2].count("") - 2  # the empty answer is not learned
+    last_answer = expected.rpartition("[")[2].removesuffix("]")
+    assert (mask & 1).sum() == len(last_answer)  # the empty answer is not learned
 
 
 def test_a_token_that_spans_the_border_before_an_answer_is_not_learned(tmp_path):
@@ -96,6 +103,7 @@ def test_a_token_that_spans_the_border_before_an_answer_is_not_learned(tmp_path)
         ("{{ raise_exception('not so') }}", "a", "refuses this conversation (not so)"),
         ("{# nothing #}", "a", "makes no text of this conversation"),
         ("{% for", "a", "refuses this conversation ("),
+        ("{{ strftime_now('%Y') }}", "a", "'strftime_now' is undefined"),
         ("{{ 1 / 0 }}", "a", "refuses this conversation (division by zero)"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "a", "is unsafe"),
         ("{{ messages.append(1) }}", "a", "is unsafe"),
@@ -113,6 +121,8 @@ def test_a_sandbox_that_is_known_to_leak_is_not_used(monkeypatch):
     monkeypatch.setattr(jinja2, "__version__", "3.1.5")
     with pytest.raises(ResourceError, match=r"jinja2 3\.1\.5: its sandbox is not safe; pip install -U jinja2"):
         templates.rendered("no other test renders this", [], {}, ask=False)
+    monkeypatch.setattr(jinja2, "__version__", "3.2.dev0")
+    assert templates.rendered("nor this", [], {}, ask=False) == "nor this"
 
 
 def test_prepare_keeps_the_template_of_the_base_where_it_is_asked_to(tmp_path, capsys):
