@@ -35,6 +35,7 @@ from gpt.text.fit import tokenizer_for, validation_share
 from gpt.text.gather import GatheredInput, gather_input, training_sample, with_validation_share
 from gpt.text.shards import MANIFEST, TARGET, ShardWriter, write_manifest, writing
 from gpt.text.sources import Reading
+from gpt.text.split import Part
 from gpt.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 STAGING = "prepare.tmp"  # folder inside the output folder; holds the new files until all are complete
@@ -215,9 +216,9 @@ def choose_dtype(asked: str, tokenizer: Tokenizer) -> str:
 
 
 def with_template_of(data: GatheredInput, tokenizer: Tokenizer, choice: str) -> Tokenizer:
-    """Returns the tokenizer with the chat template that the data follow: for messages ours, or its own one if `choice`
-    is base; else none. Prints a note if it has another one than ours, or one after which a model would not learn to
-    end. Raises InputError if `choice` has no meaning."""
+    """Returns the tokenizer with the chat template that lays out the data: none for data without messages; for messages
+    this program's, or the tokenizer's own if `choice` is "base". Prints a note if this program's takes the place of
+    another one. Raises InputError for "base" without messages or without a template."""
     own, ours = tokenizer.additions.chat_template, chat_template(tokenizer)
     if choice == "base":
         if data.holds != MESSAGES or not own:
@@ -236,10 +237,23 @@ def with_template_of(data: GatheredInput, tokenizer: Tokenizer, choice: str) -> 
 
 def check_ends(data: GatheredInput, tokenizer: Tokenizer) -> None:
     """Warns if the first example teaches no token that ends a text: a model would write on after its answer."""
-    [first] = itertools.islice((part for part in data.parts() if part.turns), 1)
-    ids, mask = encode_example(first.turns, tokenizer)
+    first = next(part for part in data.parts() if part.turns)
+    ids, mask = encode_part(first, tokenizer)
     if not np.isin(ids[(mask & TARGET) != 0], tokenizer.stops).any():
-        note("warning", f"the chat template of {tokenizer.name} ends an answer with no token that ends a text")
+        note(
+            "warning",
+            f"the chat template of {tokenizer.name} ends an answer with no token that ends a text: a model that learns "
+            "it writes on after its answers",
+        )
+
+
+def encode_part(part: Part, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ids and the mask of an example. Raises InputError, which names its place in the input, for one that
+    the chat template cannot lay out."""
+    try:
+        return encode_example(part.turns, tokenizer)
+    except InputError as error:
+        raise InputError(f"{part.name}: {error}") from None
 
 
 def show_examples(data: GatheredInput, tokenizer: Tokenizer, count: int) -> None:
@@ -248,7 +262,7 @@ def show_examples(data: GatheredInput, tokenizer: Tokenizer, count: int) -> None
     if count and in_colour:
         say("learned text is green, the rest is gray")
     for number, part in enumerate(itertools.islice((part for part in data.parts() if part.split == "train"), count), 1):
-        ids, mask = encode_example(part.turns, tokenizer)
+        ids, mask = encode_part(part, tokenizer)
         learned = int((mask & TARGET).sum())
         say(f"example {number}, {printable(part.name)}: {len(ids):,} tokens, {learned:,} of them learned")
         say(shown_example(ids, mask, tokenizer, in_colour))

@@ -152,3 +152,17 @@ def test_the_template_of_a_base_that_has_none_or_of_other_data_is_refused(tmp_pa
         with pytest.raises(InputError, match=f"--chat_template base: .*{message}; leave it out"):
             prepare_here(tmp_path / "out", source, chat_template="base", val_fraction=0)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number, preview", [(1, 0), (2, 2), (2, 0)])
+def test_a_conversation_that_the_template_refuses_is_named_by_its_place(tmp_path, number, preview):
+    base = tmp_path / "base"
+    base.mkdir()
+    save_tokenizer(with_template(tmp_path, CHATML), base)
+    answers = ["b<|im_end|>" if line == number else "b" for line in (1, 2)]
+    records = [{"messages": [{"role": "assistant", "content": answer}]} for answer in answers]
+    source = write(tmp_path / "x.jsonl", jsonl(*records))
+    settings = {"tokenizer": str(base), "val_fraction": 0, "preview": preview}
+    with pytest.raises(InputError, match=rf"x\.jsonl:{number}: the content .* holds the special token <\|im_end\|>"):
+        prepare_here(tmp_path / "out", source, chat_template="base", **settings)
+    assert not (tmp_path / "out").exists()
