@@ -8,10 +8,12 @@ from pathlib import Path
 from gpt.checkpoint.adapters import ADAPTER, PICKLED_ADAPTER
 from gpt.checkpoint.weights import INDEX, PICKLED_INDEX, WEIGHTS
 from gpt.errors import InputError, ResourceError
+from gpt.text.added_tokens import TEMPLATE_FILE
 from gpt.text.foreign import ADAPTER_CONFIG, TOKENIZER_FILES
 
 NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?\Z")
-FILES = ["*.safetensors", INDEX, "config.json", "generation_config.json", ADAPTER_CONFIG, *TOKENIZER_FILES]
+SETTINGS = ["config.json", "generation_config.json", ADAPTER_CONFIG, *TOKENIZER_FILES, TEMPLATE_FILE]
+FILES = ["*.safetensors", INDEX, *SETTINGS]
 PICKLES = ["pytorch_model*.bin", PICKLED_INDEX, PICKLED_ADAPTER]  # fetched if there are no weights in safetensors
 TIMEOUT_SECONDS = 10  # for the hub's first answer
 

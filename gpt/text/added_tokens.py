@@ -22,6 +22,7 @@ LISTS = ("additional_special_tokens", "extra_special_tokens")  # the names in tr
 FLAGS = ("single_word", "lstrip", "rstrip")  # these change which text becomes the token
 GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast")  # their end of text is <|endoftext|> if no file names one
 BRACKETED = re.compile(r"<.+>|\[.+\]")  # what a special token looks like
+TEMPLATE_FILE = "chat_template.jinja"
 STOPS = "end_of_text_ids"  # this program's own key in tokenizer_config.json
 
 Entries = dict[str, dict[str, Any]]  # text of an added token -> its "id", whether it is "special", and its flags
@@ -108,9 +109,9 @@ def with_rows(folder: Path, entries: Entries, vocab: dict[str, int]) -> Entries:
 
 
 def template_of(folder: Path, config: dict[str, Any]) -> str:
-    """Returns Additions.chat_template: the file chat_template.jinja of newer transformers, else that of the settings
+    """Returns Additions.chat_template: TEMPLATE_FILE, which newer transformers write, else that of the settings
     `config`. Returns "" for several templates by name."""
-    file = read_limited(folder / "chat_template.jinja")
+    file = read_limited(folder / TEMPLATE_FILE)
     template = config.get("chat_template") if file is None else file.decode("utf-8", "replace")
     return template if isinstance(template, str) else ""
 

@@ -85,6 +85,7 @@ def hub(tmp_path):
     folder = save_step(tmp_path / "served", 1, tiny_model(n_embd=32, seed=4))
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     (folder / "README.md").write_text("# model")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     made = Hub(folder)
     yield made
     made.stop()
@@ -121,7 +122,7 @@ def test_a_hub_name_is_sampled_like_the_folder_and_comes_from_the_cache_when_the
     first = sample(name)
     assert (first.code, first.stdout) == (0, expected.stdout), first.stderr
     fetched = {path.rsplit("/", 1)[1] for path in hub.requests if "/resolve/" in path}
-    assert {"model.safetensors", "config.json", "tokenizer.json"} <= fetched
+    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= fetched
     assert not {"pytorch_model.bin", "README.md", "optimizer.safetensors"} & fetched
     hub.stop()
     second = sample(name)
