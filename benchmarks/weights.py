@@ -113,14 +113,14 @@ def prompts_of(folder: Path, rows: int, length: int, seed: int = 0) -> list[list
     into the same ids again: programs may take ids or text."""
     import numpy as np
 
-    tokenizer, words = words_of(folder)
+    tokenizer, words = llama_tokenizer(folder)
     chosen = np.random.default_rng(seed).choice(words, (rows, length)).tolist()
     assert all(tokenizer.encode(tokenizer.decode(row)) == row for row in chosen)
     return chosen
 
 
 @functools.cache
-def words_of(folder):
+def llama_tokenizer(folder):
     """Returns the tokenizer of a folder and the ids of its words."""
     from gpt.text.tokenizer import load_tokenizer
 
@@ -162,8 +162,8 @@ def for_llamacpp(folder: Path, precision: str) -> Path:
     target = folder.with_name(f"{folder.name}-{precision}.gguf")
     if not target.exists():
         from gpt.checkpoint.read import load_pretrained
-        from gpt.report.gguf_file import KINDS, words_of, write_gguf
+        from gpt.report.gguf_file import KINDS, llama_tokenizer, write_gguf
 
         model, tokenizer, _ = load_pretrained(folder)
-        write_gguf(target, model, tokenizer, words_of(tokenizer), KINDS[precision], license_name="")
+        write_gguf(target, model, tokenizer, llama_tokenizer(tokenizer), KINDS[precision], license_name="")
     return target

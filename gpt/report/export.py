@@ -25,10 +25,10 @@ from gpt.checkpoint.weights import StoredModel, all_finite, weights_of
 from gpt.checkpoint.write import make_durable, write_model, writing_failed
 from gpt.config import make_config, parse_flags, positional, refuse
 from gpt.errors import InputError, IntegrityError, note
-from gpt.files import remove_tree
+from gpt.files import is_folder, remove_tree, sync_folder
 from gpt.model import GPT
 from gpt.report.card import card_body, facts_of, front_matter
-from gpt.report.gguf_file import KINDS, check_gguf_target, words_of, write_gguf
+from gpt.report.gguf_file import KINDS, check_gguf_target, check_range, llama_tokenizer, write_gguf
 from gpt.text.tokenizer import Tokenizer, check_engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,7 +48,7 @@ class ExportConfig:
     license: str = ""
     """licence for the model card, by the hub's identifier: mit, apache-2.0, cc-by-4.0, …; without it, unknown"""
     gguf: str = ""
-    """file for llama.cpp (needs the extra [export]); a GGUF file in its place is replaced"""
+    """file for llama.cpp, x.gguf (needs the extra [export]); a GGUF file in its place is replaced"""
     type: Literal["f16", "f32", "q8_0"] = "f16"
     """type of the matrices in --gguf; vectors and positions are f32. q8_0: 8 bits and a scale for every 32 weights of a
     row; rows of another length stay f16"""
@@ -56,6 +56,7 @@ class ExportConfig:
     def __post_init__(self) -> None:
         rules = [
             (self.dir or self.gguf, "nothing to write: give DIR, or --gguf FILE, or both"),
+            (not self.gguf or self.gguf.endswith(".gguf"), f"--gguf {self.gguf}: its name must end in .gguf"),
             (
                 re.fullmatch(r"([a-z0-9][a-z0-9.+-]*)?", self.license),
                 f"license {self.license!r} must be an identifier of the hub, in lower case: mit, apache-2.0, other, …",
@@ -81,20 +82,24 @@ def main() -> None:
     config = make_config(ExportConfig, flags)
     check_flags(config, flags)
     source = first_valid(lambda: candidates(config.checkpoint), load_source)
-    dtype = DTYPES.get(config.dtype) or stored_dtype(source.stored)
-    words = words_of(source.tokenizer) if config.gguf else None  # refuses before anything is created
+    if config.gguf:  # what cannot be written is refused before anything is created
+        llama, kind = llama_tokenizer(source.tokenizer), KINDS[config.type]
+        check_range(source.model, kind[0])
     if config.dir:
+        dtype = DTYPES.get(config.dtype) or stored_dtype(source.stored)
         write_folder(Path(config.dir), source, dtype, card_of(config, source))
-    if words:
-        write_gguf(Path(config.gguf), source.model, source.tokenizer, words, KINDS[config.type], config.license)
+    if config.gguf:
+        write_gguf(Path(config.gguf), source.model, source.tokenizer, llama, kind, config.license)
 
 
 def check_flags(config: ExportConfig, flags: Container[str]) -> None:
     """Raises InputError, before anything is loaded, for a flag without effect, and for a target that cannot be
     written."""
+    folder, file = Path(os.path.abspath(config.dir)), Path(os.path.abspath(config.gguf))
     rules = [
         ("type" in flags and not config.gguf, "--type is for --gguf; give both"),
         ("dtype" in flags and not config.dir, "--dtype is for DIR; --type is that of --gguf"),
+        (config.dir and config.gguf and file in (folder, *folder.parents), "DIR is at or below --gguf; give another"),
     ]
     refuse([problem for applies, problem in rules if applies])
     if config.dir:
@@ -104,11 +109,17 @@ def check_flags(config: ExportConfig, flags: Container[str]) -> None:
 
 
 def check_folder_target(folder: Path) -> None:
-    """Raises InputError unless `folder` can be a new folder, or is an empty one."""
+    """Raises InputError unless `folder` can be a new folder, or is an empty one. A link is neither: it would be
+    replaced, and not the folder that it leads to."""
     if folder.name in ("", ".."):
         raise InputError(f"{folder}: no name of a folder; give a new folder")
-    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        what = "holds other files" if folder.is_dir() else "a file"
+    if os.path.islink(folder):
+        what = "a link"
+    elif is_folder(folder):
+        what = "holds other files" if any(folder.iterdir()) else ""
+    else:
+        what = "a file" if os.path.exists(folder) else ""
+    if what:
         raise InputError(f"{folder}: {what}; give a new folder")
 
 
@@ -119,8 +130,7 @@ def load_source(path: Path) -> Source:
 
 
 def stored_dtype(stored: StoredModel) -> torch.dtype:
-    """Returns the type of a model's weights on disk; fp32 where an adapter is merged into them, and in place of
-    fp64."""
+    """Returns the type of a model's weights on disk; fp32 if that is fp64, or if an adapter is merged into them."""
     dtype = next(iter(stored.read().values())).dtype
     return torch.float32 if stored.deltas or dtype == torch.float64 else dtype
 
@@ -146,12 +156,11 @@ def write_folder(target: Path, source: Source, dtype: torch.dtype, card: str) ->
         temporary.mkdir(parents=True)
         try:
             write_model(temporary, weights, source.model, source.tokenizer, generation)
+            weights.clear()  # the check loads the model once more
             (temporary / CARD).write_text(card, encoding="utf-8", newline="\n")
             make_durable(temporary)
             check_folder(temporary, source, dtype)
-            if target.is_dir():
-                target.rmdir()  # empty; not every system renames onto a folder
-            os.rename(temporary, target)
+            put_in_place(temporary, target)
         finally:
             remove_tree(temporary)
     except (OSError, SafetensorError) as error:
@@ -161,6 +170,14 @@ def write_folder(target: Path, source: Source, dtype: torch.dtype, card: str) ->
         "info",
         f"{target}: {size / 1e6:,.1f} MB of weights in {name}; to the hub: hf upload NAME {shlex.quote(str(target))}",
     )
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Renames a folder to `target`, which does not exist or is an empty folder."""
+    if target.is_dir():
+        target.rmdir()  # not every system renames onto a folder
+    os.rename(folder, target)
+    sync_folder(target.parent)
 
 
 def check_folder(folder: Path, source: Source, dtype: torch.dtype) -> None:

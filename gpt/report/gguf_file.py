@@ -8,6 +8,7 @@ that can never apply."""
 import contextlib
 import io
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from gpt.errors import InputError, IntegrityError, ResourceError, note
-from gpt.files import is_folder
+from gpt.files import is_folder, sync_folder
 from gpt.model import GPT
 from gpt.text.huggingface import pattern_name, spelled
 from gpt.text.tokenizer import PROBES, Tokenizer
@@ -39,11 +40,12 @@ NAMES = {  # our name of a tensor -> llama.cpp's
 }
 KINDS = {"f32": ("F32", "ALL_F32"), "f16": ("F16", "MOSTLY_F16"), "q8_0": ("Q8_0", "MOSTLY_Q8_0")}
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens
-Q8_ROW = 32  # a row of Q8_0 is blocks of so many weights
+Q8_ROW = 32  # weights in a block of Q8_0; a row is a whole number of blocks
+LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0}  # Q8_0: whole numbers up to 127, times a scale in f16
 
 
 @dataclass(frozen=True)
-class Words:
+class LlamaTokenizer:
     """A tokenizer as llama.cpp stores it."""
 
     tokens: list[str]
@@ -62,23 +64,32 @@ def load_package() -> Any:
 
 
 def check_gguf_target(path: Path, new_folder: str = "") -> None:
-    """Raises InputError unless the package is there and `path` can be a new file, or is a GGUF file. `new_folder`: a
-    folder that will exist by then."""
+    """Raises InputError unless the package gguf is installed, and `path` can be a new file or is a GGUF file. It may
+    lie in `new_folder`, a folder that is created before the file."""
     load_package()
     within = bool(new_folder) and os.path.abspath(path.parent) == os.path.abspath(new_folder)
     if is_folder(path) or not (within or is_folder(path.parent)):
         raise InputError(f"{path}: must be a file in an existing folder; give another --gguf")
-    if os.path.lexists(path):
+    if os.path.lexists(path) and not may_be_replaced(path):
+        raise InputError(f"{path}: another kind of file; give another --gguf")
+
+
+def may_be_replaced(path: Path) -> bool:
+    """Returns whether `path` is a GGUF file or an empty file, and no device, pipe, or link that leads nowhere."""
+    if not os.path.isfile(path):
+        return False
+    try:
         with open(path, "rb") as file:
-            if file.read(4) not in (b"GGUF", b""):
-                raise InputError(f"{path}: another kind of file; give another --gguf")
+            return file.read(4) in (b"GGUF", b"")
+    except OSError:
+        return False
 
 
 # ---- the tokenizer
 
 
-def words_of(tokenizer: Tokenizer) -> Words:
-    """Returns the Words of a tokenizer. Raises InputError for one that llama.cpp would read differently."""
+def llama_tokenizer(tokenizer: Tokenizer) -> LlamaTokenizer:
+    """Returns a tokenizer as llama.cpp stores it. Raises InputError if llama.cpp would split text differently."""
     stored = json.loads(tokenizer.huggingface_files[0])["model"]
     known = pattern_name(tokenizer.pattern)
     if known not in PRE_TOKENIZERS:
@@ -100,20 +111,20 @@ def words_of(tokenizer: Tokenizer) -> Words:
     if len(set(tokens)) < len(tokens):
         raise unsupported(tokenizer, "two tokens of one spelling")
     end = tokens[tokenizer.eot]
-    return Words(tokens, types, stored["merges"] or [f"{end} {end}"], PRE_TOKENIZERS[known])
+    return LlamaTokenizer(tokens, types, stored["merges"] or [f"{end} {end}"], PRE_TOKENIZERS[known])
 
 
 def unsupported(tokenizer: Tokenizer, what: str) -> InputError:
     return InputError(f"--gguf: tokenizer {tokenizer.name} has {what}; give DIR alone, for other programs")
 
 
-def add_words(writer: Any, words: Words, tokenizer: Tokenizer) -> None:
-    """Adds a tokenizer to a GGUFWriter. Of the ids that end a text, llama.cpp has places for three."""
+def add_tokenizer(writer: Any, llama: LlamaTokenizer, tokenizer: Tokenizer) -> None:
+    """Adds a tokenizer to a GGUFWriter. llama.cpp has three places for ids that end a text; warns about more."""
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(words.pre_tokenizer)
-    writer.add_token_list(words.tokens)
-    writer.add_token_types(words.types)
-    writer.add_token_merges(words.merges)
+    writer.add_tokenizer_pre(llama.pre_tokenizer)
+    writer.add_token_list(llama.tokens)
+    writer.add_token_types(llama.types)
+    writer.add_token_merges(llama.merges)
     ids = tokenizer.role_ids
     ends = ids["eos_token_id"]
     for name, rank in zip(("eos", "eot", "eom"), ends, strict=False):
@@ -138,47 +149,58 @@ def gguf_name(name: str) -> str:
     return name
 
 
-def tensors_of(model: GPT, kind: str) -> Iterator[tuple[str, np.ndarray, Any]]:
-    """Yields (llama.cpp's name, values, type) of each tensor. `kind` is the type of the matrices: Q8_0 becomes F16
-    where a row is no multiple of Q8_ROW. Vectors and the positions are F32, as in llama.cpp's converter. Raises
-    InputError for a weight that is too large for its type."""
-    package = load_package()
-    types = package.GGMLQuantizationType
+def typed_parameters(model: GPT, kind: str) -> Iterator[tuple[str, Tensor, Any]]:
+    """Yields (our name, values, type in the file) of each parameter. `kind` is the type of the matrices: Q8_0 becomes
+    F16 where a row is no multiple of Q8_ROW. Vectors and the positions are F32, as in llama.cpp's converter."""
+    types = load_package().GGMLQuantizationType
     for name, parameter in model.named_parameters():
         value: Tensor = parameter.detach()
         if name == "token.weight":
             value = value[: model.vocab_size]
         is_vector = value.dim() == 1 or name == "position.weight"
         fits = kind != "Q8_0" or value.shape[-1] % Q8_ROW == 0
-        chosen = types.F32 if is_vector else types[kind] if fits else types.F16
-        values = package.quants.quantize(value.float().cpu().numpy(), chosen)
-        if values.dtype == np.float16 and not np.isfinite(values).all():
-            raise InputError(f"--gguf: a weight of {name} is too large for f16; use --type f32")
-        yield gguf_name(name), values, chosen
+        yield name, value, types.F32 if is_vector else types[kind] if fits else types.F16
+
+
+def check_range(model: GPT, kind: str) -> None:
+    """Raises InputError for a weight that is too large for its type in the file."""
+    for name, value, chosen in typed_parameters(model, kind):
+        if value.abs().max() > LARGEST.get(chosen.name, math.inf):
+            raise InputError(f"--gguf: a weight of {name} is too large for {chosen.name.lower()}; use --type f32")
+
+
+def tensors_of(model: GPT, kind: str) -> Iterator[tuple[str, np.ndarray, Any]]:
+    """Yields (llama.cpp's name, values, type) of each tensor in the file."""
+    quantize = load_package().quants.quantize
+    for name, value, chosen in typed_parameters(model, kind):
+        yield gguf_name(name), quantize(value.float().cpu().numpy(), chosen), chosen
 
 
 # ---- the file
 
 
 def write_gguf(
-    path: Path, model: GPT, tokenizer: Tokenizer, words: Words, kind: tuple[str, str], license_name: str
+    path: Path, model: GPT, tokenizer: Tokenizer, llama: LlamaTokenizer, kind: tuple[str, str], license_name: str
 ) -> None:
     """Writes the file `path`, whole or not at all, and reads it back; replaces an earlier one. `kind` is an entry of
-    KINDS. Raises IntegrityError if it does not read back as it was written, ResourceError if writing fails."""
+    KINDS, which `check_range` accepts for this model. Raises IntegrityError if the file does not read back as it was
+    written, InputError if llama.cpp splits text differently, ResourceError if writing fails."""
     package, temporary = load_package(), path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         try:
             writer = package.GGUFWriter(temporary, "gpt2")
             add_settings(writer, model, path.stem, package.LlamaFileType[kind[1]], license_name)
-            add_words(writer, words, tokenizer)
+            add_tokenizer(writer, llama, tokenizer)
             write_tensors(writer, model, kind[0])
-            check_gguf(temporary, model, words, kind[0])
+            check_gguf(temporary, model, llama, kind[0])
             check_ids(temporary, tokenizer)
             os.replace(temporary, path)
+            sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise ResourceError(f"{path}: writing failed: {error.strerror or error}; free some space") from None
+        reason = error.strerror or error
+        raise ResourceError(f"{path}: writing failed: {reason}; free some space or make it writable") from None
     note("info", f"{path}: {path.stat().st_size / 1e6:,.1f} MB in {kind[0].lower()}, for llama.cpp")
 
 
@@ -215,7 +237,7 @@ def write_tensors(writer: Any, model: GPT, kind: str) -> None:
         writer.close()
 
 
-def check_gguf(path: Path, model: GPT, words: Words, kind: str) -> None:
+def check_gguf(path: Path, model: GPT, llama: LlamaTokenizer, kind: str) -> None:
     """Raises IntegrityError unless the file reads back with the same tokenizer and tensors."""
     reader = load_package().GGUFReader(path)
     stored = {tensor.name: tensor for tensor in reader.tensors}
@@ -224,7 +246,7 @@ def check_gguf(path: Path, model: GPT, words: Words, kind: str) -> None:
         for name, values, chosen in tensors_of(model, kind)
         if stored[name].tensor_type != chosen or not np.array_equal(stored[name].data, values)
     ]
-    for key, expected in (("tokens", words.tokens), ("token_type", words.types), ("merges", words.merges)):
+    for key, expected in (("tokens", llama.tokens), ("token_type", llama.types), ("merges", llama.merges)):
         if reader.fields[f"tokenizer.ggml.{key}"].contents() != expected:
             problems.append(key)
     if problems:
@@ -233,14 +255,18 @@ def check_gguf(path: Path, model: GPT, words: Words, kind: str) -> None:
 
 def check_ids(path: Path, tokenizer: Tokenizer) -> None:
     """Loads the file in llama.cpp, where llama-cpp-python is installed. Raises IntegrityError if that fails, InputError
-    if it gives other ids for one of PROBES."""
+    if it gives other ids for one of PROBES. Only warns if it cannot read the chat template."""
     try:
         import llama_cpp
+        from jinja2 import TemplateError  # it reads templates with Jinja, llama.cpp's own programs do not
     except (ImportError, OSError, RuntimeError):  # the last two: its library does not load
         return
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # it warns that its smallest context exceeds the model's
             theirs = llama_cpp.Llama(str(path), n_ctx=64, verbose=False)
+    except TemplateError as error:
+        note("warning", f"llama-cpp-python cannot read the chat template ({error}): its ids were not compared")
+        return
     except ValueError as error:
         raise IntegrityError(f"{path}: llama.cpp does not load it ({error}); report it") from None
     for probe in PROBES:

@@ -122,11 +122,13 @@ def test_a_folder_or_file_in_the_place_stays_as_it_is(run, tmp_path):
     assert export_here(run, tmp_path / "mine").code == 0  # an empty one is taken
     before = (tmp_path / "mine/README.md").stat().st_mtime_ns
     (tmp_path / "file").write_text("x")
-    for name, what in (("mine", "holds other files"), ("file", "a file")):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    for name, what in (("mine", "holds other files"), ("file", "a file"), ("link", "a link")):
         done = export_here(run, tmp_path / name)
         assert done.code == 2 and done.last == f"error: {tmp_path / name}: {what}; give a new folder"
     assert (tmp_path / "mine/README.md").stat().st_mtime_ns == before
-    assert names(tmp_path) == {"mine", "file", *(f"mine/{name}" for name in EXPORTED)}
+    assert names(tmp_path) == {"mine", "file", "empty", "link", *(f"mine/{name}" for name in EXPORTED)}
 
 
 @pytest.mark.parametrize(
@@ -141,6 +143,9 @@ def test_a_folder_or_file_in_the_place_stays_as_it_is(run, tmp_path):
         (["none", "out"], "no such checkpoint folder"),
         (["run", "."], "no name of a folder"),
         (["run", "x/.."], "no name of a folder"),
+        (["run", "--gguf", "model"], "--gguf model: its name must end in .gguf"),
+        (["run", "x.gguf", "--gguf", "x.gguf"], "DIR is at or below --gguf"),
+        (["run", "./x.gguf/more/../y", "--gguf", "x.gguf"], "DIR is at or below --gguf"),
     ],
 )
 def test_settings_without_a_meaning_are_refused_before_anything_is_created(words, message, tmp_path, monkeypatch):
@@ -165,6 +170,13 @@ def test_a_weight_that_fp16_cannot_hold_is_refused_and_bf16_can(tmp_path):
     assert done.code == 2 and "too large for fp16; use --dtype bf16 or fp32" in done.last
     assert not (tmp_path / "out").exists()
     assert export_here(folder, tmp_path / "out", "--dtype", "bf16").code == 0
+
+
+def test_the_new_names_are_flushed_to_the_disk(run, tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(export, "sync_folder", lambda folder: flushed.append((folder, (folder / "out").exists())))
+    assert export_here(run, tmp_path / "out").code == 0
+    assert flushed == [(tmp_path, True)]
 
 
 def test_a_failure_while_writing_leaves_nothing_and_names_the_reason(run, tmp_path, monkeypatch):

@@ -1,18 +1,22 @@
 """GGUF files: what the package gguf and llama.cpp read from them is the model and the tokenizer."""
 
+import errno
+import importlib.util
 import json
+import os
 import sys
 
 import numpy as np
 import pytest
+import torch
 from checkpoint_helpers import save
 from safetensors.numpy import load_file
 from tokenizer_helpers import byte_ranks, random_texts, small_tokenizer, write_rank_file
 from training_helpers import in_process, tiny_model
 
 from gpt.errors import InputError
-from gpt.report import export
-from gpt.report.gguf_file import words_of
+from gpt.report import export, gguf_file
+from gpt.report.gguf_file import llama_tokenizer
 from gpt.text.examples import chat_template
 from gpt.text.huggingface import PATTERNS
 from gpt.text.tokenizer import load_tokenizer
@@ -96,7 +100,7 @@ def test_the_settings_are_those_of_the_model(made):
     assert "tokenizer.chat_template" not in found
 
 
-def test_hugging_faces_engine_with_the_words_of_the_file_gives_our_ids(made):
+def test_hugging_faces_engine_with_the_llama_tokenizer_the_file_gives_our_ids(made):
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer, _, path = made
     found = fields(path)
@@ -159,20 +163,23 @@ def test_the_chat_template_and_every_id_that_ends_a_text_are_stored(tmp_path):
     assert len(set(found["tokenizer.ggml.tokens"])) == 261
 
 
-@pytest.mark.parametrize("pattern", [PATTERNS["cl100k"][0], r"\p{L}+|[^\p{L}]+"])
-def test_a_tokenizer_that_llama_cpp_would_read_differently_is_refused(tmp_path, pattern):
+@pytest.mark.parametrize(
+    "pattern, what",
+    [(PATTERNS["cl100k"][0], "the pattern of cl100k"), (r"\p{L}+|[^\p{L}]+", "a pattern that llama.cpp lacks")],
+)
+def test_a_tokenizer_that_llama_cpp_would_read_differently_is_refused(tmp_path, pattern, what):
     ranks = byte_ranks() | {b"ab": 256}
     tokenizer = load_tokenizer(write_rank_file(tmp_path, ranks, pattern=pattern))
     folder = save(tiny_model(258), tokenizer, tmp_path / "run")
     done = export_here(folder, tmp_path / "out", "--gguf", tmp_path / "x.gguf")
-    assert done.code == 2 and "--gguf: tokenizer" in done.last and "llama.cpp" in done.last + "llama.cpp"
+    assert done.code == 2 and done.last.endswith(f"has {what}; give DIR alone, for other programs")
     assert not (tmp_path / "x.gguf").exists() and not (tmp_path / "out").exists()
 
 
 def test_ranks_that_are_no_list_of_merges_are_refused(tmp_path):
     ranks = byte_ranks() | {b"abc": 256, b"ab": 257}
     with pytest.raises(InputError, match="ranks that are no list of merges"):
-        words_of(load_tokenizer(write_rank_file(tmp_path, ranks)))
+        llama_tokenizer(load_tokenizer(write_rank_file(tmp_path, ranks)))
 
 
 def test_other_files_stay_and_an_earlier_gguf_file_is_replaced(made, tmp_path):
@@ -185,8 +192,15 @@ def test_other_files_stay_and_an_earlier_gguf_file_is_replaced(made, tmp_path):
     assert export_here(folder, "--gguf", path, "--type", "f32").code == 0
     assert tensors(path)["token_embd.weight"].tensor_type == F32
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.gguf"]
-    for place in (tmp_path, tmp_path / "none/x.gguf"):
-        assert export_here(folder, "--gguf", place).code == 2
+    (tmp_path / "folder.gguf").mkdir()
+    for place in ("folder.gguf", "none/x.gguf"):
+        done = export_here(folder, "--gguf", tmp_path / place)
+        assert done.code == 2 and "must be a file in an existing folder" in done.last
+    (tmp_path / "link.gguf").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.gguf")
+    for place in ("link.gguf", "pipe.gguf"):
+        done = export_here(folder, "--gguf", tmp_path / place)
+        assert done.code == 2 and "another kind of file" in done.last
     assert export_here(folder, tmp_path / "new", "--gguf", tmp_path / "new/x.gguf").code == 0
     assert fields(tmp_path / "new/x.gguf")["general.name"] == "x" and (tmp_path / "new/README.md").exists()
 
@@ -196,6 +210,45 @@ def test_without_the_package_one_line_says_what_brings_it(made, tmp_path, monkey
     done = export_here(made[1], tmp_path / "out", "--gguf", tmp_path / "x.gguf")
     assert done.code == 2 and "[export]" in done.last and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind, too_large", [("f16", 66000.0), ("q8_0", 1e7)])
+def test_a_weight_that_the_type_cannot_hold_is_refused_before_anything_is_written(tmp_path, kind, too_large):
+    model = tiny_model(n_embd=32)
+    with torch.no_grad():
+        model.blocks[1].mlp.fc.weight[5, 3] = -too_large
+    folder = save(model, load_tokenizer("byte"), tmp_path / "run")
+    words = (folder, tmp_path / "out", "--gguf", tmp_path / "x.gguf", "--type")
+    done = export_here(*words, kind)
+    assert done.code == 2
+    assert done.last.endswith(f"a weight of blocks.1.mlp.fc.weight is too large for {kind}; use --type f32")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert export_here(*words, "f32").code == 0
+
+
+def test_a_chat_template_that_is_no_jinja_is_stored_as_it_is(tmp_path):
+    tokenizer = load_tokenizer("byte").with_chat_template("{% for")
+    folder = save(tiny_model(n_embd=32), tokenizer, tmp_path / "run")
+    done = export_here(folder, "--gguf", tmp_path / "x.gguf")
+    assert done.code == 0, done.stderr
+    assert fields(tmp_path / "x.gguf")["tokenizer.chat_template"] == "{% for"
+    if importlib.util.find_spec("llama_cpp"):
+        assert "warning: llama-cpp-python cannot read the chat template" in done.stderr
+
+
+def test_the_new_name_is_flushed_to_the_disk_and_a_failure_leaves_nothing(made, tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(gguf_file, "sync_folder", lambda folder: flushed.append((folder, os.listdir(folder))))
+    assert export_here(made[1], "--gguf", tmp_path / "x.gguf").code == 0
+    assert flushed == [(tmp_path, ["x.gguf"])]
+
+    def refused(*paths):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "replace", refused)
+    done = export_here(made[1], "--gguf", tmp_path / "y.gguf")
+    assert done.code == 5 and "y.gguf: writing failed: Permission denied; free some space or make it w" in done.last
+    assert os.listdir(tmp_path) == ["x.gguf"]
 
 
 def test_a_file_that_was_damaged_while_it_was_written_is_noticed(made, tmp_path, monkeypatch):
