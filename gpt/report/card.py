@@ -19,7 +19,7 @@ from gpt.report.metrics import History, read_histories
 from gpt.report.report import bullets, duration, fenced, heading, settings, whether_it_worked
 from gpt.text.foreign import ADAPTER_CONFIG
 from gpt.text.shards import MANIFEST as DATASET
-from gpt.text.tokenizer import Tokenizer
+from gpt.text.tokenizer import Tokenizer, choices
 
 Json = dict[str, Any]
 NOT_SHOWN = {  # settings of the size, which stands above; of the place and the machine; of what a run writes
@@ -55,8 +55,9 @@ class Facts:
 
 
 def facts_of(path: Path, config: ModelConfig, tokenizer: Tokenizer, source: str = "") -> Facts:
-    """Returns the Facts of the model at `path`: a step folder of a run, or anything else that is read, for which
-    `source`, the name that the user gave, is the base. Files that are missing or damaged leave facts out."""
+    """Returns the Facts of the model at `path`. A step folder tells of its run; of any other model only the base is
+    known: the one that an adapter names, else `source`, the path or name that the user gave. Leaves out what stands in
+    missing or damaged files."""
     manifest, state = read_part(path / MANIFEST), read_part(path / STATE)
     if not manifest:
         base = base_name(path) if (path / ADAPTER_CONFIG).exists() else source
@@ -105,7 +106,7 @@ def front_matter(facts: Facts, license_name: str = "") -> str:
     """Returns the lines that the hub reads from the top of a model card. Names a base model only if it is on the hub;
     an empty `license_name` becomes "unknown"."""
     lines = ["library_name: transformers", "pipeline_tag: text-generation", f"license: {license_name or 'unknown'}"]
-    if is_hub_name(facts.base) and not os.path.exists(facts.base):
+    if is_on_hub(facts.base):
         lines.append(f"base_model: {facts.base}")
     return "\n".join(["---", *lines, "tags:", "- gpt2", "- gpt-text-generator", "---", ""])
 
@@ -119,26 +120,34 @@ def card_body(facts: Facts, title: str) -> str:
     if facts.manifest:
         parts += ["## What went in", bullets(ingredients(facts))]
     shown = {name: value for name, value in facts.settings.items() if value and name not in NOT_SHOWN}
-    if shown:  # those that are not off
-        parts.append(settings(shown))
+    if shown:
+        parts.append(settings(shown, "Settings, without those that are 0 or off"))
     return "\n\n".join(parts) + "\n"
 
 
 def summary(facts: Facts) -> str:
     """Returns what the model is."""
     config, tokenizer = facts.config, facts.tokenizer
+    is_known = tokenizer.name in choices() or tokenizer.name.startswith("bpe:")  # else the name of some folder
+    name = f"is {tokenizer.name}, with" if is_known else "has"
     size = (
         f"A GPT-2 language model of {total_parameters(config, tokenizer.vocab_size):,} parameters: "
         f"{config.n_layer} layers of width {config.n_embd}, {config.n_head} heads, a context of {config.block_size:,} "
-        f"tokens. Its tokenizer is {heading(tokenizer.name)}, with {tokenizer.vocab_size:,} ids."
+        f"tokens. Its tokenizer {name} {tokenizer.vocab_size:,} ids."
     )
-    verb = "Fine-tuned" if facts.manifest else "Written"
+    verb = "Fine-tuned" if facts.manifest else "Converted"
     return f"{size} {verb} from {public_name(facts.base)}." if facts.base else size
+
+
+def is_on_hub(base: str) -> bool:
+    """Returns whether a base model is on the hub, by its name. A relative path that looks like a hub name is taken for
+    one if its folder no longer exists."""
+    return is_hub_name(base) and not os.path.exists(base)
 
 
 def public_name(base: str) -> str:
     """Returns the name of a base model without the folders that lead to it."""
-    return heading(base if is_hub_name(base) else Path(base).name)
+    return heading(base if is_on_hub(base) else Path(base).name)
 
 
 def usage(facts: Facts) -> list[str]:
@@ -152,7 +161,7 @@ def usage(facts: Facts) -> list[str]:
         'write = pipeline("text-generation", model="NAME")  # this folder, or its name on the hub',
         f'print(write({asked}, max_new_tokens=100)[0]["generated_text"]{written})',
     ]
-    about = "What the model writes is likely, by what it has learned, and made up."
+    about = "The model continues a text with what is likely after its training. What it says may be false."
     return ["## How to use it", fenced("\n".join(lines), "python"), about]
 
 

@@ -182,9 +182,9 @@ def inputs(state: dict[str, Any], corpus: Corpus) -> dict[str, str]:
     }
 
 
-def settings(config: dict[str, Any]) -> str:
-    """Returns all settings of a run, folded up."""
-    return f"<details><summary>All settings</summary>\n\n{fenced(to_toml(config), 'toml')}\n\n</details>"
+def settings(config: dict[str, Any], title: str = "All settings") -> str:
+    """Returns settings of a run, folded up under a title."""
+    return f"<details><summary>{title}</summary>\n\n{fenced(to_toml(config), 'toml')}\n\n</details>"
 
 
 def use_lines(run: Path, answers: dict[str, list[str]], corpus: Corpus) -> str:

@@ -1,6 +1,7 @@
 """The model card: what it tells, what the hub reads from its top, and what stays out of it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -50,9 +51,11 @@ def test_the_card_tells_size_data_settings_and_losses_up_to_its_step(tmp_path):
     assert card.startswith("# my \\*model\\*\n")
     parameters = 257 * 32 + 64 * 32 + 2 * (12 * 32**2 + 13 * 32) + 2 * 32
     assert f"{parameters:,} parameters: 2 layers of width 32, 2 heads, a context of 64 tokens" in card
+    assert "Its tokenizer is byte, with 257 ids." in card
     assert "- data: conversations of my\\_poems.txt: 3,000 tokens to learn from\n" in card
     assert "- length: 40 steps, 4,000 tokens, 1 min 30 s of training\n" in card
     assert "lr = 0.01\n" in card
+    assert "<summary>Settings, without those that are 0 or off</summary>" in card
     assert not any(name in card for name in ("dropout", "n_layer", "threads"))  # off, told above, of the machine
     assert "the loss fell from 5.0000 to 3.2000" in card and "| perplexity | 148.4 | 24.5 |" in card
     assert "3.3000" not in card  # the evaluation at step 60
@@ -110,9 +113,19 @@ def test_the_card_of_a_model_from_elsewhere_names_it_as_the_base(tmp_path):
     facts = facts_of(tmp_path, CONFIG, BYTE, "org/model")
     assert "base_model: org/model\n" in front_matter(facts)
     card = card_body(facts, "x")
-    assert "Written from org/model." in card and "What went in" not in card and "settings" not in card
+    assert "Converted from org/model." in card and "What went in" not in card and "settings" not in card
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "gpt2"}')
     assert "base_model: gpt2\n" in front_matter(facts_of(tmp_path, CONFIG, BYTE, str(tmp_path)))
+
+
+def test_a_relative_folder_is_no_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret/base").mkdir(parents=True)
+    facts = facts_of(tmp_path, CONFIG, replace(BYTE, name="secret"), "secret/base")
+    card = front_matter(facts) + card_body(facts, "x")
+    assert (
+        "Its tokenizer has 257 ids. Converted from base." in card and "secret" not in card and "base_model" not in card
+    )
 
 
 def test_the_lines_to_paste_ask_a_chat_model_by_messages(tmp_path):
