@@ -131,7 +131,8 @@ def add_tokenizer(writer: Any, llama: LlamaTokenizer, tokenizer: Tokenizer) -> N
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", rank)
     if len(ends) > 3:
         note("warning", f"llama.cpp ends a text at three ids; it will write on after {ends[3:]}")
-    writer.add_bos_token_id(ids["bos_token_id"])
+    begin = tokenizer.eot if tokenizer.additions.begins else ids["bos_token_id"]
+    writer.add_bos_token_id(begin)
     writer.add_pad_token_id(ids["pad_token_id"])
     writer.add_add_bos_token(tokenizer.additions.begins)
     writer.add_add_eos_token(False)

@@ -84,9 +84,8 @@ class Form(NamedTuple):
 
 def recognise(records: Iterable[Any]) -> Form | None:
     """Returns the Form of records by the names of their fields, upper or lower case: a field in CONVERSATIONS that is a
-    list of objects, else a pair in PAIRS of strings. A pair of which the records have one string only is an example
-    too, unless there is a field of text beside it: turns_of then names the other field. Returns None if there is
-    neither."""
+    list of objects, else a pair in PAIRS of strings, else None. If only one field of a pair holds strings, and no field
+    of plain text stands beside it, the records are examples too: turns_of then names the field that is wrong."""
     values = [value for value in records if isinstance(value, dict)]
     names = {key.lower(): key for value in values for key in value if isinstance(key, str)}
     for name in CONVERSATIONS:
@@ -173,7 +172,8 @@ def message_turns(messages: Any, where: str, advice: str = "") -> Turns:
 
 
 def joined(content: Any) -> Any:
-    """Returns the text of a list of parts of text, as OpenAI's messages have them; anything else as it is."""
+    """Returns the joined text of a list of parts of text, as OpenAI's messages have them. Returns anything else
+    unchanged."""
     if not isinstance(content, list) or not content:
         return content
     texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
@@ -253,8 +253,8 @@ def has_other_template(tokenizer: Tokenizer) -> bool:
 
 
 def for_template(turns: Iterable[Turn], tokenizer: Tokenizer) -> tuple[list[dict[str, str]], dict[str, str]]:
-    """Returns the messages and the names of tokens that a chat template gets. Raises InputError for content that holds
-    a special token, which would be read as the token."""
+    """Returns what a chat template gets: the messages, and the texts of bos_token, eos_token and others. Raises
+    InputError for content that spells a special token: the rendered text is encoded with special tokens."""
     messages = [turn._asdict() for turn in turns]
     for message in messages:
         if held := [token for token in tokenizer.special_tokens if token in message["content"]]:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -161,6 +162,17 @@ def test_the_chat_template_and_every_id_that_ends_a_text_are_stored(tmp_path):
     unused = gguf.TokenType.UNUSED
     assert found["tokenizer.ggml.token_type"][256:] == [gguf.TokenType.CONTROL] * 2 + [unused] * 2 + [3]
     assert len(set(found["tokenizer.ggml.tokens"])) == 261
+
+
+@pytest.mark.parametrize("bos", ["<|endoftext|>", "<|x|>"])
+def test_the_token_before_each_text_is_end_of_text_whatever_the_bos_token_is(tmp_path, bos):
+    ids = {"<|endoftext|>": 256, "<|x|>": 257}
+    tokenizer = load_tokenizer(write_rank_file(tmp_path, byte_ranks(), special_tokens=ids))
+    additions = replace(tokenizer.additions, begins=True, roles={"bos_token": bos})
+    folder = save(tiny_model(258, n_embd=32), replace(tokenizer, additions=additions), tmp_path / "run")
+    assert export_here(folder, "--gguf", tmp_path / "x.gguf").code == 0
+    found = fields(tmp_path / "x.gguf")
+    assert found["tokenizer.ggml.add_bos_token"] and found["tokenizer.ggml.bos_token_id"] == 256
 
 
 @pytest.mark.parametrize(
