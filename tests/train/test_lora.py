@@ -29,6 +29,7 @@ import train
 from gpt.checkpoint.read import Checkpoint, load_pretrained, verify_checkpoint
 from gpt.config import flatten, make_config
 from gpt.errors import InputError, IntegrityError, printable
+from gpt.generate.generator import sample_line
 from gpt.model import GPT, ModelConfig
 from gpt.text.tokenizer import load_tokenizer
 from gpt.train.budget import Progress
@@ -148,6 +149,17 @@ def test_a_sample_in_training_is_written_by_the_merged_model(tuned):
         [""], max_new_tokens=train.SAMPLE_TOKENS, seed=1337
     )
     assert f"--- sample at step 8\n{printable(completion.text)}\n---" in done.stderr
+
+
+def test_a_line_by_the_clock_needs_no_copy_of_the_matrices(made, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "merged", lambda _: pytest.fail("merged copies the matrices"))
+    out, settings = tmp_path / "out", ("--max_steps", 1, "--warmup_steps", 0, "--eval_every", 0)
+    done = train_here("tiny", "--init", base, "--data", made / "data", "--out", out, *LORA, *settings)
+    assert done.code == 0, done.stderr
+    assert "sample at step 0, 0 s: " in done.stderr
+    model, _ = with_adapters()
+    texts = {sample_line(m, load_tokenizer("byte"), [256], 20, 1, 79) for m in (model, merged(model), tiny_model())}
+    assert len(texts) == 2
 
 
 def test_older_checkpoints_keep_weights_and_adapter_alone(tuned):
