@@ -11,6 +11,7 @@ import torch
 from adapter_helpers import adapted, save_adapter
 from checkpoint_helpers import assert_same_outputs, flip_a_bit, load_theirs, save
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from training_helpers import (
     fingerprint,
     make_data,
@@ -33,7 +34,7 @@ from gpt.generate.generator import sample_line
 from gpt.model import GPT, ModelConfig
 from gpt.text.tokenizer import load_tokenizer
 from gpt.train.budget import Progress
-from gpt.train.lora import LoraConfig, add_adapters, merged, restore_adapters
+from gpt.train.lora import LoraConfig, adapted_layers, add_adapters, merged, restore_adapters
 from gpt.train.optim import LossScaler, OptimConfig, make_optimizer
 from gpt.train.start import check_settings
 from gpt.train.state import State
@@ -112,6 +113,15 @@ def test_the_merged_model_gives_the_logits_of_the_adapted_one_which_stays_as_it_
     assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" not in name)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert merged(plain) is plain
+
+
+def test_saving_merges_on_the_cpu_and_needs_no_memory_of_a_gpu():
+    _, layer = next(adapted_layers(with_adapters()[0]))
+    with FakeTensorMode():  # tensors of a GPU without a GPU, as long as none needs a gradient
+        for name, value in list(layer.named_parameters()):
+            setattr(layer, name, torch.nn.Parameter(torch.empty(value.shape, device="cuda"), False))
+        devices = [layer.merged_weight(for_file).device.type for for_file in (True, False)]
+    assert devices == ["cpu", "cuda"]
 
 
 def test_a_begins_as_pefts_and_b_at_zero():
