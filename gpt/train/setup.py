@@ -102,7 +102,7 @@ def open_run(
         locked_run_folder(config.out, flatten(config), start.newest, ranks) as (out, check_in_place),
         exit_record(out, ranks, check_in_place),
         StopFlag() as stop,
-        memory.out_of_memory_errors(progress, config.model.block_size),
+        memory.out_of_memory_errors(progress, config.model.block_size, method_of(config)),
     ):
         state, record = build_state(start, model, machine, accumulate)
         step = stepper(config, state, machine, record["compile"], corpus.training.one_shape, train_step)
