@@ -31,6 +31,7 @@ def test_a_pattern_names_parameters_by_either_name_or_their_module(patterns, fro
     [
         ("h.2.*", "freeze: h.2.* matches no parameter; names are like wte"),
         ("wte,w", "freeze: w matches no parameter"),
+        (" , ", "freeze: ' , ' names no parameter"),
         ("*", "freeze: * matches every parameter, and leaves none to train"),
         ("h,wte,wpe,ln_f", "matches every parameter"),
     ],
