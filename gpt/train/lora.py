@@ -28,7 +28,13 @@ from gpt.model import GPT, ModelConfig
 from gpt.text.foreign import ADAPTER_CONFIG
 from gpt.train.state import take_tensor
 
-OURS = {huggingface_name(f"{ours}.")[:-1]: ours for ours in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")}
+
+def module_name(ours: str) -> str:
+    """Returns Hugging Face's name of a module: module_name("blocks.0.mlp.fc") == "h.0.mlp.c_fc"."""
+    return huggingface_name(f"{ours}.").removesuffix(".")
+
+
+OURS = {module_name(ours): ours for ours in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")}  # the matrices of a block
 
 
 @dataclass(frozen=True)
@@ -179,8 +185,8 @@ def adapter_files(model: GPT, base: dict[str, str] | None) -> dict[str, Any]:
 def adapter_parameters(model: GPT) -> Iterator[tuple[str, Tensor]]:
     """Yields PEFT's name and the parameter for each A and B."""
     for name, layer in adapted_layers(model):
-        yield peft_name(huggingface_name(f"{name}.")[:-1], "A"), layer.lora_A
-        yield peft_name(huggingface_name(f"{name}.")[:-1], "B"), layer.lora_B
+        yield peft_name(module_name(name), "A"), layer.lora_A
+        yield peft_name(module_name(name), "B"), layer.lora_B
 
 
 @torch.no_grad()

@@ -193,8 +193,8 @@ def micro_batch_size(config: Any, progress: Progress, model: GPT, machine: Runti
         return config.batch.micro_batch_size
     if progress.micro_batch_size and size % progress.micro_batch_size == 0:
         return progress.micro_batch_size
-    how, sharers = method_of(config), machine.sharers()
-    fits = memory.choose_micro_batch(config.model, model.vocab_size, size, machine.dtype, machine.device, sharers, how)
+    place = machine.dtype, machine.device, machine.sharers()
+    fits = memory.choose_micro_batch(config.model, model.vocab_size, size, *place, method_of(config))
     return machine.ranks.least(fits)
 
 
@@ -215,8 +215,9 @@ def tell_sizes(config: Any, state: State, machine: Runtime, record: dict[str, An
     model, size, parameters = state.model, state.progress.micro_batch_size, list(state.model.parameters())
     kernels = ", C++ kernels" if record["kernels"] else ""
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    some = "" if all(parameter.requires_grad for parameter in parameters) else f", {trained:,} of them trained,"
-    note("info", f"{model.num_parameters():,} parameters{some} on {record['device']}, {record['precision']}{kernels}")
+    frozen = any(not parameter.requires_grad for parameter in parameters)
+    share = f", {trained:,} of them trained," if frozen else ""
+    note("info", f"{model.num_parameters():,} parameters{share} on {record['device']}, {record['precision']}{kernels}")
     place = config.model, model.vocab_size, size, machine.dtype, machine.device, method_of(config)
     note("info", memory.memory_line(memory.estimate(*place), memory.less_if_short(*place, machine.sharers())))
 
@@ -241,7 +242,9 @@ def stepper(
     tokens = state.progress.micro_batch_size * config.model.block_size
     flops = tokens * flops_per_token(config.model, state.model.vocab_size)
     if compiled or config.profile or config.machine.checkpoint_activations:
-        return step  # a profile shows kernels by the operations that launched them; a graph has no random state to save
+        # A profile shows kernels by the operations that launched them. Checkpointed activations read the state of the
+        # random numbers, which a captured graph does not have.
+        return step
     if not (one_shape and machine.captures(flops, config.model.n_layer)):
         return step
     return GraphedStep(step, CudaGraph(machine.device), state.optimizer.zero_grad)
