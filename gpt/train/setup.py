@@ -212,12 +212,11 @@ def muon_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def tell_sizes(config: Any, state: State, machine: Runtime, record: dict[str, Any]) -> None:
     """Prints the size of the model, the machine, and the memory that a step needs."""
-    model, size, parameters = state.model, state.progress.micro_batch_size, list(state.model.parameters())
+    model, size = state.model, state.progress.micro_batch_size
+    parameters, trained = model.num_parameters(), model.num_parameters(trained=True)
     kernels = ", C++ kernels" if record["kernels"] else ""
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    frozen = any(not parameter.requires_grad for parameter in parameters)
-    share = f", {trained:,} of them trained," if frozen else ""
-    note("info", f"{model.num_parameters():,} parameters{share} on {record['device']}, {record['precision']}{kernels}")
+    share = f", {trained:,} of them trained," if trained < parameters else ""
+    note("info", f"{parameters:,} parameters{share} on {record['device']}, {record['precision']}{kernels}")
     place = config.model, model.vocab_size, size, machine.dtype, machine.device, method_of(config)
     note("info", memory.memory_line(memory.estimate(*place), memory.less_if_short(*place, machine.sharers())))
 
