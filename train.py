@@ -209,12 +209,12 @@ def evaluate(run: Run) -> tuple[float, float] | None:
 def sample(run: Run) -> str:
     """Returns a text that the model generates from an empty prompt, or after the prompt of an example: up to
     SAMPLE_TOKENS tokens between a heading and an end line or, where sample_every is left out, one line."""
-    step, tokenizer, seed = run.state.progress.step, run.corpus.tokenizer, run.config.seed
-    model, prompt = merged(run.state.model), run.corpus.sample_prompt()
+    step, model, tokenizer, seed = run.state.progress.step, run.state.model, run.corpus.tokenizer, run.config.seed
+    prompt = run.corpus.sample_prompt()
     if run.samples.every == BY_THE_CLOCK:
         heading = f"sample at step {step}, {run.samples.seconds():.0f} s: "
         return heading + sample_line(model, tokenizer, prompt, LINE_TOKENS, seed, width=79 - len(heading))
-    generator = TextGenerator(model, tokenizer)
+    generator = TextGenerator(merged(model), tokenizer)
     [completion] = generator.continue_ids([prompt], max_new_tokens=SAMPLE_TOKENS, seed=seed)
     return f"--- sample at step {step}\n{completion.text}\n---"
 

@@ -9,8 +9,8 @@ the products, and the forward pass overwrites them with their gradient:
         logits = softmax(logits) - onehot(target)
     backward:  d x = upstream * (logits @ weight),  d weight = logits.T @ (upstream * x)
 
-Where the weight is frozen, d x is all that is needed: it is computed at once, without the factor `upstream`, for some
-rows of x at a time, so that most logits never exist at the same time.
+Where the weight is frozen, only d x is needed. The forward pass computes it, without the factor `upstream`, for some
+rows of x at a time: the logits of all rows never exist at once.
 
 Shapes: N positions, C width, V vocabulary, P its padded size (P >= V)."""
 

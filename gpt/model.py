@@ -265,11 +265,13 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.position.weight.device
 
-    def num_parameters(self) -> int:
-        """Returns the number of parameters of the architecture: without padding of the vocabulary, and with the tied
-        head counted once."""
-        padding = (len(self.token.weight) - self.vocab_size) * self.config.n_embd
-        return sum(p.numel() for p in self.parameters()) - padding
+    def num_parameters(self, trained: bool = False) -> int:
+        """Returns the number of parameters of the architecture, or of those that are not frozen: without padding of the
+        vocabulary, and with the tied head counted once."""
+        sizes = {name: p.numel() for name, p in self.named_parameters() if p.requires_grad or not trained}
+        if "token.weight" in sizes:
+            sizes["token.weight"] = self.vocab_size * self.config.n_embd
+        return sum(sizes.values())
 
 
 @torch.no_grad()

@@ -458,9 +458,14 @@ def test_fault_035_out_of_gpu_memory_is_exit_5_with_the_setting_to_lower(where, 
 
     monkeypatch.setattr(setup if where == "warm_up" else train, where, full)
     monkeypatch.setattr(GPT, "compile", lambda self: None)
-    done = tiny(data, tmp_path / "out", "--compile", "on" if where == "warm_up" else "off", "--micro_batch_size", 4)
+    flags, advice = {
+        "warm_up": (("--compile", "on", "--checkpoint_activations"), ""),
+        "train_step": (("--compile", "off"), ", or give --checkpoint_activations"),
+    }[where]
+    done = tiny(data, tmp_path / "out", *flags, "--micro_batch_size", 4)
     assert done.code == 5
-    assert done.last == ("error: out of GPU memory: micro_batch_size 4, block_size 32; lower --micro_batch_size")
+    sizes = "micro_batch_size 4, block_size 32"
+    assert done.last == f"error: out of GPU memory: {sizes}; lower --micro_batch_size{advice}"
     assert json.loads((tmp_path / "out" / "exit.json").read_text())["code"] == 5
 
 

@@ -188,13 +188,14 @@ def settings(config: dict[str, Any], title: str = "All settings") -> str:
 
 
 def use_lines(run: Path, answers: dict[str, list[str]], corpus: Corpus) -> str:
-    """Returns the commands that use the model of a run, for pasting: a prompt of its own kind, and the upload."""
+    """Returns the commands that use the model of a run, for pasting: a prompt of its own kind, and the upload, without
+    training/ and adapter/, which name folders of this machine."""
     is_example = corpus.dataset.has_examples and not corpus.has_messages and answers
     prompt = answers["the prompt"][0] if is_example else "Once upon a time"
     sample = ["--chat"] if corpus.has_messages else ["--prompt", prompt]
     folder = read_pointer(run, "best") or step_folders(run)[0]
     export = ["python", "-m", "gpt.export", run, f"my-{run.resolve().name}"]
-    upload = ["hf", "upload", f"YOUR_NAME/{run.resolve().name}", folder, "--exclude", "training/*"]
+    upload = ["hf", "upload", f"YOUR_NAME/{run.resolve().name}", folder, "--exclude", "*/*"]
     lines = [sample_command(run, *sample), f"{pasted(export)}  # for other programs, with a model card"]
     return "\n".join([*lines, f"{pasted(upload)}  # to the Hugging Face hub"])
 

@@ -7,14 +7,18 @@ from gpt.checkpoint.weights import PREFIX, huggingface_name
 from gpt.errors import InputError
 from gpt.model import GPT
 
+NAMES = "wte, wpe, h.0.attn.c_attn, ln_f"
+
 
 def freeze(model: GPT, patterns: str) -> None:
     """Freezes the parameters of `model` that `patterns` names, separated by commas: see `matches`. Raises InputError if
     a pattern matches no parameter, or if none is left to train."""
+    if patterns and not split_patterns(patterns):
+        raise InputError(f"freeze: {patterns!r} names no parameter; names are like {NAMES}")
     for pattern in split_patterns(patterns):
         matched = [p for name, p in model.named_parameters() if matches(name, [pattern])]
         if not matched:
-            raise InputError(f"freeze: {pattern} matches no parameter; names are like wte, wpe, h.0.attn.c_attn, ln_f")
+            raise InputError(f"freeze: {pattern} matches no parameter; names are like {NAMES}")
         for parameter in matched:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):

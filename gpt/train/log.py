@@ -27,7 +27,7 @@ from gpt.train.cost import peak_flops
 from gpt.train.metrics_file import METRICS, MetricsFile
 from gpt.train.ranks import Ranks
 from gpt.train.runtime import Runtime
-from gpt.train.state import State, trained_parameters
+from gpt.train.state import State
 
 WANDB_PATIENCE = 8  # seconds that each stage of a missing wandb service may cost
 SECONDS_BETWEEN_DRAWINGS = 120
@@ -116,8 +116,7 @@ class Recorder:
         self.log, self.log_every, self.progress, self.budget = log, log_every, state.progress, budget
         self.scaler, self.training, self.fetch = state.scaler, training, machine.fetch
         self.peak = peak_flops(machine.device, machine.dtype) * machine.ranks.size
-        trained = sum(parameter.numel() for _, parameter in trained_parameters(state.model))
-        share = min(1.0, trained / state.model.num_parameters())  # padding counts as trained
+        share = state.model.num_parameters(trained=True) / state.model.num_parameters()
         self.flops_per_token = flops_per_token(state.model.config, state.model.vocab_size, share)
         self.pending: tuple[int, int, float, Callable[[], list], int] | None = None
         self.record: dict | None = None

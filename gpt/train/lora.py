@@ -28,7 +28,13 @@ from gpt.model import GPT, ModelConfig
 from gpt.text.foreign import ADAPTER_CONFIG
 from gpt.train.state import take_tensor
 
-OURS = {huggingface_name(f"{ours}.")[:-1]: ours for ours in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")}
+
+def module_name(ours: str) -> str:
+    """Returns Hugging Face's name of a module: module_name("blocks.0.mlp.fc") == "h.0.mlp.c_fc"."""
+    return huggingface_name(f"{ours}.").removesuffix(".")
+
+
+OURS = {module_name(ours): ours for ours in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")}  # the matrices of a block
 
 
 @dataclass(frozen=True)
@@ -113,9 +119,11 @@ class LoraLinear(nn.Module):
         y.view(-1, y.shape[-1]).addmm_(low.flatten(0, -2), self.lora_B.to(y.dtype).t(), alpha=self.scale)
         return y
 
-    def merged_weight(self, as_stored: bool) -> Tensor:  # (out, in)
-        weight = self.weight + delta(self.lora_A, self.lora_B, self.scale).t()
-        return weight.t().contiguous().t() if as_stored else weight
+    def merged_weight(self, for_file: bool) -> Tensor:  # (out, in)
+        device = "cpu" if for_file else self.weight.device
+        weight, a, b = (tensor.to(device) for tensor in (self.weight, self.lora_A, self.lora_B))
+        weight = weight + delta(a, b, self.scale).t()
+        return weight.t().contiguous().t() if for_file else weight
 
 
 def add_adapters(model: GPT, config: LoraConfig, seed: int = 0) -> None:
@@ -140,17 +148,17 @@ def adapted_layers(model: GPT) -> Iterator[tuple[str, LoraLinear]]:
 
 
 @torch.no_grad()
-def merged(model: GPT, as_stored: bool = False) -> GPT:
+def merged(model: GPT, for_file: bool = False) -> GPT:
     """Returns a plain GPT with the adapters of `model` merged. Shares the memory of all other weights with `model`,
-    which is returned itself if it has no adapters. With `as_stored`, the merged matrices are transposed in memory, as
-    in files, so that saving the model needs no copy of them."""
+    which is returned itself if it has no adapters. With `for_file`, the merged matrices are on the CPU, transposed in
+    memory as in files: saving the model needs no memory of a GPU, and no second copy."""
     layers = dict(adapted_layers(model))
     if not layers:
         return model
     with torch.device("meta"):
         plain = GPT(model.config, model.vocab_size)
     weights = {name: value for name, value in model.state_dict().items() if "lora_" not in name}
-    weights |= {f"{name}.weight": layer.merged_weight(as_stored) for name, layer in layers.items()}
+    weights |= {f"{name}.weight": layer.merged_weight(for_file) for name, layer in layers.items()}
     plain.load_state_dict(weights, assign=True)
     return plain.train(model.training)
 
@@ -177,8 +185,8 @@ def adapter_files(model: GPT, base: dict[str, str] | None) -> dict[str, Any]:
 def adapter_parameters(model: GPT) -> Iterator[tuple[str, Tensor]]:
     """Yields PEFT's name and the parameter for each A and B."""
     for name, layer in adapted_layers(model):
-        yield peft_name(huggingface_name(f"{name}.")[:-1], "A"), layer.lora_A
-        yield peft_name(huggingface_name(f"{name}.")[:-1], "B"), layer.lora_B
+        yield peft_name(module_name(name), "A"), layer.lora_A
+        yield peft_name(module_name(name), "B"), layer.lora_B
 
 
 @torch.no_grad()

@@ -192,13 +192,14 @@ def less_if_short(
 
 
 @contextlib.contextmanager
-def out_of_memory_errors(progress: Progress, block_size: int) -> Iterator[None]:
-    """Turns torch's error about GPU memory into a ResourceError that names the sizes."""
+def out_of_memory_errors(progress: Progress, block_size: int, method: Method) -> Iterator[None]:
+    """Turns torch's error about GPU memory into a ResourceError that names the sizes, and what needs less memory."""
     try:
         yield
     except torch.OutOfMemoryError:
         sizes = f"micro_batch_size {progress.micro_batch_size}, block_size {block_size}"
-        raise ResourceError(f"out of GPU memory: {sizes}; lower --micro_batch_size") from None
+        others = "" if method.checkpoint_activations else ", or give --checkpoint_activations"
+        raise ResourceError(f"out of GPU memory: {sizes}; lower --micro_batch_size{others}") from None
 
 
 def memory_line(needs: dict[str, int], less: int = 0) -> str:

@@ -137,7 +137,7 @@ class Saver:
             self.check_in_place()
             assert self.recorder.log
             self.recorder.log.sync()
-            model = merged(state.model, as_stored=True)
+            model = merged(state.model, for_file=True)
             save_checkpoint(self.out, step, model, corpus.tokenizer, files, self.sampling, about)
             self.point()
 

@@ -102,7 +102,7 @@ def open_run(
         locked_run_folder(config.out, flatten(config), start.newest, ranks) as (out, check_in_place),
         exit_record(out, ranks, check_in_place),
         StopFlag() as stop,
-        memory.out_of_memory_errors(progress, config.model.block_size),
+        memory.out_of_memory_errors(progress, config.model.block_size, method_of(config)),
     ):
         state, record = build_state(start, model, machine, accumulate)
         step = stepper(config, state, machine, record["compile"], corpus.training.one_shape, train_step)
@@ -193,8 +193,8 @@ def micro_batch_size(config: Any, progress: Progress, model: GPT, machine: Runti
         return config.batch.micro_batch_size
     if progress.micro_batch_size and size % progress.micro_batch_size == 0:
         return progress.micro_batch_size
-    how, sharers = method_of(config), machine.sharers()
-    fits = memory.choose_micro_batch(config.model, model.vocab_size, size, machine.dtype, machine.device, sharers, how)
+    place = machine.dtype, machine.device, machine.sharers()
+    fits = memory.choose_micro_batch(config.model, model.vocab_size, size, *place, method_of(config))
     return machine.ranks.least(fits)
 
 
@@ -212,11 +212,11 @@ def muon_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def tell_sizes(config: Any, state: State, machine: Runtime, record: dict[str, Any]) -> None:
     """Prints the size of the model, the machine, and the memory that a step needs."""
-    model, size, parameters = state.model, state.progress.micro_batch_size, list(state.model.parameters())
+    model, size = state.model, state.progress.micro_batch_size
+    parameters, trained = model.num_parameters(), model.num_parameters(trained=True)
     kernels = ", C++ kernels" if record["kernels"] else ""
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    some = "" if all(parameter.requires_grad for parameter in parameters) else f", {trained:,} of them trained,"
-    note("info", f"{model.num_parameters():,} parameters{some} on {record['device']}, {record['precision']}{kernels}")
+    share = f", {trained:,} of them trained," if trained < parameters else ""
+    note("info", f"{parameters:,} parameters{share} on {record['device']}, {record['precision']}{kernels}")
     place = config.model, model.vocab_size, size, machine.dtype, machine.device, method_of(config)
     note("info", memory.memory_line(memory.estimate(*place), memory.less_if_short(*place, machine.sharers())))
 
@@ -241,7 +241,9 @@ def stepper(
     tokens = state.progress.micro_batch_size * config.model.block_size
     flops = tokens * flops_per_token(config.model, state.model.vocab_size)
     if compiled or config.profile or config.machine.checkpoint_activations:
-        return step  # a profile shows kernels by the operations that launched them; a graph has no random state to save
+        # A profile shows kernels by the operations that launched them. Checkpointed activations read the state of the
+        # random numbers, which a captured graph does not have.
+        return step
     if not (one_shape and machine.captures(flops, config.model.n_layer)):
         return step
     return GraphedStep(step, CudaGraph(machine.device), state.optimizer.zero_grad)

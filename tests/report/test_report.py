@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,13 @@ def test_without_a_validation_set_the_report_says_that_nobody_knows_and_its_path
     text = report_of(tmp_path / "out")
     assert "Nobody knows" in text and "**the prompt**" not in text
     [upload] = [line for line in blocks(text)[-1].splitlines() if line.startswith("hf upload")]
-    assert (Path(shlex.split(upload)[3]) / "model.safetensors").is_file()
+    words = shlex.split(upload, comments=True)
+    assert (Path(words[3]) / "model.safetensors").is_file()
+    assert words[4] == "--exclude"
+    names = ["training/state.json", "adapter/adapter_config.json", "config.json", "model.safetensors"]
+    assert [name for name in names if not fnmatch(name, words[5])] == names[
+        2:
+    ]  # the others name folders of this machine
 
 
 @pytest.fixture

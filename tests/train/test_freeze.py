@@ -23,7 +23,10 @@ from gpt.train.freeze import freeze
 def test_a_pattern_names_parameters_by_either_name_or_their_module(patterns, frozen):
     model = tiny_model()
     freeze(model, patterns)
-    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == frozen
+    left_out = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert left_out.keys() == frozen
+    sizes = [257 * 16 if name == "token.weight" else value.numel() for name, value in left_out.items()]
+    assert model.num_parameters() - model.num_parameters(trained=True) == sum(sizes)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +34,7 @@ def test_a_pattern_names_parameters_by_either_name_or_their_module(patterns, fro
     [
         ("h.2.*", "freeze: h.2.* matches no parameter; names are like wte"),
         ("wte,w", "freeze: w matches no parameter"),
+        (" , ", "freeze: ' , ' names no parameter"),
         ("*", "freeze: * matches every parameter, and leaves none to train"),
         ("h,wte,wpe,ln_f", "matches every parameter"),
     ],
@@ -49,7 +53,7 @@ def test_frozen_weights_stay_to_the_bit_have_no_state_and_a_run_continues_to_the
     command = ("tiny", "--init", base, "--data", made / "data", *EIGHT_STEPS, *settings)
     done = train_here(*command, "--out", whole)
     assert done.code == 0, done.stderr
-    assert " of them trained, on " in done.stderr
+    assert "34,720 parameters, 13,792 of them trained, on " in done.stderr
     first, last = (load_file(folder / "model.safetensors") for folder in (base, whole / "step-000000008"))
     same = {name for name in first if torch.equal(first[name], last[name])}
     assert same == {name for name in first if name.startswith(("transformer.wte.", "transformer.h.0."))}

@@ -11,6 +11,7 @@ import torch
 from adapter_helpers import adapted, save_adapter
 from checkpoint_helpers import assert_same_outputs, flip_a_bit, load_theirs, save
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from training_helpers import (
     fingerprint,
     make_data,
@@ -29,10 +30,11 @@ import train
 from gpt.checkpoint.read import Checkpoint, load_pretrained, verify_checkpoint
 from gpt.config import flatten, make_config
 from gpt.errors import InputError, IntegrityError, printable
+from gpt.generate.generator import sample_line
 from gpt.model import GPT, ModelConfig
 from gpt.text.tokenizer import load_tokenizer
 from gpt.train.budget import Progress
-from gpt.train.lora import LoraConfig, add_adapters, merged, restore_adapters
+from gpt.train.lora import LoraConfig, adapted_layers, add_adapters, merged, restore_adapters
 from gpt.train.optim import LossScaler, OptimConfig, make_optimizer
 from gpt.train.start import check_settings
 from gpt.train.state import State
@@ -113,6 +115,15 @@ def test_the_merged_model_gives_the_logits_of_the_adapted_one_which_stays_as_it_
     assert merged(plain) is plain
 
 
+def test_saving_merges_on_the_cpu_and_needs_no_memory_of_a_gpu():
+    _, layer = next(adapted_layers(with_adapters()[0]))
+    with FakeTensorMode():  # tensors of a GPU without a GPU, as long as none needs a gradient
+        for name, value in list(layer.named_parameters()):
+            setattr(layer, name, torch.nn.Parameter(torch.empty(value.shape, device="cuda"), False))
+        devices = [layer.merged_weight(for_file).device.type for for_file in (True, False)]
+    assert devices == ["cpu", "cuda"]
+
+
 def test_a_begins_as_pefts_and_b_at_zero():
     model = tiny_model(n_embd=64, n_head=4)
     add_adapters(model, LoraConfig(lora_rank=8), seed=1)
@@ -148,6 +159,17 @@ def test_a_sample_in_training_is_written_by_the_merged_model(tuned):
         [""], max_new_tokens=train.SAMPLE_TOKENS, seed=1337
     )
     assert f"--- sample at step 8\n{printable(completion.text)}\n---" in done.stderr
+
+
+def test_a_line_by_the_clock_needs_no_copy_of_the_matrices(made, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "merged", lambda _: pytest.fail("merged copies the matrices"))
+    out, settings = tmp_path / "out", ("--max_steps", 1, "--warmup_steps", 0, "--eval_every", 0)
+    done = train_here("tiny", "--init", base, "--data", made / "data", "--out", out, *LORA, *settings)
+    assert done.code == 0, done.stderr
+    assert "sample at step 0, 0 s: " in done.stderr
+    model, _ = with_adapters()
+    texts = {sample_line(m, load_tokenizer("byte"), [256], 20, 1, 79) for m in (model, merged(model), tiny_model())}
+    assert len(texts) == 2
 
 
 def test_older_checkpoints_keep_weights_and_adapter_alone(tuned):
