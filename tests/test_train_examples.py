@@ -12,6 +12,7 @@ from training_helpers import (
     metrics,
     random_examples,
     save_step,
+    state_of,
     tiny_model,
     train_here,
 )
@@ -202,3 +203,11 @@ def test_the_first_example_of_a_run_is_shown_once_before_its_first_step(tmp_path
     assert first.stderr.index("  given: ") < first.stderr.index("step 1/")
     again = train_here(*settings, "2")
     assert again.code == 0 and "  given: " not in again.stderr
+
+
+def test_a_run_chooses_small_micro_batches_of_examples_which_need_little_padding(tmp_path):
+    data = make_examples(tmp_path / "data", random_examples(16, longest=300))
+    flags = ("--max_steps", "1", "--block_size", "512", "--global_batch_size", "16", "--warmup_steps", "0")
+    run = train_here("tiny", "--data", data, "--out", tmp_path / "out", *flags)
+    assert run.code == 0, run.stderr
+    assert state_of(tmp_path / "out", 1)["progress"]["micro_batch_size"] == 2  # 1,024 tokens

@@ -17,7 +17,7 @@ class BatchConfig:
     """sequences of block_size tokens per optimizer step, over all ranks"""
     micro_batch_size: int = 0
     """sequences per forward pass and rank; must divide global_batch_size / ranks; 0 = the largest that fits
-    and gains by it (at most 4,096 tokens on a CPU, 32,768 on CUDA), recorded in checkpoints"""
+    and gains by it (at most 4,096 tokens on a CPU, of examples 1,024; 32,768 on CUDA), recorded in checkpoints"""
 
     def problems(self) -> list[str]:
         """Returns what is wrong with these values, in words; empty if nothing is."""

@@ -22,6 +22,7 @@ USABLE = 0.6  # share of the free memory that a chosen micro-batch may fill
 # Tokens of a chosen micro-batch, by kind of device: more gain nothing. On CUDA twice as many would have more than 2^31
 # logits of GPT-2's vocabulary, which kernels then address with 64-bit integers.
 MOST_TOKENS = {"cpu": 4096, "cuda": 32_768}
+MOST_TOKENS_OF_EXAMPLES = {"cpu": 1024, "cuda": 32_768}  # the fewer in a micro-batch, the less padding they need
 
 
 @dataclass(frozen=True)
@@ -161,13 +162,16 @@ def choose_micro_batch(
     device: torch.device,
     sharers: int = 1,
     method: Method = Method(),
+    examples: bool = False,
 ) -> int:
     """Returns the largest divisor of `batch_size` with which a step fits into USABLE of the free memory, which
-    `sharers` processes share; 1 if none does. A micro-batch of several sequences has at most MOST_TOKENS tokens."""
+    `sharers` processes share; 1 if none does. A micro-batch of several sequences has at most MOST_TOKENS tokens, or
+    MOST_TOKENS_OF_EXAMPLES if the sequences are `examples`."""
+    most = (MOST_TOKENS_OF_EXAMPLES if examples else MOST_TOKENS).get(device.type, math.inf)
     room = USABLE * free_memory(device) / sharers
     divisors = [n for n in range(batch_size, 0, -1) if batch_size % n == 0]
     for size in divisors:
-        too_many = size * model_config.block_size > MOST_TOKENS.get(device.type, math.inf)
+        too_many = size * model_config.block_size > most
         if not too_many and sum(estimate(model_config, vocab_size, size, dtype, device, method).values()) <= room:
             return size
     return 1

@@ -17,7 +17,7 @@ from gpt.model import GPT, flops_per_token
 from gpt.text.corpus import Corpus
 from gpt.text.windows import Prefetch
 from gpt.train import memory
-from gpt.train.budget import Budget, Progress, SampleTimes
+from gpt.train.budget import Budget, SampleTimes
 from gpt.train.graph import GraphedStep
 from gpt.train.log import Recorder, exit_record, start_log, tell_best, tell_end
 from gpt.train.optim import LossScaler, make_optimizer
@@ -136,7 +136,7 @@ def build_state(start: Start, model: GPT, machine: Runtime, accumulate: Accumula
     Runtime.compiles says so."""
     config, progress, checkpoint = start.config, start.progress, start.checkpoint
     model.to(machine.device).train()
-    progress.micro_batch_size = micro_batch_size(config, progress, model, machine)
+    progress.micro_batch_size = micro_batch_size(start, model, machine)
     optimizer = make_optimizer(model, config.optim, muon_dtype(machine.dtype), machine.ranks)
     scaler = LossScaler(machine.device, enabled=machine.dtype == torch.float16)
     flops = flops_of_run(start, model, machine)
@@ -185,16 +185,17 @@ def flops_of_run(start: Start, model: GPT, machine: Runtime) -> float:
     return tokens * flops_per_token(config.model, model.vocab_size) / machine.ranks.size
 
 
-def micro_batch_size(config: Any, progress: Progress, model: GPT, machine: Runtime) -> int:
+def micro_batch_size(start: Start, model: GPT, machine: Runtime) -> int:
     """Returns the micro-batch size in the settings if it is set; else that of the checkpoint if it divides this rank's
     share of the batch; else the largest that fits on all ranks."""
+    config, progress = start.config, start.progress
     size = config.batch.global_batch_size // machine.ranks.size
     if config.batch.micro_batch_size:
         return config.batch.micro_batch_size
     if progress.micro_batch_size and size % progress.micro_batch_size == 0:
         return progress.micro_batch_size
-    place = machine.dtype, machine.device, machine.sharers()
-    fits = memory.choose_micro_batch(config.model, model.vocab_size, size, *place, method_of(config))
+    place, examples = (machine.dtype, machine.device, machine.sharers()), start.corpus.dataset.has_examples
+    fits = memory.choose_micro_batch(config.model, model.vocab_size, size, *place, method_of(config), examples)
     return machine.ranks.least(fits)
 
 

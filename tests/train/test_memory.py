@@ -139,12 +139,22 @@ def test_the_chosen_micro_batch_is_the_largest_divisor_that_fits(monkeypatch, me
     assert memory.choose_micro_batch(config, 257, 12, torch.float32, CPU) == 1
 
 
-@pytest.mark.parametrize(("device", "tokens"), [("cpu", 4096), ("cuda", 32_768), ("mps", 1 << 17)])
-def test_a_micro_batch_has_no_more_tokens_than_gain_anything(monkeypatch, device, tokens):
+@pytest.mark.parametrize(
+    ("device", "examples", "tokens"),
+    [
+        ("cpu", False, 4096),
+        ("cpu", True, 1024),
+        ("cuda", False, 32_768),
+        ("cuda", True, 32_768),
+        ("mps", True, 1 << 17),
+    ],
+)
+def test_a_micro_batch_has_no_more_tokens_than_gain_anything(monkeypatch, device, examples, tokens):
     monkeypatch.setattr(memory, "free_memory", lambda _: 10**15)
     for context in (64, 96, 1024):
         config, batch = ModelConfig(2, 2, 32, context), (1 << 17) // context
-        found = memory.choose_micro_batch(config, 50257, batch, torch.bfloat16, torch.device(device))
+        place = torch.bfloat16, torch.device(device)
+        found = memory.choose_micro_batch(config, 50257, batch, *place, examples=examples)
         assert found == max(n for n in range(1, batch + 1) if batch % n == 0 and n * context <= tokens)
     one = memory.choose_micro_batch(ModelConfig(2, 2, 32, 1 << 16), 50257, 8, torch.bfloat16, torch.device(device))
     assert one == (1 if device != "mps" else 8)  # longer than the limit

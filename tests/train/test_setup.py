@@ -47,8 +47,9 @@ def test_the_micro_batch_is_the_given_one_the_checkpoints_or_what_fits(monkeypat
     batch = SimpleNamespace(global_batch_size=24, micro_batch_size=given)
     config = SimpleNamespace(batch=batch, model=None, optim=OptimConfig(), lora=LoraConfig(), machine=MachineConfig())
     machine = SimpleNamespace(ranks=Ranks(), dtype=torch.float32, device=torch.device("cpu"), sharers=lambda: 1)
-    progress = Progress(micro_batch_size=of_checkpoint)
-    assert micro_batch_size(config, progress, SimpleNamespace(vocab_size=257), machine) == size
+    corpus = SimpleNamespace(dataset=SimpleNamespace(has_examples=False))
+    start = SimpleNamespace(config=config, progress=Progress(micro_batch_size=of_checkpoint), corpus=corpus)
+    assert micro_batch_size(start, SimpleNamespace(vocab_size=257), machine) == size
 
 
 def test_fault_132_a_compiler_that_fails_is_one_line_and_exit_2(made, tmp_path, monkeypatch):
