@@ -10,6 +10,7 @@ import math
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import programs
@@ -158,8 +159,9 @@ def ready_to_train(model, sequences, micro_batch_size, machine, optim):
     )
     runtime = Runtime(machine)
     budget = Budget(length, sequences, model.config.block_size, windows_per_epoch=1)
+    windows = SimpleNamespace(dataset=SimpleNamespace(has_examples=False))
     start = Start(
-        config, base=None, corpus=None, budget=budget, checkpoint=None, progress=Progress(), newest=[], asked={}
+        config, base=None, corpus=windows, budget=budget, checkpoint=None, progress=Progress(), newest=[], asked={}
     )
     state, record = setup.build_state(start, model, runtime, train.accumulate)
     return config, state, runtime, record["compile"]

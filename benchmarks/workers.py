@@ -6,6 +6,7 @@ process, and a stopped process uses no processor."""
 import importlib
 import math
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -24,8 +25,8 @@ class Absent(Exception):
 class Worker:
     """A program of `module` in a process of its own, which is stopped unless the program answers a call.
 
-    An answer that has not arrived by the monotonic time `until` counts as never. The caller must `close` every Worker,
-    also after an error: at exit Python waits for the process, and a stopped process never ends."""
+    An answer that has not arrived by the monotonic time `until` counts as never. A Worker that is still open at exit is
+    closed there: Python waits for its process, and a stopped process never ends."""
 
     def __init__(self, name, spec, folder, threads, device, *more, module="programs", until=math.inf):
         self.name, self.until = name, until
@@ -35,6 +36,7 @@ class Worker:
         arguments = (child_pipe, self.log, module, spec, folder, threads, device, *more)
         self.process = context.Process(target=serve, args=arguments, daemon=True)
         self.process.start()
+        multiprocessing.util.Finalize(None, self.close, exitpriority=1)
         child_pipe.close()
 
     def wait_loaded(self) -> None:

@@ -151,7 +151,6 @@ def test_decode_checks_and_compares_and_names_what_is_absent(tiny, tmp_path):
     assert "absent: nanogpt=/nowhere" in made.stdout
 
 
-@pytest.mark.slow  # it hung once, beside other tests: the program waited for a worker that stayed stopped
 @pytest.mark.parametrize(
     ("name", "words", "stop"),
     [
@@ -183,6 +182,27 @@ def test_a_stopped_program_keeps_and_shows_what_it_has_measured(processes, tiny,
     assert record["machine"]["processor"] in shown.splitlines()[0]
     last = shown.splitlines()[-3:]
     assert any(re.search(r"ours:fp32.*\d|greedy against .*\(1\)|refilled +\d", line) for line in last), shown
+
+
+PROGRAM = """
+import workers
+
+class Idle:
+    version = "1"
+
+def load(*_):
+    return Idle()
+
+if __name__ == "__main__":
+    workers.Worker("idle", "idle", "folder", 1, "cpu", module="program").wait_loaded()
+"""
+
+
+def test_a_program_ends_although_it_has_not_closed_a_worker_which_is_stopped(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), str(tmp_path)])}
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, env=environment, timeout=60)
+    assert done.returncode == 0
 
 
 def run_on_one_thread(path, *args):
